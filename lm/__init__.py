@@ -1,0 +1,1 @@
+"""Shared primitives for the whole life of a language model."""

@@ -1,0 +1,55 @@
+"""The layout in force while a step is traced: a mesh and the rules to read logical axes by."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from lm.sharding.rules import Rules, Table, partition_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that map logical axes onto it."""
+
+    mesh: Mesh
+    rules: Rules
+
+
+_current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def use_layout(layout: Layout | None) -> Iterator[None]:
+    """Make `layout` the one `constrain` and the kernels read. Enter it inside the traced function."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_layout() -> Layout | None:
+    """The layout in force, or None: one device, no constraints."""
+    return _current.get()
+
+
+def named_sharding(
+    mesh: Mesh, table: Table, logical_axes: Sequence[str | None], shape: Sequence[int] | None = None
+) -> NamedSharding:
+    """The NamedSharding of an array with these logical axes. Errors as `partition_spec`."""
+    return NamedSharding(mesh, partition_spec(table, logical_axes, mesh, shape))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """State the sharding of an activation here, by its logical axes; nothing without a layout."""
+    layout = current_layout()
+    if layout is None:
+        return x
+    sharding = named_sharding(layout.mesh, layout.rules.activations, logical_axes, x.shape)
+    return jax.lax.with_sharding_constraint(x, sharding)

@@ -1,0 +1,95 @@
+"""Device meshes. Every mesh has all seven axes, in one order, so that a rule never has to ask."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each mesh axis. At most one may be -1: the devices that are left.
+
+    Attributes:
+      slice: replicas across the data-centre network (several TPU slices).
+      stage: pipeline stages.
+      data: replicas that share a batch.
+      fsdp: replicas that share a batch and, by ZeRO stage, optimizer state, gradients, weights.
+      expert: shards of the experts of a mixture.
+      context: shards of the sequence inside attention.
+      tensor: shards of heads, feed-forward and vocabulary.
+    """
+
+    slice: int = 1
+    stage: int = 1
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
+        """Axis sizes with -1 filled in.
+
+        Raises:
+          ValueError: an axis below 1, more than one -1, or a product that is not `num_devices`.
+        """
+        sizes = [getattr(self, axis) for axis in AXES]
+        for axis, size in zip(AXES, sizes, strict=True):
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh axis {axis!r}={size}; use a positive number, or -1 once")
+        free = [i for i, size in enumerate(sizes) if size == -1]
+        if len(free) > 1:
+            names = " and ".join(repr(AXES[i]) for i in free)
+            raise ValueError(f"mesh axes {names} are both -1; only one can be what is left")
+        fixed = int(np.prod([size for size in sizes if size != -1]))
+        if free:
+            if num_devices % fixed:
+                raise ValueError(
+                    f"the mesh fixes {fixed} devices, which does not divide the {num_devices} present"
+                )
+            sizes[free[0]] = num_devices // fixed
+        elif fixed != num_devices:
+            shape = " x ".join(
+                f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1
+            )
+            raise ValueError(
+                f"the mesh {shape or '(all axes 1)'} needs {fixed} devices, {num_devices} present; "
+                "change an axis, or set one to -1 to take what is left"
+            )
+        return tuple(sizes)
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `shape` over `devices` (default: all), laid out for their interconnect.
+
+    Axes are of type Auto: sharding is stated by constraints and by jit's in and out shardings.
+    A mesh that needs fewer devices than are present takes the first ones.
+
+    Raises:
+      ValueError: the shape does not fit the devices.
+    """
+    if devices is None:
+        devices = jax.devices()
+        wanted = [getattr(shape, axis) for axis in AXES]
+        if -1 not in wanted and all(size > 0 for size in wanted):
+            count = int(np.prod(wanted))
+            if count < len(devices) and jax.process_count() == 1:
+                devices = devices[:count]
+    sizes = shape.sizes(len(devices))
+    if sizes[0] > 1 and hasattr(devices[0], "slice_index"):
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *sizes[1:]), (sizes[0],) + (1,) * (len(sizes) - 1), devices
+        )
+    elif devices[0].platform == "cpu":
+        grid = np.asarray(devices).reshape(sizes)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,0 +1,106 @@
+"""Rules: which mesh axes each logical axis is split over, for each kind of array.
+
+One table cannot serve weights and activations: fully sharded data parallelism splits the batch
+of an activation and the `embed` axis of a weight over the same mesh axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+Table = Mapping[str, tuple[str, ...]]
+
+BATCH = ("slice", "data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Four tables from logical axis to mesh axes; an axis that is absent is not split.
+
+    Attributes:
+      activations: arrays of the forward pass.
+      weights: parameters at rest.
+      gradients: gradients, as the backward pass leaves them.
+      optimizer: optimizer state and the parameter update.
+    """
+
+    activations: Table
+    weights: Table
+    gradients: Table
+    optimizer: Table
+
+
+def make_rules(zero: int = 3, sequence_parallel: bool = False) -> Rules:
+    """Tensor parallelism over `tensor` and ZeRO (arXiv:1910.02054) stage `zero` over `fsdp`.
+
+    Args:
+      zero: 0 replicates everything over `fsdp`; 1 shards the optimizer state, 2 also the
+        gradients, 3 also the weights.
+      sequence_parallel: between blocks, also split the sequence over `tensor` (arXiv:2205.05198).
+
+    Raises:
+      ValueError: `zero` is not 0, 1, 2 or 3.
+    """
+    if zero not in (0, 1, 2, 3):
+        raise ValueError(f"ZeRO stage {zero} does not exist; use 0, 1, 2 or 3")
+    tensor = {axis: ("tensor",) for axis in ("heads", "kv_heads", "ffn", "vocab")}
+    tensor |= {"layers": ("stage",), "experts": ("expert",)}
+    sharded = tensor | {"embed": ("fsdp",)}
+    activations = {
+        "batch": BATCH,
+        "sequence": ("context",),
+        "residual_sequence": ("context", "tensor") if sequence_parallel else ("context",),
+        "heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "ffn": ("tensor",),
+        "vocab": ("tensor",),
+    }
+    return Rules(
+        activations=activations,
+        weights=sharded if zero >= 3 else tensor,
+        gradients=sharded if zero >= 2 else tensor,
+        optimizer=sharded if zero >= 1 else tensor,
+    )
+
+
+def partition_spec(
+    table: Table, logical_axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None
+) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes; mesh axes of size 1 are left out.
+
+    Raises:
+      ValueError: two logical axes want one mesh axis, or a size of `shape` does not divide.
+    """
+    entries: list[tuple[str, ...] | str | None] = []
+    owner: dict[str, str] = {}
+    for i, logical in enumerate(logical_axes):
+        axes = tuple(a for a in table.get(logical or "", ()) if mesh.shape[a] > 1)
+        for axis in axes:
+            if axis in owner:
+                raise ValueError(
+                    f"mesh axis {axis!r} would split both {owner[axis]!r} and {logical!r} of "
+                    f"{tuple(logical_axes)}; give one of them another mesh axis in the rules"
+                )
+            owner[axis] = str(logical)
+        if axes and shape is not None:
+            check_divides(mesh, axes, str(logical), shape[i])
+        entries.append(axes[0] if len(axes) == 1 else (axes or None))
+    return PartitionSpec(*entries)
+
+
+def check_divides(mesh: Mesh, axes: str | Sequence[str], name: str, size: int) -> None:
+    """Raises ValueError, naming the sizes that work, unless the mesh axes divide `size`."""
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+    if size % parts == 0:
+        return
+    label = " x ".join(f"{axis!r}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
+    divisors = [str(d) for d in range(1, min(size, 1024) + 1) if size % d == 0]
+    plural = "axes" if " x " in label else "axis"
+    verb = "do" if plural == "axes" else "does"
+    options = divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
+    raise ValueError(f"mesh {plural} {label} {verb} not divide {name}={size}; use {options}")
