@@ -1,0 +1,176 @@
+"""One declaration per weight, and every tree that follows from it.
+
+A tree of `ParamSpec` gives the abstract weights, their shardings, their initial values and their
+count by `tree.map`. The random key of a weight is folded from its path, so that adding a weight
+changes no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from lm.sharding import Rules, current_layout, named_sharding
+from lm.weights.leaf import Leaf
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """Shape, dtype, logical axes and initial distribution of one weight.
+
+    Attributes:
+      shape: `[*stack, in, out]` for a matrix, `[*stack, n]` for a scale or a bias.
+      axes: logical axis of each dimension, or None.
+      init: "normal" (standard deviation `scale`), "ones" or "zeros".
+      scale: standard deviation of "normal".
+      dtype: of the master weight.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Literal["normal", "ones", "zeros"] = "normal"
+    scale: float = 0.02
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and logical axes {self.axes} differ in length")
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def map_specs(f, specs: Tree, *trees: Tree) -> Tree:
+    """`tree.map` over the specs; subtrees of `trees` at a spec (a Leaf, say) arrive whole."""
+    return jax.tree.map(f, specs, *trees, is_leaf=is_spec)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as `stacks/0/layers/0/attention/query`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def abstract(specs: Tree, rules: Rules | None = None, mesh: Mesh | None = None) -> Tree:
+    """The tree of `jax.ShapeDtypeStruct`, with shardings at rest where a mesh is given."""
+
+    def leaf(spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = None
+        if mesh is not None and rules is not None:
+            sharding = named_sharding(mesh, rules.weights, spec.axes, spec.shape)
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+    return map_specs(leaf, specs)
+
+
+def initialize(specs: Tree, key: jax.Array) -> Tree:
+    """Initial weights. Call it under `jit` with `out_shardings` to make each shard in place."""
+
+    def leaf(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
+        if spec.init == "zeros":
+            return jnp.zeros(spec.shape, spec.dtype)
+        if spec.init == "ones":
+            return jnp.ones(spec.shape, spec.dtype)
+        own = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+        return spec.scale * jax.random.normal(own, spec.shape, spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, specs, is_leaf=is_spec)
+
+
+def count(specs: Tree) -> int:
+    """Number of weights in the tree."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def shardings(specs: Tree, rules: Rules, mesh: Mesh, params: Tree = None, kind: str = "weights"):
+    """Shardings of a tree of weights at rest, or of another `kind` of table ("optimizer", ...).
+
+    Args:
+      specs: the tree of ParamSpec.
+      rules: the tables.
+      mesh: the mesh.
+      params: the weights, needed only where some of them are a `Leaf`.
+      kind: which table of `rules`.
+
+    Raises:
+      ValueError: a mesh axis does not divide a dimension; the message names the weight.
+    """
+    table = getattr(rules, kind)
+
+    def leaf(path: tuple[Any, ...], spec: ParamSpec, weight: Any = None) -> Any:
+        if isinstance(weight, Leaf):
+            return weight.shardings(spec.axes, rules, mesh)
+        try:
+            return named_sharding(mesh, table, spec.axes, spec.shape)
+        except ValueError as error:
+            raise ValueError(f"{path_name(path)} {list(spec.shape)}: {error}") from None
+
+    trees = () if params is None else (params,)
+    return jax.tree_util.tree_map_with_path(leaf, specs, *trees, is_leaf=is_spec)
+
+
+def cast(params: Tree, dtype: Any) -> Tree:
+    """Floating-point arrays of the tree in `dtype`; a `Leaf` keeps its own format."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, Leaf) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return x.astype(dtype)
+
+    return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, Leaf))
+
+
+def gather(params: Tree, specs: Tree) -> Tree:
+    """Weights as the matrices multiply them: gathered over `fsdp`, still split over `tensor`.
+
+    On the way back each gradient goes straight to the `gradients` table: a reduce-scatter under
+    ZeRO-2 and -3, an all-reduce otherwise. Without a layout this is the identity.
+    """
+    layout = current_layout()
+    if layout is None:
+        return params
+    mesh, rules = layout.mesh, layout.rules
+    used = {logical: tuple(a for a in axes if a != "fsdp") for logical, axes in rules.weights.items()}
+
+    def leaf(spec: ParamSpec, weight: Any) -> Any:
+        if isinstance(weight, Leaf):
+            return weight
+        forward = named_sharding(mesh, used, spec.axes)
+        backward = named_sharding(mesh, rules.gradients, spec.axes)
+        return _reshard(weight, forward, backward)
+
+    return map_specs(leaf, specs, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _reshard(x: jax.Array, forward: NamedSharding, backward: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, forward)
+
+
+def _reshard_forward(x, forward, backward):
+    return _reshard(x, forward, backward), None
+
+
+def _reshard_backward(forward, backward, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, backward),)
+
+
+_reshard.defvjp(_reshard_forward, _reshard_backward)
+
+
+def shard_like(tree: Tree, specs: Tree, kind: str) -> Tree:
+    """State the sharding of a tree shaped like the weights, by a table of the layout's rules."""
+    layout = current_layout()
+    if layout is None:
+        return tree
+    wanted = shardings(specs, layout.rules, layout.mesh, tree, kind)
+    return jax.lax.with_sharding_constraint(tree, wanted)
