@@ -1,0 +1,1 @@
+"""Operations worth their own kernel: a folder each, with its reference and the choice."""

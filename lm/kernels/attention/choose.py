@@ -1,0 +1,74 @@
+"""The attention function: which implementation runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from lm.kernels.attention.reference import View, reference_attention
+
+IMPLEMENTATIONS = ("reference", "cudnn")
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    view: View,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """softmax(scale q k^T) v, grouped-query, masked by positions, segments and window.
+
+    Args:
+      q: [B, T, H, h].
+      k, v: [B, S, K, h]; K divides H, and query heads g..g+H/K-1 share one of them.
+      view: positions and segments of queries and keys.
+      scale: multiplies the scores.
+      causal: a query sees no later position.
+      window: positions a query sees, itself included; None for all.
+      softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+      sinks: [H] scores of a key with no value, added to the denominator (GPT-OSS).
+      return_lse: also return the log-sum-exp of the scores, float32 [B, T, H].
+      implementation: "reference" or "cudnn"; None for the one that is always right.
+
+    Returns:
+      [B, T, H, h] of q's dtype (and the log-sum-exp).
+
+    Raises:
+      ValueError: the implementation is unknown, or cannot do what is asked.
+    """
+    if implementation in (None, "reference"):
+        return reference_attention(
+            q, k, v, view, scale=scale, causal=causal, window=window,
+            softcap=softcap, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
+    if implementation == "cudnn":
+        return _cudnn(q, k, v, view, scale, causal, window, softcap, sinks, return_lse)
+    raise ValueError(
+        f"attention implementation {implementation!r} is unknown; use {', '.join(IMPLEMENTATIONS)}"
+    )
+
+
+def _cudnn(q, k, v, view, scale, causal, window, softcap, sinks, return_lse):
+    """cuDNN's flash attention; rows must be whole documents, positions 0..T-1."""
+    refused = {
+        "packed segments": view.query_segments is not None,
+        "softcap": softcap is not None,
+        "sinks": sinks is not None,
+        "return_lse": return_lse,
+    }
+    for name, asked in refused.items():
+        if asked:
+            raise ValueError(f"cudnn attention cannot do {name}; use implementation='reference'")
+    local = None if window is None else (window - 1, 0 if causal else window - 1)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
+    )

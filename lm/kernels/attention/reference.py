@@ -1,0 +1,87 @@
+"""Attention in plain JAX: what every other implementation is compared with.
+
+Shape suffixes: B batch, T queries, S keys, K key/value heads, G query heads per key/value head,
+H = K x G query heads, h head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row with no keys gives no NaN
+
+
+@flax.struct.dataclass
+class View:
+    """Where queries and keys stand; packing, windows, caches and rings are all told by this.
+
+    Attributes:
+      query_positions: int32 [B, T].
+      key_positions: int32 [B, S].
+      query_segments: int32 [B, T] or None; a query sees keys of its own segment only.
+      key_segments: int32 [B, S] or None; 0 marks padding.
+    """
+
+    query_positions: Any
+    key_positions: Any
+    query_segments: Any = None
+    key_segments: Any = None
+
+
+def mask(view: View, causal: bool, window: int | None) -> jax.Array:
+    """bool [B, T, S]: which keys a query sees.
+
+    `window` w lets a query at position p see positions p - w + 1 .. p (and, where not causal,
+    as many ahead).
+    """
+    distance = view.query_positions[:, :, None] - view.key_positions[:, None, :]
+    seen = distance >= 0 if causal else jnp.ones(distance.shape, bool)
+    if window is not None:
+        seen &= jnp.abs(distance) < window
+    if view.query_segments is not None:
+        seen &= view.query_segments[:, :, None] == view.key_segments[:, None, :]
+    return seen
+
+
+def reference_attention(
+    q_BTHh: jax.Array,
+    k_BSKh: jax.Array,
+    v_BSKh: jax.Array,
+    view: View,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Softmax attention with the scores held whole. See `lm.kernels.attention.attention`."""
+    B, T, H, h = q_BTHh.shape
+    K = k_BSKh.shape[2]
+    q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
+    scores *= scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask(view, causal, window)[:, None, None], scores, NEGATIVE)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, K, H // K, 1, 1)
+        top = jnp.maximum(top, sink)
+    top = jax.lax.stop_gradient(top)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sink - top)
+    probabilities = (weights / total).astype(v_BSKh.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", probabilities, v_BSKh)
+    out = out.reshape(B, T, H, v_BSKh.shape[-1])
+    if not return_lse:
+        return out
+    lse = (jnp.log(total) + top)[..., 0]
+    return out, jnp.moveaxis(lse, -1, 1).reshape(B, T, H)

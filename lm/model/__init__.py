@@ -1,0 +1,53 @@
+"""Decoder-only language models: configuration, weights, and one forward pass."""
+
+from lm.model.config import (
+    Attention,
+    FeedForward,
+    Layer,
+    ModelConfig,
+    Norm,
+    Rope,
+    RopeScaling,
+    Stack,
+    make_stacks,
+)
+from lm.model.count import forward_flops, num_params, train_flops
+from lm.model.forward import LayerCache, Output, Tokens, forward
+from lm.model.head import Head, make_head
+from lm.model.params import (
+    ModelWeights,
+    Stacked,
+    Unstacked,
+    check_mesh,
+    param_specs,
+    stack,
+    unstack,
+)
+
+__all__ = [
+    "Attention",
+    "FeedForward",
+    "Head",
+    "Layer",
+    "LayerCache",
+    "ModelConfig",
+    "ModelWeights",
+    "Norm",
+    "Output",
+    "Rope",
+    "RopeScaling",
+    "Stack",
+    "Stacked",
+    "Tokens",
+    "Unstacked",
+    "check_mesh",
+    "forward",
+    "forward_flops",
+    "make_head",
+    "make_stacks",
+    "num_params",
+    "param_specs",
+    "stack",
+    "train_flops",
+    "unstack",
+]

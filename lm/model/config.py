@@ -1,0 +1,202 @@
+"""What a decoder is made of, as frozen dataclasses. Families are tables of these."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary frequencies for contexts longer than the model was trained on.
+
+    Attributes:
+      kind: "linear" (arXiv:2306.15595), "llama3" (the rule of Llama 3.1), "yarn" (arXiv:2309.00071).
+      factor: how much longer.
+      original_length: context of the original training (llama3, yarn).
+      low_frequency, high_frequency: llama3's bounds, in turns within `original_length`.
+      beta_fast, beta_slow: yarn's bounds, in turns.
+      attention_factor: yarn multiplies cos and sin by this; None for 0.1 ln(factor) + 1.
+      truncate: yarn rounds the bounds of its ramp to whole dimensions.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_length: int = 8192
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (arXiv:2104.09864), half-rotated.
+
+    Attributes:
+      theta: base of the frequencies.
+      fraction: of each head's size that is rotated (GPT-NeoX: 0.25).
+      scaling: stretching of the frequencies.
+    """
+
+    theta: float = 10_000.0
+    fraction: float = 1.0
+    scaling: RopeScaling | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in float32.
+
+    Attributes:
+      kind: which.
+      eps: added to the mean square or the variance.
+      plus_one: the weight is stored as its difference from one (Gemma).
+      bias: a bias is added (LayerNorm).
+    """
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-5
+    plus_one: bool = False
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Multi-head, grouped-query (arXiv:2305.13245) or multi-query attention.
+
+    Attributes:
+      num_heads: query heads.
+      num_kv_heads: key and value heads; divides `num_heads`.
+      head_dim: size of a head.
+      rope: rotary embedding; None for no positions.
+      window: positions a query sees, itself included; None for all before it.
+      scale: of the scores; None for head_dim ** -0.5.
+      softcap: soft cap of the scores (Gemma 2).
+      bias: of the query, key and value projections.
+      out_bias: of the output projection.
+      qk_norm: normalize queries and keys "head" by head (Qwen 3, Gemma 3) or across all of a
+        token's heads, "full" (OLMo 2); None for neither.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope | None = Rope()
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["head", "full"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward:
+    """Two matrices, or three where gated (arXiv:2002.05202).
+
+    Attributes:
+      hidden_dim: inner size.
+      activation: "silu", "gelu" (exact) or "gelu_tanh".
+      gated: activation(gate x) * (up x), else activation(up x).
+      bias: of every projection.
+    """
+
+    hidden_dim: int
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One decoder layer.
+
+    Attributes:
+      attention, feed_forward: the two blocks.
+      norm: of the residual stream.
+      placement: norms "pre" each block, "post" it (OLMo 2), or "both" (Gemma 2 and 3).
+      parallel: both blocks read the same residual (GPT-NeoX).
+    """
+
+    attention: Attention
+    feed_forward: FeedForward
+    norm: Norm = Norm()
+    placement: Literal["pre", "post", "both"] = "pre"
+    parallel: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A short pattern of layers, repeated: the weights of each position are stacked."""
+
+    pattern: tuple[Layer, ...]
+    num_repeats: int
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer, in order."""
+        return self.pattern * self.num_repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model.
+
+    Attributes:
+      vocab_size: tokens of the tokenizer.
+      embed_dim: width of the residual stream.
+      stacks: the layers.
+      norm: before the output.
+      tied: the output matrix is the embedding.
+      embed_scale: multiplies the embedding (Gemma: embed_dim ** 0.5).
+      logit_softcap: soft cap of the logits (Gemma 2).
+      vocab_multiple: the vocabulary's rows are padded to a multiple of this; 128 x `tensor` keeps
+        every shard a whole number of lanes. Padding is masked in loss and sampler.
+      max_length: context length the model is made for.
+      family: name of the table it came from.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    stacks: tuple[Stack, ...]
+    norm: Norm = Norm()
+    tied: bool = False
+    embed_scale: float | None = None
+    logit_softcap: float | None = None
+    vocab_multiple: int = 128
+    max_length: int = 2048
+    family: str = "llama"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every layer, in order."""
+        return tuple(layer for stack in self.stacks for layer in stack.layers)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+def make_stacks(layers: tuple[Layer, ...]) -> tuple[Stack, ...]:
+    """The fewest-layer pattern that repeats through `layers`; what is left is its own Stack."""
+    for size in range(1, len(layers) + 1):
+        repeats = len(layers) // size
+        covered = size * repeats
+        if layers[:covered] == layers[:size] * repeats and (repeats > 1 or size == len(layers)):
+            rest = layers[covered:]
+            return (Stack(layers[:size], repeats), *(make_stacks(rest) if rest else ()))
+    return ()

@@ -1,0 +1,270 @@
+"""One forward pass, from tokens to hidden states.
+
+Shape suffixes: B batch, T tokens of a row, D embed_dim, H query heads, K key/value heads, h head
+size, F feed-forward size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lm.kernels import attention as attention_kernels
+from lm.kernels.attention import View
+from lm.model.config import Attention, FeedForward, Layer, ModelConfig, Norm, Rope, Stack
+from lm.model.params import (
+    AttentionWeights,
+    FeedForwardWeights,
+    LayerWeights,
+    ModelWeights,
+    NormWeights,
+    Stacked,
+    Unstacked,
+    layer_at,
+    layer_specs,
+    param_specs,
+)
+from lm.model.remat import checkpointed
+from lm.model.rope import apply_rope, rope_table
+from lm.sharding import constrain
+from lm.weights import gather, linear, take
+
+AttentionFunction = Callable[..., jax.Array]
+RopeTables = dict[tuple[Rope, int], tuple[jax.Array, jax.Array]]
+
+
+@flax.struct.dataclass
+class Tokens:
+    """What the model reads.
+
+    Attributes:
+      ids: int32 [B, T].
+      positions: int32 [B, T], from 0 in each document.
+      segment_ids: int32 [B, T], or None for one document a row; tokens see their own segment only,
+        and 0 marks padding.
+    """
+
+    ids: Any
+    positions: Any
+    segment_ids: Any = None
+
+    @classmethod
+    def of(cls, ids: jax.Array) -> Tokens:
+        """Rows that are whole documents: ids [B, T] at positions 0 .. T-1."""
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        return cls(ids, positions)
+
+
+class LayerCache(Protocol):
+    """Keys and values of one layer; one call writes the new ones and reads."""
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+    ) -> tuple[jax.Array, LayerCache]:
+        """q [B, T, H, h], k and v [B, T, K, h] -> ([B, T, H, h], the cache with k and v in it)."""
+        ...
+
+
+@flax.struct.dataclass
+class Output:
+    """What the forward pass returns.
+
+    Attributes:
+      hidden: [B, T, D], normalized, ready for the output matrix.
+      cache: the caches, one a layer, or None.
+      aux: auxiliary sums by name; a dense model has none.
+    """
+
+    hidden: Any
+    cache: Any = None
+    aux: Any = flax.struct.field(default_factory=dict)
+
+
+def forward(
+    params: ModelWeights,
+    tokens: Tokens,
+    config: ModelConfig,
+    cache: Sequence[LayerCache] | None = None,
+    attention: AttentionFunction | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> Output:
+    """Hidden states of `tokens`.
+
+    Args:
+      params: weights, stacked or unstacked.
+      tokens: what to read.
+      config: the model.
+      cache: one LayerCache a layer (decoding), or None (training).
+      attention: instead of `lm.kernels.attention.attention`.
+      dtype: of activations; norms, rotary angles and softmax are float32 inside.
+      remat: what the backward pass computes again; see `lm.model.remat`.
+    """
+    if tokens.ids.ndim != 2:
+        raise ValueError(f"ids must be [batch, tokens], got shape {tokens.ids.shape}")
+    x = embed(params, tokens, config, dtype)
+    tables = rope_tables(tokens, config)
+    attend = attention or attention_kernels.attention
+    caches = list(cache) if cache is not None else None
+    new_caches: list[LayerCache] = []
+    for weights, stack in zip(params.stacks, config.stacks, strict=True):
+        block = Block(config, tokens, tables, attend, remat)
+        if caches is None:
+            x = run(weights, x, stack, block)
+        else:
+            for i, layer in enumerate(stack.layers):
+                layer_cache = caches[len(new_caches)]
+                x, layer_cache = block(layer_at(weights, i), x, layer, layer_cache)
+                new_caches.append(layer_cache)
+    hidden = normalize(x, params.norm, config.norm)
+    return Output(hidden, tuple(new_caches) if caches is not None else None)
+
+
+def embed(params: ModelWeights, tokens: Tokens, config: ModelConfig, dtype: Any) -> jax.Array:
+    """Rows of the embedding, [B, T, D]."""
+    table = gather(params.embed, param_specs(config).embed)
+    x = take(table, tokens.ids, dtype)
+    if config.embed_scale is not None:
+        x *= jnp.asarray(config.embed_scale, dtype)
+    return constrain(x, "batch", "residual_sequence", None)
+
+
+def run(weights: Stacked | Unstacked, x: jax.Array, stack: Stack, block: Block) -> jax.Array:
+    """The layers of a Stack: one `lax.scan` over its repeats, or one after another unstacked."""
+    if isinstance(weights, Unstacked):
+        for layer, layer_weights in zip(stack.layers, weights.layers, strict=True):
+            x, _ = checkpointed(block.without_cache(layer), block.remat, False)(layer_weights, x)
+        return x
+
+    def repeat(x: jax.Array, pattern: tuple[LayerWeights, ...]) -> tuple[jax.Array, None]:
+        for layer, layer_weights in zip(stack.pattern, pattern, strict=True):
+            x, _ = checkpointed(block.without_cache(layer), block.remat, True)(layer_weights, x)
+        return x, None
+
+    x, _ = jax.lax.scan(repeat, x, weights.layers)
+    return x
+
+
+class Block:
+    """A decoder layer applied to the residual stream of one call of `forward`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokens: Tokens,
+        tables: RopeTables,
+        attention: AttentionFunction,
+        remat: str,
+    ) -> None:
+        self.config, self.tokens, self.tables = config, tokens, tables
+        self.attention, self.remat = attention, remat
+
+    def without_cache(self, layer: Layer) -> Callable[[LayerWeights, jax.Array], Any]:
+        return lambda weights, x: self(weights, x, layer, None)
+
+    def __call__(
+        self, weights: LayerWeights, x: jax.Array, layer: Layer, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        specs = layer_specs(layer, self.config.embed_dim, self.config.num_layers)
+        w: LayerWeights = gather(weights, specs)
+
+        def norm(y: jax.Array, norm_weights: NormWeights | None) -> jax.Array:
+            return y if norm_weights is None else normalize(y, norm_weights, layer.norm)
+
+        attended, cache = self.attend(norm(x, w.attention_norm), w.attention, layer, cache)
+        attended = norm(attended, w.attention_post_norm)
+        before = x if layer.parallel else x + attended
+        fed = feed_forward(
+            norm(before, w.feed_forward_norm), w.feed_forward, layer.feed_forward
+        )
+        fed = norm(fed, w.feed_forward_post_norm)
+        x = before + fed + attended if layer.parallel else before + fed
+        return constrain(x, "batch", "residual_sequence", None), cache
+
+    def attend(
+        self, x: jax.Array, w: AttentionWeights, layer: Layer, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attention over x [B, T, D], already normalized -> [B, T, D]."""
+        a, tokens = layer.attention, self.tokens
+        B, T, _ = x.shape
+        x = constrain(x, "batch", "sequence", None)
+
+        def heads(weight: Any, bias: Any, scale: Any, num: int, axis: str) -> jax.Array:
+            y = linear(x, weight, bias)
+            if a.qk_norm == "full" and scale is not None:
+                y = normalize(y, NormWeights(scale), layer.norm)
+            y = y.reshape(B, T, num, a.head_dim)
+            if a.qk_norm == "head" and scale is not None:
+                y = normalize(y, NormWeights(scale), layer.norm)
+            return constrain(y, "batch", "sequence", axis, None)
+
+        q = heads(w.query, w.query_bias, w.query_norm, a.num_heads, "heads")
+        k = heads(w.key, w.key_bias, w.key_norm, a.num_kv_heads, "kv_heads")
+        v = heads(w.value, w.value_bias, None, a.num_kv_heads, "kv_heads")
+        if a.rope is not None:
+            table = self.tables[a.rope, a.head_dim]
+            q, k = apply_rope(q, table), apply_rope(k, table)
+        q, k, v = (checkpoint_name(y, n) for y, n in ((q, "query"), (k, "key"), (v, "value")))
+        if cache is not None:
+            out, cache = cache.attend(q, k, v, tokens, a)
+        else:
+            view = View(
+                tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids
+            )
+            out = self.attention(
+                q, k, v, view, scale=attention_scale(a), window=a.window, softcap=a.softcap
+            )
+        out = checkpoint_name(out, "attention")
+        out = linear(out.reshape(B, T, a.num_heads * a.head_dim), w.out, w.out_bias)
+        return constrain(out, "batch", "residual_sequence", None), cache
+
+
+def attention_scale(a: Attention) -> float:
+    """What the scores are multiplied by."""
+    return a.head_dim**-0.5 if a.scale is None else a.scale
+
+
+def feed_forward(x: jax.Array, w: FeedForwardWeights, config: FeedForward) -> jax.Array:
+    """x [B, T, D], already normalized -> [B, T, D]."""
+    x = constrain(x, "batch", "sequence", None)
+    up = checkpoint_name(linear(x, w.up, w.up_bias), "up")
+    if w.gate is None:
+        inner = ACTIVATIONS[config.activation](up)
+    else:
+        gate = checkpoint_name(linear(x, w.gate, w.gate_bias), "gate")
+        inner = ACTIVATIONS[config.activation](gate) * up
+    inner = constrain(inner, "batch", "sequence", "ffn")
+    out = linear(inner, w.down, w.down_bias)
+    return constrain(out, "batch", "residual_sequence", None)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def normalize(x: jax.Array, weights: NormWeights, norm: Norm) -> jax.Array:
+    """RMSNorm or LayerNorm over the last dimension, in float32, back to x's dtype."""
+    y = x.astype(jnp.float32)
+    if norm.kind == "layer":
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + norm.eps)
+    scale = weights.scale.astype(jnp.float32)
+    y *= 1.0 + scale if norm.plus_one else scale
+    if weights.bias is not None:
+        y += weights.bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def rope_tables(tokens: Tokens, config: ModelConfig) -> RopeTables:
+    """cos and sin of every kind of rotary embedding the layers use."""
+    kinds = {(a.rope, a.head_dim) for a in (layer.attention for layer in config.layers) if a.rope}
+    return {kind: rope_table(tokens.positions, *kind) for kind in kinds}

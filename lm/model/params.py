@@ -1,0 +1,226 @@
+"""The tree of a model's weights, and its specs.
+
+Matrices are `[*stack, in, out]`. `Stacked` is the training form, one leading dimension of repeats
+for `lax.scan`; `Unstacked` is the serving form, each layer its own arrays and leaf types.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+
+from lm.model.config import Attention, FeedForward, Layer, ModelConfig, Norm, Stack
+from lm.sharding import check_divides
+from lm.weights import ParamSpec, Weight
+from lm.weights.specs import map_specs
+
+
+@flax.struct.dataclass
+class NormWeights:
+    scale: Any
+    bias: Any = None
+
+
+@flax.struct.dataclass
+class AttentionWeights:
+    query: Weight
+    key: Weight
+    value: Weight
+    out: Weight
+    query_bias: Any = None
+    key_bias: Any = None
+    value_bias: Any = None
+    out_bias: Any = None
+    query_norm: Any = None
+    key_norm: Any = None
+
+
+@flax.struct.dataclass
+class FeedForwardWeights:
+    up: Weight
+    down: Weight
+    gate: Weight | None = None
+    up_bias: Any = None
+    down_bias: Any = None
+    gate_bias: Any = None
+
+
+@flax.struct.dataclass
+class LayerWeights:
+    attention: AttentionWeights
+    feed_forward: FeedForwardWeights
+    attention_norm: NormWeights | None = None
+    attention_post_norm: NormWeights | None = None
+    feed_forward_norm: NormWeights | None = None
+    feed_forward_post_norm: NormWeights | None = None
+
+
+@flax.struct.dataclass
+class Stacked:
+    """Weights of a Stack's pattern; every leaf has a leading dimension of repeats."""
+
+    layers: tuple[LayerWeights, ...]
+
+
+@flax.struct.dataclass
+class Unstacked:
+    """Weights of a Stack's layers, in order, each its own."""
+
+    layers: tuple[LayerWeights, ...]
+
+
+@flax.struct.dataclass
+class ModelWeights:
+    embed: Weight
+    stacks: tuple[Stacked | Unstacked, ...]
+    norm: NormWeights
+    output: Weight | None = None
+
+
+def norm_specs(norm: Norm, size: int, axis: str | None = "norm") -> NormWeights:
+    init = "zeros" if norm.plus_one else "ones"
+    bias = ParamSpec((size,), (axis,), "zeros") if norm.bias else None
+    return NormWeights(ParamSpec((size,), (axis,), init), bias)
+
+
+def attention_specs(a: Attention, norm: Norm, D: int, out_scale: float) -> AttentionWeights:
+    q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+
+    def bias(size: int, axis: str, present: bool) -> ParamSpec | None:
+        return ParamSpec((size,), (axis,), "zeros") if present else None
+
+    query_norm = key_norm = None
+    if a.qk_norm == "head":
+        query_norm = key_norm = norm_specs(norm, a.head_dim, None).scale
+    elif a.qk_norm == "full":
+        query_norm, key_norm = norm_specs(norm, q, None).scale, norm_specs(norm, kv, None).scale
+    return AttentionWeights(
+        query=ParamSpec((D, q), ("embed", "heads"), scale=D**-0.5),
+        key=ParamSpec((D, kv), ("embed", "kv_heads"), scale=D**-0.5),
+        value=ParamSpec((D, kv), ("embed", "kv_heads"), scale=D**-0.5),
+        out=ParamSpec((q, D), ("heads", "embed"), scale=q**-0.5 * out_scale),
+        query_bias=bias(q, "heads", a.bias),
+        key_bias=bias(kv, "kv_heads", a.bias),
+        value_bias=bias(kv, "kv_heads", a.bias),
+        out_bias=bias(D, "norm", a.out_bias),
+        query_norm=query_norm,
+        key_norm=key_norm,
+    )
+
+
+def feed_forward_specs(f: FeedForward, D: int, out_scale: float) -> FeedForwardWeights:
+    F = f.hidden_dim
+    inner = ParamSpec((F,), ("ffn",), "zeros") if f.bias else None
+    matrix = ParamSpec((D, F), ("embed", "ffn"), scale=D**-0.5)
+    return FeedForwardWeights(
+        up=matrix,
+        down=ParamSpec((F, D), ("ffn", "embed"), scale=F**-0.5 * out_scale),
+        gate=matrix if f.gated else None,
+        up_bias=inner,
+        down_bias=ParamSpec((D,), ("norm",), "zeros") if f.bias else None,
+        gate_bias=inner if f.gated else None,
+    )
+
+
+def layer_specs(layer: Layer, D: int, num_layers: int) -> LayerWeights:
+    """Specs of one layer. Projections back into the residual start smaller by sqrt(2 layers)."""
+    out_scale = (2 * num_layers) ** -0.5
+    norm = norm_specs(layer.norm, D)
+    pre = norm if layer.placement in ("pre", "both") else None
+    post = norm if layer.placement in ("post", "both") else None
+    return LayerWeights(
+        attention=attention_specs(layer.attention, layer.norm, D, out_scale),
+        feed_forward=feed_forward_specs(layer.feed_forward, D, out_scale),
+        attention_norm=pre,
+        attention_post_norm=post,
+        feed_forward_norm=pre,
+        feed_forward_post_norm=post,
+    )
+
+
+def stack_specs(stack: Stack, D: int, num_layers: int) -> Stacked:
+    def stacked(spec: ParamSpec) -> ParamSpec:
+        return ParamSpec(
+            (stack.num_repeats, *spec.shape), ("layers", *spec.axes), spec.init, spec.scale
+        )
+
+    specs = tuple(layer_specs(layer, D, num_layers) for layer in stack.pattern)
+    return Stacked(map_specs(stacked, specs))
+
+
+def param_specs(config: ModelConfig) -> ModelWeights:
+    """The specs of every weight of the model, in the stacked form."""
+    D, V = config.embed_dim, config.padded_vocab_size
+    # A scaled embedding (Gemma) starts small enough that the residual stream starts near one.
+    embed_scale = 1.0 / config.embed_scale if config.embed_scale else 0.02
+    return ModelWeights(
+        embed=ParamSpec((V, D), ("vocab", "embed"), scale=embed_scale),
+        stacks=tuple(stack_specs(stack, D, config.num_layers) for stack in config.stacks),
+        norm=norm_specs(config.norm, D),
+        output=None if config.tied else ParamSpec((D, V), ("embed", "vocab"), scale=D**-0.5),
+    )
+
+
+def layer_at(stack: Stacked | Unstacked, index: int) -> LayerWeights:
+    """Weights of layer `index` of a stack, in either form."""
+    if isinstance(stack, Unstacked):
+        return stack.layers[index]
+    repeat, position = divmod(index, len(stack.layers))
+    return jax.tree.map(lambda a: a[repeat], stack.layers[position])
+
+
+def num_layers(stack: Stacked | Unstacked) -> int:
+    if isinstance(stack, Unstacked):
+        return len(stack.layers)
+    return len(stack.layers) * jax.tree.leaves(stack)[0].shape[0]
+
+
+def unstack(params: ModelWeights) -> ModelWeights:
+    """The serving form: every layer its own arrays."""
+    stacks = tuple(
+        Unstacked(tuple(layer_at(stack, i) for i in range(num_layers(stack))))
+        for stack in params.stacks
+    )
+    return params.replace(stacks=stacks)
+
+
+def stack(params: ModelWeights, config: ModelConfig) -> ModelWeights:
+    """The training form, from the serving form.
+
+    Raises:
+      ValueError: layers that share a stack differ in leaf types or shapes.
+    """
+
+    def join(weights: Stacked | Unstacked, spec: Stack, name: str) -> Stacked:
+        if isinstance(weights, Stacked):
+            return weights
+        size = len(spec.pattern)
+        columns = []
+        for position in range(size):
+            layers = weights.layers[position::size]
+            shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), layer) for layer in layers]
+            for i, shape in enumerate(shapes):
+                if shape != shapes[0]:
+                    raise ValueError(
+                        f"{name}: layer {position + i * size} differs from layer {position} in "
+                        "leaf types or shapes; keep the unstacked form"
+                    )
+            columns.append(jax.tree.map(lambda *a: jax.numpy.stack(a), *layers))
+        return Stacked(tuple(columns))
+
+    pairs = zip(params.stacks, config.stacks, strict=True)
+    return params.replace(
+        stacks=tuple(join(w, spec, f"stacks/{i}") for i, (w, spec) in enumerate(pairs))
+    )
+
+
+def check_mesh(config: ModelConfig, mesh: Any) -> None:
+    """Raises ValueError, with the sizes that work, where a mesh axis does not divide the model."""
+    check_divides(mesh, "fsdp", "embed_dim", config.embed_dim)
+    check_divides(mesh, "tensor", "padded vocab_size", config.padded_vocab_size)
+    for layer in dict.fromkeys(config.layers):
+        check_divides(mesh, "tensor", "num_kv_heads", layer.attention.num_kv_heads)
+        check_divides(mesh, "tensor", "num_heads", layer.attention.num_heads)
+        check_divides(mesh, "tensor", "feed_forward.hidden_dim", layer.feed_forward.hidden_dim)

@@ -1,0 +1,73 @@
+"""Rotary position embedding (arXiv:2104.09864), half-rotated, and its stretchings."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.model.config import Rope, RopeScaling
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+    """Angle per position of each rotated pair, float64 [rotated / 2], and the factor of cos, sin."""
+    rotated = int(head_dim * rope.fraction)
+    frequencies = rope.theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    scaling = rope.scaling
+    if scaling is None:
+        return frequencies, 1.0
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        return _llama3(frequencies, scaling), 1.0
+    return _yarn(frequencies, rope, rotated, scaling)
+
+
+def _llama3(frequencies: np.ndarray, s: RopeScaling) -> np.ndarray:
+    """Slow pairs are stretched, fast ones kept, those between interpolated."""
+    turns = s.original_length * frequencies / (2 * math.pi)
+    smooth = (turns - s.low_frequency) / (s.high_frequency - s.low_frequency)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * frequencies / s.factor + smooth * frequencies
+
+
+def _yarn(
+    frequencies: np.ndarray, rope: Rope, rotated: int, s: RopeScaling
+) -> tuple[np.ndarray, float]:
+    """arXiv:2309.00071, equations 17 to 23."""
+
+    def pair(turns: float) -> float:
+        return (
+            rotated * math.log(s.original_length / (turns * 2 * math.pi)) / 2 / math.log(rope.theta)
+        )
+
+    low, high = pair(s.beta_fast), pair(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(rotated // 2) - low) / (high - low), 0.0, 1.0)
+    stretched = frequencies / s.factor * ramp + frequencies * (1 - ramp)
+    factor = s.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(s.factor) + 1.0 if s.factor > 1 else 1.0
+    return stretched, factor
+
+
+def rope_table(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, T, rotated / 2], at integer positions [B, T]."""
+    frequencies, factor = rope_frequencies(rope, head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate x [B, T, heads, head_dim]: pair i is dimensions i and i + rotated / 2."""
+    cos, sin = (t[:, :, None, :] for t in table)
+    half = cos.shape[-1]
+    x1, x2, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    rotated = (x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
