@@ -1,0 +1,174 @@
+"""The state of training, what of it trains, and how it lies on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lm.sharding import Layout, named_sharding
+from lm.weights import Leaf, abstract, initialize, is_spec, path_name, shardings
+
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step reads and writes.
+
+    Attributes:
+      step: int32, steps done.
+      trainable: weights that train; None where a weight is frozen.
+      frozen: the other weights, of any leaf type; None where a weight trains.
+      opt_state: of the optimizer, for `trainable`.
+    """
+
+    step: Any
+    trainable: Tree
+    frozen: Tree
+    opt_state: Tree
+
+    @property
+    def params(self) -> Tree:
+        """The whole model."""
+        return merge(self.trainable, self.frozen)
+
+
+def _is_weight(x: Any) -> bool:
+    return x is None or isinstance(x, Leaf) or is_spec(x)
+
+
+def partition(params: Tree, trains: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """(trainable, frozen) by a predicate over paths such as `stacks/0/layers/0/attention/query`."""
+
+    def keep(wanted: bool) -> Tree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x if trains(path_name(path)) == wanted else None,
+            params,
+            is_leaf=_is_weight,
+        )
+
+    return keep(True), keep(False)
+
+
+def merge(trainable: Tree, frozen: Tree) -> Tree:
+    """The tree that `partition` took apart."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trainable, frozen, is_leaf=_is_weight
+    )
+
+
+def everything(path: str) -> bool:
+    """The predicate of pre-training: every weight trains."""
+    return True
+
+
+def state_specs(specs: Tree, optimizer: optax.GradientTransformation) -> Tree:
+    """Spec, or None, of every leaf of the optimizer's state.
+
+    A leaf of the state whose path ends in a weight's path, and whose shape is the weight's, lies as
+    the weight does; anything else (counts) is replicated.
+    """
+    by_path = {
+        path_name(path): spec
+        for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
+    }
+
+    def find(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        parts = path_name(path).split("/")
+        for start in range(len(parts)):
+            spec = by_path.get("/".join(parts[start:]))
+            if spec is not None and spec.shape == leaf.shape:
+                return spec
+        return leaf
+
+    state = jax.eval_shape(optimizer.init, abstract(specs))
+    return jax.tree_util.tree_map_with_path(find, state)
+
+
+def state_shardings(
+    specs: Tree,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    trains: Callable[[str], bool] = everything,
+) -> TrainState:
+    """NamedShardings of a TrainState of the model with these specs.
+
+    Raises:
+      ValueError: a mesh axis does not divide a weight; the message names both.
+    """
+    mesh, rules = layout.mesh, layout.rules
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def of_state(leaf: Any) -> NamedSharding:
+        if not is_spec(leaf):
+            return replicated
+        return named_sharding(mesh, rules.optimizer, leaf.axes, leaf.shape)
+
+    trainable, frozen = partition(specs, trains)
+    return TrainState(
+        step=replicated,
+        trainable=shardings(trainable, rules, mesh),
+        frozen=shardings(frozen, rules, mesh),
+        opt_state=jax.tree.map(of_state, state_specs(trainable, optimizer), is_leaf=is_spec),
+    )
+
+
+def init_state(
+    specs: Tree,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    layout: Layout,
+    trains: Callable[[str], bool] = everything,
+) -> TrainState:
+    """A new model and its optimizer, every shard made where it lies.
+
+    Args:
+      specs: of every weight.
+      optimizer: its state is made for the weights that train.
+      key: random key of the initial weights.
+      layout: mesh and rules.
+      trains: which weights train, by path.
+    """
+    wanted = state_shardings(specs, optimizer, layout, trains)
+    return jax.jit(_maker(specs, optimizer, trains), out_shardings=wanted)(key)
+
+
+def abstract_state(
+    specs: Tree,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    trains: Callable[[str], bool] = everything,
+) -> TrainState:
+    """The TrainState as ShapeDtypeStructs with shardings: to restore into, or to compile with."""
+    shapes = jax.eval_shape(_maker(specs, optimizer, trains), jax.random.key(0))
+    wanted = state_shardings(specs, optimizer, layout, trains)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        wanted,
+    )
+
+
+def _maker(
+    specs: Tree, optimizer: optax.GradientTransformation, trains: Callable[[str], bool]
+) -> Callable[[jax.Array], TrainState]:
+    def make(key: jax.Array) -> TrainState:
+        trainable, frozen = partition(initialize(specs, key), trains)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+    return make
+
+
+def bytes_per_device(tree: Tree) -> dict[int, int]:
+    """Bytes that each device of this process holds of the live arrays of `tree`, by device id."""
+    held: dict[int, int] = {}
+    for x in jax.tree.leaves(tree):
+        for shard in x.addressable_shards:
+            held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+    return held

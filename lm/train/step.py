@@ -1,0 +1,200 @@
+"""The training step: gradients by accumulation, clipping, the optimizer's update.
+
+The whole step is one jitted function of (state, batch). What is computed is said by an objective and
+an optimizer; where it lies, by a layout; how gradients are gathered, by a `Gradient`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm.model import ModelConfig, forward, make_head, param_specs
+from lm.sharding import Layout, constrain, named_sharding, use_layout
+from lm.train.objective import Batch, Objective, Term
+from lm.train.optimizers import clip_by_global_norm
+from lm.train.state import TrainState, everything, merge, partition, state_shardings
+from lm.weights import cast, shard_like
+from lm.weights.specs import map_specs
+
+Tree = Any
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class Gradient(Protocol):
+    """Gradients of an objective over a whole batch."""
+
+    config: ModelConfig
+
+    def __call__(
+        self, objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[Tree, dict[str, Term]]:
+        """(gradients in float32, shaped like `trainable`; terms of the whole batch)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulation:
+    """Gradients by plain differentiation, over micro-batches one after another.
+
+    Attributes:
+      config: the model.
+      num_micro_batches: divides the batch; each device's own rows are divided.
+      dtype: of compute; weights are cast once a step, gradients are added up in float32.
+      remat: see `lm.model.remat`.
+      loss: implementation of the cross-entropy; None lets the size of the logits decide.
+      attention: implementation of attention; None for the default.
+    """
+
+    config: ModelConfig
+    num_micro_batches: int = 1
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    loss: str | None = None
+    attention: Callable[..., jax.Array] | None = None
+
+    def __call__(
+        self, objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
+    ) -> tuple[Tree, dict[str, Term]]:
+        compute = cast(trainable, self.dtype)
+        counts = self.counts(objective, compute, frozen, batch, key)
+
+        def micro_gradient(micro: Batch) -> tuple[Tree, dict[str, jax.Array]]:
+            def value(weights: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
+                terms = self.terms(objective, weights, frozen, micro, key)
+                sums = {name: term.sum for name, term in terms.items()}
+                parts = [t.coefficient * t.sum / counts[name].count for name, t in terms.items()]
+                return jnp.sum(jnp.stack(parts)), sums
+
+            gradients, sums = jax.grad(value, has_aux=True)(compute)
+            return cast(gradients, jnp.float32), sums
+
+        if self.num_micro_batches == 1:
+            gradients, sums = micro_gradient(batch)
+        else:
+            gradients, sums = self.add_up(micro_gradient, trainable, batch)
+        terms = {name: term.replace(sum=sums[name]) for name, term in counts.items()}
+        return gradients, terms
+
+    def terms(
+        self, objective: Objective, weights: Tree, frozen: Tree, batch: Batch, key: jax.Array
+    ) -> dict[str, Term]:
+        """The objective's terms for one micro-batch."""
+        params = merge(weights, frozen)
+        output = forward(
+            params, objective.inputs(batch), self.config,
+            attention=self.attention, dtype=self.dtype, remat=self.remat,
+        )  # fmt: skip
+        head = make_head(params, self.config, self.loss)
+        return objective.loss(head, output.hidden, batch, key)
+
+    def counts(
+        self, objective: Objective, weights: Tree, frozen: Tree, batch: Batch, key: jax.Array
+    ) -> dict[str, Term]:
+        """Counts over the whole batch. The sums beside them are of no use, and XLA drops them."""
+        shape = (*objective.inputs(batch).ids.shape, self.config.embed_dim)
+        hidden = jnp.zeros(shape, self.dtype)
+        head = make_head(merge(weights, frozen), self.config, "reference")
+        terms = objective.loss(head, hidden, batch, key)
+        return {n: t.replace(count=jnp.maximum(t.count, 1e-9)) for n, t in terms.items()}
+
+    def add_up(
+        self, micro_gradient: Callable[[Batch], Any], trainable: Tree, batch: Batch
+    ) -> tuple[Tree, dict[str, jax.Array]]:
+        """The sum of `micro_gradient` over the micro-batches."""
+        specs = _specs_of(self.config, trainable)
+
+        def split(x: jax.Array) -> jax.Array:
+            M, B = self.num_micro_batches, x.shape[0]
+            if B % M:
+                raise ValueError(f"num_micro_batches={M} does not divide the batch of {B} rows")
+            rows = x.reshape(B // M, M, *x.shape[1:]).swapaxes(0, 1)
+            return constrain(rows, None, "batch", *(None,) * (x.ndim - 1))
+
+        def body(total: Any, micro: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, micro_gradient(micro)), None
+
+        micro_batches = jax.tree.map(split, batch)
+        first = jax.tree.map(lambda x: x[0], micro_batches)
+        shapes = jax.eval_shape(micro_gradient, first)
+        gradients, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = (shard_like(gradients, specs, "gradients"), sums)
+        total, _ = jax.lax.scan(body, zeros, micro_batches)
+        return total
+
+
+def _specs_of(config: ModelConfig, trainable: Tree) -> Tree:
+    """Specs of the weights that train, None elsewhere."""
+    specs = param_specs(config)
+    return map_specs(lambda spec, weight: None if weight is None else spec, specs, trainable)
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    gradient: Gradient,
+    *,
+    max_grad_norm: float | None = 1.0,
+    seed: int = 0,
+    trains: Callable[[str], bool] = everything,
+) -> TrainStep:
+    """A jitted step: (state, batch) -> (state, metrics). The state is donated.
+
+    Args:
+      objective: what to minimize.
+      optimizer: of the weights that train.
+      layout: mesh and rules; a ZeRO stage is nothing but a choice of rules.
+      gradient: accumulation, or a pipeline's schedule.
+      max_grad_norm: gradients are scaled down to this global norm; None for never.
+      seed: of the random key the objective is given; folded with the step.
+      trains: which weights train, as in `init_state`.
+
+    Metrics, float32 scalars: each term's mean under its name, `grad_norm` (before clipping), and
+    `tokens`, the count of the first term.
+    """
+    specs = param_specs(gradient.config)
+    wanted = state_shardings(specs, optimizer, layout, trains)
+    train_specs, _ = partition(specs, trains)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with use_layout(layout):
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            gradients, terms = gradient(objective, state.trainable, state.frozen, batch, key)
+            gradients = shard_like(gradients, train_specs, "optimizer")
+            gradients, norm = clip_by_global_norm(gradients, max_grad_norm)
+            weights = shard_like(state.trainable, train_specs, "optimizer")
+            updates, opt_state = optimizer.update(gradients, state.opt_state, weights)
+            trainable = optax.apply_updates(weights, updates)
+            metrics = {name: term.sum / term.count for name, term in terms.items()}
+            metrics |= {"grad_norm": norm, "tokens": next(iter(terms.values())).count}
+            state = TrainState(state.step + 1, trainable, state.frozen, opt_state)
+            return state, metrics
+
+    batch_sharding = named_sharding(layout.mesh, layout.rules.activations, ("batch", "sequence"))
+    return jax.jit(
+        step,
+        in_shardings=(wanted, batch_sharding),
+        out_shardings=(wanted, None),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    objective: Objective, layout: Layout, gradient: Accumulation
+) -> Callable[[Tree, Batch], dict[str, Term]]:
+    """A jitted function (params, batch) -> the objective's terms, to be added up over batches."""
+
+    def evaluate(params: Tree, batch: Batch) -> dict[str, Term]:
+        with use_layout(layout):
+            weights = cast(params, gradient.dtype)
+            none = jax.tree.map(lambda _: None, weights)
+            return gradient.terms(objective, weights, none, batch, jax.random.key(0))
+
+    return jax.jit(evaluate)
