@@ -215,7 +215,7 @@ class Block:
             out, cache = cache.attend(q, k, v, tokens, a)
         else:
             view = View(
-                tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids
+                tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids, True
             )
             out = self.attention(
                 q, k, v, view, scale=attention_scale(a), window=a.window, softcap=a.softcap
@@ -232,14 +232,15 @@ def attention_scale(a: Attention) -> float:
 
 def feed_forward(x: jax.Array, w: FeedForwardWeights, config: FeedForward) -> jax.Array:
     """x [B, T, D], already normalized -> [B, T, D]."""
+    activation = ACTIVATIONS[config.activation]
     x = constrain(x, "batch", "sequence", None)
     up = checkpoint_name(linear(x, w.up, w.up_bias), "up")
     if w.gate is None:
-        inner = ACTIVATIONS[config.activation](up)
+        inner = activation(up.astype(jnp.float32))
     else:
         gate = checkpoint_name(linear(x, w.gate, w.gate_bias), "gate")
-        inner = ACTIVATIONS[config.activation](gate) * up
-    inner = constrain(inner, "batch", "sequence", "ffn")
+        inner = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    inner = constrain(inner.astype(x.dtype), "batch", "sequence", "ffn")
     out = linear(inner, w.down, w.down_bias)
     return constrain(out, "batch", "residual_sequence", None)
 

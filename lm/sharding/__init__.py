@@ -7,7 +7,7 @@ from lm.sharding.layout import (
     named_sharding,
     use_layout,
 )
-from lm.sharding.mesh import AXES, MeshShape, make_mesh
+from lm.sharding.mesh import AXES, MeshShape, make_mesh, pretend_cpu_devices
 from lm.sharding.rules import Rules, check_divides, make_rules, partition_spec
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "make_rules",
     "named_sharding",
     "partition_spec",
+    "pretend_cpu_devices",
     "use_layout",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import jax
@@ -93,3 +95,16 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def pretend_cpu_devices(shape: MeshShape) -> None:
+    """Let the CPU stand for as many devices as `shape` asks for; other platforms do not mind.
+
+    It works before JAX's first use of a device, and leaves an explicit
+    `--xla_force_host_platform_device_count` alone.
+    """
+    sizes = [size for size in dataclasses.astuple(shape) if size > 0]
+    wanted = int(np.prod(sizes))
+    if wanted > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # the backend is up already
+            jax.config.update("jax_num_cpu_devices", wanted)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from lm.kernels.matmul import matmul
 from lm.sharding import Rules
 
 
@@ -61,7 +62,7 @@ def linear(x: jax.Array, weight: Weight, bias: jax.Array | None = None) -> jax.A
     if isinstance(weight, Leaf):
         y = weight.linear(x)
     else:
-        y = jnp.einsum("...i,io->...o", x, weight.astype(x.dtype))
+        y = matmul(x, weight.astype(x.dtype))
     return y if bias is None else y + bias.astype(x.dtype)
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
+from lm.kernels.attention.blocked import blocked_attention
 from lm.kernels.attention.reference import View, reference_attention
 
-IMPLEMENTATIONS = ("reference", "cudnn")
+IMPLEMENTATIONS = ("reference", "blocked", "cudnn")
 
 
 def attention(
@@ -37,7 +38,8 @@ def attention(
       softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
       sinks: [H] scores of a key with no value, added to the denominator (GPT-OSS).
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, H].
-      implementation: "reference" or "cudnn"; None for the one that is always right.
+      implementation: "reference", "blocked" or "cudnn"; None for "blocked" where it applies (causal
+        attention of tokens to themselves, no sinks, no log-sum-exp), else "reference".
 
     Returns:
       [B, T, H, h] of q's dtype (and the log-sum-exp).
@@ -45,7 +47,17 @@ def attention(
     Raises:
       ValueError: the implementation is unknown, or cannot do what is asked.
     """
-    if implementation in (None, "reference"):
+    blocked = causal and view.in_order and sinks is None and not return_lse
+    if implementation is None:
+        implementation = "blocked" if blocked else "reference"
+    if implementation == "blocked":
+        if not blocked:
+            raise ValueError(
+                "blocked attention is causal, of tokens in order to themselves, without sinks or "
+                "log-sum-exp; use implementation='reference'"
+            )
+        return blocked_attention(q, k, v, view, scale=scale, window=window, softcap=softcap)
+    if implementation == "reference":
         return reference_attention(
             q, k, v, view, scale=scale, causal=causal, window=window,
             softcap=softcap, sinks=sinks, return_lse=return_lse,

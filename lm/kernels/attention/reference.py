@@ -24,12 +24,15 @@ class View:
       key_positions: int32 [B, S].
       query_segments: int32 [B, T] or None; a query sees keys of its own segment only.
       key_segments: int32 [B, S] or None; 0 marks padding.
+      in_order: queries and keys are the same tokens, a segment's in order and without gaps, so
+        that a causal kernel need not look at later keys, nor a windowed one at far ones.
     """
 
     query_positions: Any
     key_positions: Any
     query_segments: Any = None
     key_segments: Any = None
+    in_order: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def mask(view: View, causal: bool, window: int | None) -> jax.Array:

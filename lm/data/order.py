@@ -1,0 +1,169 @@
+"""Data order as arithmetic: keyed permutations and exact mixtures, pure functions of (seed, row).
+
+Legend: R rows of a call.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+_ROUNDS = 8
+_MASK = (1 << 64) - 1
+# Finalizer constants of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+DEFAULT_BLOCK = 1000
+
+
+def derive_key(*parts: int) -> int:
+    """A 64-bit key from integers: equal parts give equal keys, others unrelated ones."""
+    key = 0
+    for part in parts:
+        key = _mix_int((key + _GOLDEN) ^ _mix_int(part & _MASK))
+    return key
+
+
+def permute(index, size: int, key: int) -> np.ndarray:
+    """Where a keyed permutation of range(size) sends each index; O(1) memory in `size`.
+
+    A Feistel network over Z_a x Z_b with a*b just above `size`, walking its cycles until the
+    value falls below `size` (Black & Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+
+    Args:
+      index: int array of any shape, values in [0, size).
+      size: 1 <= size < 2**62.
+      key: any integer; its low 64 bits count.
+
+    Returns:
+      int64 array of the shape of `index`.
+
+    Raises:
+      ValueError: a size or an index out of range.
+    """
+    if not 1 <= size < 1 << 62:
+        raise ValueError(f"permutation size={size} must lie in [1, 2**62)")
+    index = np.asarray(index, dtype=np.int64)
+    if index.size and not (index.min() >= 0 and index.max() < size):
+        raise ValueError(f"index range [{index.min()}, {index.max()}] exceeds range({size})")
+    a = math.isqrt(size - 1) + 1
+    b = -(-size // a)
+    keys = [np.uint64(derive_key(key, i)) for i in range(_ROUNDS)]
+    value = _feistel(index.astype(np.uint64).ravel(), a, b, keys)
+    outside = np.flatnonzero(value >= size)
+    while outside.size:
+        value[outside] = _feistel(value[outside], a, b, keys)
+        outside = outside[value[outside] >= size]
+    return value.astype(np.int64).reshape(index.shape)
+
+
+def block_counts(weights: Sequence[float], block: int = DEFAULT_BLOCK) -> np.ndarray:
+    """Rows each source has in a block: largest-remainder rounding of block * weight / sum.
+
+    Raises:
+      ValueError: no weights, a negative or non-finite one, all zero, or a positive one that
+        rounds to no row of a block.
+    """
+    w = np.asarray(weights, dtype=np.float64)
+    if w.ndim != 1 or not w.size:
+        raise ValueError(f"mixture weights {weights!r} must be a non-empty list of numbers")
+    if not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
+        raise ValueError(
+            f"mixture weights {list(weights)} must be finite, not negative and not all zero"
+        )
+    quotas = block * w / w.sum()
+    counts = np.floor(quotas).astype(np.int64)
+    # Ties go to the earlier source; rounding the remainders makes equal weights tie exactly.
+    by_remainder = np.argsort(-np.round(quotas - counts, 9), kind="stable")
+    counts[by_remainder[: block - int(counts.sum())]] += 1
+    for i in np.flatnonzero((w > 0) & (counts == 0)).tolist():
+        raise ValueError(
+            f"mixture weight {weights[i]} of source {i} gives no row in a block of {block}; "
+            f"raise the weight or use a block of at least {math.ceil(w.sum() / w[i])}"
+        )
+    return counts
+
+
+def mixture_source(
+    global_row, weights: Sequence[float], seed: int, block: int = DEFAULT_BLOCK
+) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each global row and how many earlier rows came from that source.
+
+    Every aligned block of `block` rows holds exactly `block_counts(weights, block)` rows of the
+    sources, in an order keyed by (seed, block number).
+
+    Args:
+      global_row: int array [R], values >= 0.
+
+    Returns:
+      (source, rank): int64 arrays [R]; over all global rows the ranks of one source are
+      0, 1, 2, ... in order.
+    """
+    rows = np.asarray(global_row, dtype=np.int64)
+    counts = block_counts(weights, block)
+    if len(counts) == 1:
+        return np.zeros_like(rows), rows.copy()
+    source, rank = np.empty_like(rows), np.empty_like(rows)
+    blocks = rows // block
+    for number in np.unique(blocks):
+        here = blocks == number
+        sources_B, ranks_B = _block_pattern(tuple(counts.tolist()), seed, int(number))
+        within = rows[here] - number * block
+        source[here] = sources_B[within]
+        rank[here] = number * counts[sources_B[within]] + ranks_B[within]
+    return source, rank
+
+
+def epoch_row(rank, num_rows: int, seed: int, source: int = 0) -> np.ndarray:
+    """Plan row behind the rank-th row drawn from a source of `num_rows` rows.
+
+    Ranks [e * num_rows, (e + 1) * num_rows) are epoch e: each row once, in an order keyed by
+    (seed, source, e).
+    """
+    rank = np.asarray(rank, dtype=np.int64)
+    epoch, within = np.divmod(rank, num_rows)
+    rows = np.empty_like(rank)
+    for e in np.unique(epoch):
+        here = epoch == e
+        rows[here] = permute(within[here], num_rows, derive_key(seed, 1, source, int(e)))
+    return rows
+
+
+@functools.lru_cache(maxsize=64)
+def _block_pattern(
+    counts: tuple[int, ...], seed: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(source, rank within the block) of each of a block's rows."""
+    block = sum(counts)
+    ordered = np.repeat(np.arange(len(counts)), counts)
+    sources = ordered[permute(np.arange(block), block, derive_key(seed, 0, number))]
+    by_source = np.argsort(sources, kind="stable")
+    starts = np.cumsum(counts) - counts
+    ranks = np.empty(block, np.int64)
+    ranks[by_source] = np.arange(block) - starts[ordered]
+    return sources, ranks
+
+
+def _feistel(value: np.ndarray, a: int, b: int, keys: list[np.uint64]) -> np.ndarray:
+    left, right = value // np.uint64(b), value % np.uint64(b)
+    for i, key in enumerate(keys):
+        if i % 2 == 0:
+            left = (left + _mix(right ^ key) % np.uint64(a)) % np.uint64(a)
+        else:
+            right = (right + _mix(left ^ key) % np.uint64(b)) % np.uint64(b)
+    return left * np.uint64(b) + right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(_GOLDEN)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mix_int(x: int) -> int:
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
+    return x ^ (x >> 31)

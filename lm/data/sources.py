@@ -1,0 +1,260 @@
+"""Tokenized documents: TFDS data sets stored as array_record, read and written without TensorFlow.
+
+A data set holds one example a document with the features `tokens` (int32 [n], BOS and EOS
+included), `num_bytes` (bytes of its text) and `name`. It opens with any TFDS reader
+(`tfds.builder_from_directory(path).as_data_source(split)`).
+
+Decoding one example costs about 50 us and a packed row needs many parts of documents, so
+`open_source` keeps a memory-mapped copy of the tokens (two bytes each while ids fit) beside it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+_READ_BATCH = 1024
+_WRITE_BATCH = 1024
+_CACHE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document: its token ids, BOS and EOS included, and the size of its text in bytes."""
+
+    tokens: np.ndarray
+    num_bytes: int
+    name: str = ""
+
+
+class TokenSource(Protocol):
+    """Random access to tokenized documents.
+
+    Attributes:
+      lengths: int64 [documents], tokens a document.
+      num_bytes: int64 [documents], bytes of text a document, BOS and EOS counting none.
+      fingerprint: names the content: sources with the same tokens have the same one.
+    """
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+    @property
+    def num_bytes(self) -> np.ndarray: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+    def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens [start, start + length) of a document, int32; all from `start` by default."""
+        ...
+
+
+class ArraySource:
+    """Documents laid end to end in one array, in memory or memory-mapped.
+
+    Args:
+      tokens: unsigned or signed integers [total].
+      offsets: int64 [documents + 1]; document d is tokens[offsets[d]:offsets[d + 1]].
+      num_bytes: int64 [documents].
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, offsets: np.ndarray, num_bytes: np.ndarray, fingerprint: str
+    ):
+        self._tokens, self._offsets = tokens, offsets
+        self.num_bytes = num_bytes
+        self.lengths = np.diff(offsets)
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def from_documents(cls, documents: Iterable[Document]) -> "ArraySource":
+        """Holds `documents` in memory."""
+        documents = list(documents)
+        tokens = np.concatenate([np.zeros(0, np.int32), *(d.tokens for d in documents)])
+        offsets = np.cumsum([0] + [len(d.tokens) for d in documents], dtype=np.int64)
+        num_bytes = np.asarray([d.num_bytes for d in documents], dtype=np.int64)
+        digest = hashlib.sha256()
+        for d in documents:
+            _update(digest, d.tokens, d.num_bytes)
+        return cls(tokens, offsets, num_bytes, digest.hexdigest()[:32])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        begin, end = int(self._offsets[document]) + start, int(self._offsets[document + 1])
+        if length is not None:
+            end = min(end, begin + length)
+        return np.asarray(self._tokens[begin:end], dtype=np.int32)
+
+    def head(self, num_tokens: int) -> "ArraySource":
+        """The leading documents that hold at least `num_tokens` tokens, or all there are."""
+        documents = min(len(self), int(np.searchsorted(self._offsets, num_tokens)))
+        return ArraySource(
+            self._tokens,
+            self._offsets[: documents + 1],
+            self.num_bytes[:documents],
+            f"{self.fingerprint}:{documents}",
+        )
+
+
+def write_dataset(
+    directory: str | os.PathLike[str],
+    splits: Mapping[str, Iterable[Document]],
+    *,
+    name: str = "tokens",
+    max_documents_per_shard: int = 100_000,
+) -> None:
+    """Writes documents, in their order, as a TFDS data set in array_record files.
+
+    Args:
+      directory: an empty or missing directory, by TFDS custom `.../<name>/<version>`.
+
+    Raises:
+      FileExistsError: `directory` holds files.
+      ValueError: a split without documents.
+    """
+    directory = Path(directory)
+    if directory.is_dir() and any(directory.iterdir()):
+        raise FileExistsError(f"'{directory}' is not empty; write to a new directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    import tensorflow_datasets as tfds
+
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name=name,
+            version=tfds.core.Version("1.0.0"),
+            data_dir=str(directory),
+            module_name=__name__,
+        ),
+        description="Tokenized documents, BOS and EOS included.",
+        features=tfds.features.FeaturesDict(
+            {
+                "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+                "num_bytes": np.int64,
+                "name": tfds.features.Text(),
+            }
+        ),
+    )
+    writer = tfds.core.SequentialWriter(
+        info, max_examples_per_shard=max_documents_per_shard, file_format="array_record"
+    )
+    writer.initialize_splits(list(splits))
+    for split, documents in splits.items():
+        # The writer rewrites its metadata at every call, so a call carries many documents.
+        batch: list[dict[str, Any]] = []
+        written = 0
+        for document in documents:
+            batch.append(dataclasses.asdict(document))
+            if len(batch) == _WRITE_BATCH:
+                writer.add_examples({split: batch})
+                written, batch = written + len(batch), []
+        if batch:
+            writer.add_examples({split: batch})
+        elif not written:
+            raise ValueError(f"split '{split}' of '{directory}' has no documents")
+    writer.close_all()
+
+
+def open_source(
+    directory: str | os.PathLike[str],
+    split: str,
+    cache: str | os.PathLike[str] | None = None,
+) -> ArraySource:
+    """Opens a split of a TFDS data set, through a memory-mapped copy of its tokens.
+
+    The copy is made once, atomically, in `cache` (by default `<directory>/../.token_cache`) and
+    made again when the data set's files change.
+
+    Raises:
+      FileNotFoundError: no TFDS data set at `directory`.
+      ValueError: no such split, or it lacks the features `tokens` or `num_bytes`.
+    """
+    directory = Path(directory)
+    if not (directory / "dataset_info.json").is_file():
+        raise FileNotFoundError(
+            f"no TFDS data set at '{directory}' (dataset_info.json is missing); pass the "
+            "directory that write_dataset or TFDS wrote, version included"
+        )
+    cache = Path(cache) if cache is not None else directory.parent / ".token_cache"
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(directory.iterdir())]
+    key = json.dumps([_CACHE_VERSION, split, stats])
+    path = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not path.exists():
+        _write_cache(directory, split, path)
+    arrays = {n: np.load(path / f"{n}.npy", mmap_mode="r") for n in ("tokens", "offsets")}
+    about = json.loads((path / "about.json").read_text())
+    return ArraySource(
+        **arrays, num_bytes=np.load(path / "num_bytes.npy"), fingerprint=about["fingerprint"]
+    )
+
+
+def _write_cache(directory: Path, split: str, path: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder_from_directory(directory)
+    splits: Any = builder.info.splits or {}
+    if split not in splits:
+        raise ValueError(f"data set '{directory}' has no split '{split}'; it has {sorted(splits)}")
+    features = sorted(dict(builder.info.features or {}))
+    for needed in ("tokens", "num_bytes"):
+        if needed not in features:
+            raise ValueError(
+                f"data set '{directory}' has no feature '{needed}' but {features}; write it with "
+                "write_dataset"
+            )
+    examples = builder.as_data_source(split)
+    lengths, num_bytes, largest = [], [], 0
+    digest = hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with open(partial / "tokens.int32", "wb") as file:
+            for start in range(0, len(examples), _READ_BATCH):
+                stop = min(start + _READ_BATCH, len(examples))
+                for example in examples.__getitems__(range(start, stop)):
+                    tokens = example["tokens"].astype("<i4")
+                    file.write(tokens.data)
+                    lengths.append(len(tokens))
+                    num_bytes.append(int(example["num_bytes"]))
+                    largest = max(largest, int(tokens.max(initial=0)))
+                    _update(digest, tokens, num_bytes[-1])
+        total = sum(lengths)
+        if not total:
+            raise ValueError(f"split '{split}' of data set '{directory}' holds no tokens")
+        _narrow(partial / "tokens.int32", partial / "tokens.npy", total, largest)
+        np.save(partial / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+        np.save(partial / "num_bytes.npy", np.asarray(num_bytes, dtype=np.int64))
+        about = {"split": split, "fingerprint": digest.hexdigest()[:32], "num_tokens": total}
+        (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        partial.chmod(0o755)
+        try:
+            partial.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _narrow(raw: Path, path: Path, total: int, largest: int) -> None:
+    """Moves int32 tokens to a .npy file of the least width that holds them."""
+    dtype = np.dtype("<u2" if largest < 1 << 16 else "<i4")
+    tokens = np.memmap(raw, "<i4", "r", shape=(total,))
+    out = np.lib.format.open_memmap(path, "w+", dtype, (total,))
+    step = 1 << 24
+    for start in range(0, total, step):
+        out[start : start + step] = tokens[start : start + step]
+    out.flush()
+    raw.unlink()
+
+
+def _update(digest: Any, tokens: np.ndarray, num_bytes: int) -> None:
+    digest.update(np.asarray([len(tokens), num_bytes], "<i8").data)
+    digest.update(np.ascontiguousarray(tokens, "<i4").data)

@@ -1,0 +1,111 @@
+"""What asks for text and what comes back. No JAX: agents, evals and servers import this alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One continuation to generate. Sequences of ids may be given as any iterable of integers.
+
+    Attributes:
+      prompt_token_ids: what to continue; at least one id.
+      max_new_tokens: most tokens to generate.
+      temperature: divides the logits; 0 is greedy.
+      seed: of this request's own randomness, in [0, 2**32). The same request gives the same tokens
+        whatever it is batched with; several samples of one prompt need several seeds.
+      stop_ids: tokens that end the sample, beside the tokenizer's end of sequence.
+      logprobs: whether the sample carries its log-probabilities.
+
+    Raises:
+      ValueError: a value is out of range.
+      TypeError: an id, `max_new_tokens` or `seed` is not an integer.
+    """
+
+    prompt_token_ids: Sequence[int]
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    stop_ids: Sequence[int] = ()
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "prompt_token_ids", _ids("prompt_token_ids", self.prompt_token_ids)
+        )
+        object.__setattr__(self, "stop_ids", _ids("stop_ids", self.stop_ids))
+        object.__setattr__(self, "max_new_tokens", _integer("max_new_tokens", self.max_new_tokens))
+        object.__setattr__(self, "seed", _integer("seed", self.seed))
+        if not self.prompt_token_ids:
+            raise ValueError("prompt_token_ids is empty; give at least one token, such as BOS")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}; use 1 or more")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f"temperature={self.temperature}; use 0 for greedy or a positive number"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}; use 0 to {2**32 - 1}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What was generated for one request.
+
+    Attributes:
+      prompt_token_ids: the request's prompt.
+      token_ids: the new tokens, the one that stopped it included.
+      finish_reason: "stop" at a stop token; "length" at `max_new_tokens` or a full context.
+      logprobs: of each of `token_ids` under the model itself (temperature 1), where asked for.
+      text: of `token_ids` without the token that stopped it, where there is a tokenizer.
+
+    Raises:
+      ValueError: an unknown finish reason, or log-probabilities that do not match the tokens.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...] | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.finish_reason not in get_args(FinishReason):
+            raise ValueError(f"finish_reason={self.finish_reason!r}; use 'stop' or 'length'")
+        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
+            raise ValueError(
+                f"logprobs has {len(self.logprobs)} values for {len(self.token_ids)} token_ids; "
+                "give one for each, or None"
+            )
+
+
+class Sampler(Protocol):
+    """Anything that generates: the local engine, a remote endpoint, a script, a recording."""
+
+    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+        """One sample for each request, in their order."""
+        ...
+
+
+def _integer(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}={value!r} is not an integer; give an int") from None
+
+
+def _ids(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(values, str | bytes):
+        raise TypeError(f"{name}={values!r} is text; encode it to token ids first")
+    ids = tuple(_integer(f"{name}[{i}]", value) for i, value in enumerate(values))
+    for i, value in enumerate(ids):
+        if value < 0:
+            raise ValueError(f"{name}[{i}]={value}; token ids are 0 or more")
+    return ids
