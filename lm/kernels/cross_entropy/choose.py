@@ -1,4 +1,4 @@
-"""Which implementation of the cross-entropy runs."""
+"""Token log-probabilities: which implementation runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import math
 
 import jax
 
-from lm.kernels.cross_entropy.fused import fused_token_logprobs
+from lm.kernels.cross_entropy.fused import fused_token_logprobs, make_placement
 from lm.kernels.cross_entropy.reference import reference_token_logprobs
-from lm.sharding import current_layout
 
 IMPLEMENTATIONS = ("reference", "fused")
-MAX_LOGIT_BYTES = 32 << 20
+
+# Chunks compute the logits twice; below this size, holding them costs less than that.
+MAX_LOGIT_BYTES = 256 * 2**20
+# Every chunk reads and writes the weight's float32 gradient; fewer tokens do not hide that.
+MIN_CHUNK_TOKENS = 1024
 
 
 def token_logprobs(
@@ -26,42 +29,75 @@ def token_logprobs(
     max_logit_bytes: int = MAX_LOGIT_BYTES,
     chunk_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """log softmax(hidden weight)[target] and the log-sum-exp, float32; differentiable both.
+    """Log-probability of each target under softmax(hidden @ weight), and the log-sum-exp.
+
+    Both outputs are differentiable with respect to `hidden` and `weight`: cross-entropy is minus
+    the first, z-loss (arXiv:2204.02311) a multiple of the second squared. Matrices multiply in the
+    dtype of `hidden` and add up in float32; logits are float32.
 
     Args:
-      hidden: [..., D], of the compute dtype; products are added up in float32.
-      weight: [D, V padded], or [V padded, D] where `transposed`.
-      targets: int [...].
-      transposed: the output is tied to the embedding.
-      vocab_size: columns from here on are padding and count nothing.
-      softcap: logits become softcap * tanh(logits / softcap).
-      implementation: "reference" or "fused"; None for "fused" where a device's float32 logits
-        would exceed `max_logit_bytes`.
-      max_logit_bytes: see there.
-      chunk_tokens: tokens whose logits "fused" holds at once.
+      hidden: [..., D]; [B, T, D] is split over the mesh by `batch` and `sequence`, [B, D] by
+        `batch`.
+      weight: [D, V padded] with logical axes (embed, vocab), as it rests.
+      targets: int32 [...], in 0..vocab_size-1. Another value gives a finite result of no meaning,
+        to be masked by the caller.
+      transposed: the weight is [V padded, D] instead (output tied to the embedding).
+      vocab_size: columns from here on are padding; they take no part.
+      softcap: logits become softcap * tanh(logits / softcap) (arXiv:2408.00118).
+      implementation: "reference" (all logits at once) or "fused" (a chunk of tokens at a time);
+        None for the first unless it would hold more than `max_logit_bytes`.
+      max_logit_bytes: bytes of float32 logits per device.
+      chunk_tokens: tokens per device and chunk of "fused"; None for `max_logit_bytes` of logits,
+        and at least `MIN_CHUNK_TOKENS` tokens.
 
     Returns:
-      Log-probability of each target, and the log-sum-exp of its logits, both [...].
+      (log-probability, log-sum-exp), both float32 [...].
 
     Raises:
-      ValueError: the implementation is unknown.
+      ValueError: shapes that do not fit, a size the mesh does not divide, a bad option.
     """
-    vocab = weight.shape[0 if transposed else 1]
+    padded_vocab = _check(hidden, weight, targets, transposed, vocab_size, softcap, chunk_tokens)
+    options = {"transposed": transposed, "vocab_size": vocab_size, "softcap": softcap}
+    at = make_placement(hidden.shape, weight.shape, transposed)
+    num_columns = padded_vocab // at.size(at.vocab)
     if implementation is None:
-        layout = current_layout()
-        parts = layout.mesh.size if layout is not None else 1
-        logit_bytes = 4 * math.prod(targets.shape) * vocab / parts
-        implementation = "fused" if logit_bytes > max_logit_bytes else "reference"
+        num_tokens = targets.size // at.size(at.scatter + at.reduce)
+        large = 4 * num_tokens * num_columns > max_logit_bytes
+        implementation = "fused" if large else "reference"
     if implementation == "reference":
-        return reference_token_logprobs(
-            hidden, weight, targets, transposed=transposed, vocab_size=vocab_size, softcap=softcap
-        )
+        return reference_token_logprobs(hidden, weight, targets, **options)
     if implementation == "fused":
-        return fused_token_logprobs(
-            hidden, weight, targets, transposed=transposed, vocab_size=vocab_size,
-            softcap=softcap, chunk_tokens=chunk_tokens,
-        )  # fmt: skip
+        if chunk_tokens is None:
+            chunk_tokens = max(MIN_CHUNK_TOKENS, max_logit_bytes // (4 * num_columns))
+        return fused_token_logprobs(hidden, weight, targets, chunk_tokens=chunk_tokens, **options)
     raise ValueError(
         f"cross-entropy implementation {implementation!r} is unknown; "
         f"use {', '.join(IMPLEMENTATIONS)}"
     )
+
+
+def _check(hidden, weight, targets, transposed, vocab_size, softcap, chunk_tokens) -> int:
+    """The padded size of the vocabulary, if all is well."""
+    if weight.ndim != 2:
+        raise ValueError(f"output weight of shape {list(weight.shape)} is not a matrix")
+    padded_vocab, size = weight.shape if transposed else weight.shape[::-1]
+    if hidden.shape[-1] != size:
+        other = "[D, V], transposed=False" if transposed else "[V, D], transposed=True"
+        raise ValueError(
+            f"hidden size {hidden.shape[-1]} does not match an output weight of shape "
+            f"{list(weight.shape)} with transposed={transposed}; is it {other}?"
+        )
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets {list(targets.shape)} do not match hidden states {list(hidden.shape)}; "
+            f"one target a token: {list(hidden.shape[:-1])}"
+        )
+    if not 0 < vocab_size <= padded_vocab:
+        raise ValueError(
+            f"vocab_size={vocab_size} is outside 1..{padded_vocab}, the weight's columns"
+        )
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap={softcap}; use a positive number, or None for no cap")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens}; use a positive number, or None")
+    return padded_vocab

@@ -1,36 +1,26 @@
-"""Cross-entropy fused with its projection: chunks of tokens, the vocabulary split over `tensor`.
+"""Token log-probabilities a chunk of tokens at a time, vocabulary-parallel over the mesh.
 
-Only one chunk's logits are alive at a time, in both passes; the backward pass computes them again.
-The `custom_vjp` stands around `shard_map`, each pass being one: inside it, sums over mesh axes
-would be differentiated as well, and the gradient come out wrong.
+The logits of one chunk live at a time, and the backward pass computes them again, as in
+arXiv:2411.09009; each device holds the columns of its part of the vocabulary, as in
+arXiv:1909.08053. Forward and backward are each one `shard_map`, and the `custom_vjp` lies around
+both: no transposition rule of a collective takes part in the gradient.
 
-Shape suffixes: N tokens of a device, n tokens of a chunk, D embed_dim, V this device's part of the
-padded vocabulary.
+Shapes: N tokens of this device, C of one chunk, D hidden size, V columns of this device.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from lm.kernels.matmul import dot
-from lm.sharding import Layout, current_layout, partition_spec
-
-CHUNK_BYTES = 8 << 20  # of a chunk's float32 logits: few enough to stay near the cores
-
-
-class Static(NamedTuple):
-    """What is known at trace time."""
-
-    transposed: bool
-    vocab_size: int
-    softcap: float | None
-    chunk: int | None
-    layout: Layout | None
+from lm.kernels.cross_entropy.reference import MASKED, token_axes, weight_axes
+from lm.sharding import current_layout, partition_spec
 
 
 def fused_token_logprobs(
@@ -41,184 +31,282 @@ def fused_token_logprobs(
     transposed: bool,
     vocab_size: int,
     softcap: float | None = None,
-    chunk_tokens: int | None = None,
+    chunk_tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `lm.kernels.cross_entropy.token_logprobs`; `chunk_tokens` are those of one device."""
+    """As `token_logprobs`, holding float32 logits of at most `chunk_tokens` tokens per device.
+
+    Reverse mode only: there is no second derivative and no `jvp`.
+    """
+    plan = _Plan(
+        transposed=transposed,
+        vocab_size=vocab_size,
+        masked=vocab_size < weight.shape[0 if transposed else 1],
+        softcap=softcap,
+        chunk_tokens=chunk_tokens,
+        placement=make_placement(hidden.shape, weight.shape, transposed),
+    )
+    return _fused(plan, hidden, weight, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the arrays lie on the mesh, and the mesh axes each collective runs over.
+
+    Attributes:
+      mesh: the mesh, or None for one device without a layout.
+      hidden, tokens, weight, gradient: specs of the arrays; `gradient` is the weight's.
+      vocab: axes that split the vocabulary.
+      embed: axes that split the weight's hidden dimension at rest.
+      scatter: axes that split it in the gradient.
+      reduce: axes that split the tokens, less `scatter`.
+      sequence: axes of `vocab` that also split the sequence of `hidden`.
+    """
+
+    mesh: Mesh | None = None
+    hidden: PartitionSpec = PartitionSpec()
+    tokens: PartitionSpec = PartitionSpec()
+    weight: PartitionSpec = PartitionSpec()
+    gradient: PartitionSpec = PartitionSpec()
+    vocab: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
+    scatter: tuple[str, ...] = ()
+    reduce: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+
+    def size(self, axes: Sequence[str]) -> int:
+        """Number of parts that these mesh axes make."""
+        return math.prod(self.mesh.shape[axis] for axis in axes) if self.mesh else 1
+
+
+def make_placement(hidden: Sequence[int], weight: Sequence[int], transposed: bool) -> Placement:
+    """The placement of arrays of these shapes under the layout in force.
+
+    Raises:
+      ValueError: mesh axes do not divide the batch, the sequence, the vocabulary or `embed`.
+    """
     layout = current_layout()
-    if hidden.ndim != 3:
-        layout = None
-    static = Static(transposed, vocab_size, softcap, chunk_tokens, layout)
-    return _token_logprobs(hidden, weight.astype(hidden.dtype), targets, static)
+    if layout is None:
+        return Placement()
+    mesh, rules, axes = layout.mesh, layout.rules, weight_axes(transposed)
+    num_dims = len(hidden) - 1
+    tokens = partition_spec(rules.activations, token_axes(num_dims, "sequence"), mesh, hidden[:-1])
+    at_rest = partition_spec(rules.weights, axes, mesh, weight)
+    gradient = partition_spec(rules.gradients, axes, mesh, weight)
+    of_tokens = tuple(axis for entry in tokens for axis in _axes(entry))
+    embed, vocab = axes.index("embed"), _axes(at_rest[axes.index("vocab")])
+    scatter = _axes(gradient[embed])
+    if not set(scatter) <= set(of_tokens):  # nothing to sum there: leave the slicing to jit
+        scatter = ()
+    gradient_entries = [at_rest[0], at_rest[1]]
+    gradient_entries[embed] = scatter or None
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _token_logprobs(hidden, weight, targets, static: Static):
-    return _forward(hidden, weight, targets, static)[0]
-
-
-def _forward(hidden, weight, targets, static: Static):
-    local = functools.partial(_local_forward, static)
-    if static.layout is None:
-        logprobs, lse = local(hidden, weight, targets)
-    else:
-        tokens, states, matrix, _ = _specs(static)
-        logprobs, lse = jax.shard_map(
-            local,
-            mesh=static.layout.mesh,
-            in_specs=(states, matrix, tokens),
-            out_specs=(tokens, tokens),
-            check_vma=False,
-        )(hidden, weight, targets)
-    return (logprobs, lse), (hidden, weight, targets, lse)
-
-
-def _backward(static: Static, saved, cotangents):
-    hidden, weight, targets, lse = saved
-    local = functools.partial(_local_backward, static)
-    arguments = (hidden, weight, targets, lse, *cotangents)
-    if static.layout is None:
-        dhidden, dweight = local(*arguments)
-    else:
-        tokens, states, matrix, gradient = _specs(static)
-        dhidden, dweight = jax.shard_map(
-            local,
-            mesh=static.layout.mesh,
-            in_specs=(states, matrix, *[tokens] * 4),
-            out_specs=(states, gradient),
-            check_vma=False,
-        )(*arguments)
-    return dhidden, dweight, None
-
-
-_token_logprobs.defvjp(_forward, _backward)
-
-
-def _specs(static: Static) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec, PartitionSpec]:
-    """PartitionSpecs of tokens [B, T], hidden [B, T, D], the gathered weight, and its gradient."""
-    layout = static.layout
-    assert layout is not None
-    mesh, rules = layout.mesh, layout.rules
-    axes = ("vocab", "embed") if static.transposed else ("embed", "vocab")
-    gathered = {"vocab": rules.activations["vocab"]}
-    return (
-        partition_spec(rules.activations, ("batch", "sequence"), mesh),
-        partition_spec(rules.activations, ("batch", "sequence", None), mesh),
-        partition_spec(gathered, axes, mesh),
-        partition_spec(rules.gradients, axes, mesh),
+    split, residual = (), tokens
+    if num_dims > 1:
+        wanted = partition_spec(rules.activations, token_axes(num_dims, "residual_sequence"), mesh)
+        whole = _axes(tokens[1])
+        split = _axes(wanted[1])[len(whole) :]
+        parts = math.prod(mesh.shape[axis] for axis in _axes(wanted[1]))
+        follows = _axes(wanted[1])[: len(whole)] == whole and set(split) <= set(vocab)
+        if follows and hidden[1] % parts == 0:
+            residual = wanted
+        else:
+            split = ()
+    return Placement(
+        mesh=mesh,
+        hidden=PartitionSpec(*residual, None),
+        tokens=tokens,
+        weight=at_rest,
+        gradient=PartitionSpec(*gradient_entries),
+        vocab=vocab,
+        embed=_axes(at_rest[embed]),
+        scatter=scatter,
+        reduce=tuple(axis for axis in of_tokens if axis not in scatter),
+        sequence=split,
     )
 
 
-def _axes(static: Static, logical: str) -> tuple[str, ...]:
-    """Mesh axes, larger than 1, of a logical axis of activations."""
-    if static.layout is None:
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes of one entry of a PartitionSpec."""
+    if entry is None:
         return ()
-    mesh, rules = static.layout.mesh, static.layout.rules
-    return tuple(a for a in rules.activations.get(logical, ()) if mesh.shape[a] > 1)
+    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _chunks(static: Static, vocab: int, *arrays):
-    """Arrays [N, ...] as [chunks, n, ...], padded with zeros at the end."""
-    num_tokens = arrays[0].shape[0]
-    chunk = static.chunk or max(64, CHUNK_BYTES // (4 * vocab) // 64 * 64)
-    chunk = min(chunk, num_tokens)
-    pad = -num_tokens % chunk
-    split = []
-    for x in arrays:
-        x = jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1)))
-        split.append(x.reshape(-1, chunk, *x.shape[1:]))
-    return split
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is fixed while tracing: the options of `token_logprobs` and the placement."""
+
+    transposed: bool
+    vocab_size: int
+    masked: bool
+    softcap: float | None
+    chunk_tokens: int
+    placement: Placement
+
+    def over_mesh(self, function, in_specs, out_specs):
+        """`function` of local arrays as one of global arrays."""
+        local = functools.partial(function, self)
+        if self.placement.mesh is None:
+            return local
+        # Replication is not checked: `psum` makes it, and nothing differentiates through here.
+        return jax.shard_map(
+            local,
+            mesh=self.placement.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
 
 
-def _logits(static: Static, hidden_nD, weight, first: jax.Array | int):
-    """(logits, float32 [n, V], -inf in padding columns; the columns of the whole vocabulary)."""
-    contract = (((1,), (1 if static.transposed else 0,)), ((), ()))
-    raw = jax.lax.dot_general(hidden_nD, weight, contract, preferred_element_type=jnp.float32)
-    logits = raw if static.softcap is None else static.softcap * jnp.tanh(raw / static.softcap)
-    columns = first + jnp.arange(logits.shape[-1])
-    return jnp.where(columns < static.vocab_size, logits, -jnp.inf), columns
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(plan: _Plan, hidden: jax.Array, weight: jax.Array, targets: jax.Array):
+    at = plan.placement
+    forward = plan.over_mesh(
+        _local_forward, (at.hidden, at.weight, at.tokens), (at.tokens, at.tokens)
+    )
+    return forward(hidden, weight, targets)
 
 
-def _first_column(static: Static, vocab: int) -> jax.Array | int:
-    """Column of the whole vocabulary at which this device's part begins."""
-    index: jax.Array | int = 0
-    for axis in _axes(static, "vocab"):
-        index = index * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
-    return index * vocab
+def _fused_forward(plan, hidden, weight, targets):
+    logprobs, logsumexp = _fused(plan, hidden, weight, targets)
+    return (logprobs, logsumexp), (hidden, weight, targets, logsumexp)
 
 
-def _local_forward(static: Static, hidden, weight, targets):
-    shape = targets.shape
-    hidden, targets = _as_rows(hidden, 1), _as_rows(targets, 0)
-    vocab = weight.shape[0 if static.transposed else 1]
-    first = _first_column(static, vocab)
-    split = _axes(static, "vocab")
-
-    def chunk(_, xs):
-        hidden_nD, targets_n = xs
-        logits, columns = _logits(static, hidden_nD, weight, first)
-        top = jnp.max(logits, axis=-1)
-        top = jax.lax.pmax(top, split) if split else top
-        total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
-        target = jnp.sum(jnp.where(columns == targets_n[:, None], logits, 0.0), axis=-1)
-        if split:
-            total, target = jax.lax.psum((total, target), split)
-        lse = jnp.log(total) + top
-        return None, (target - lse, lse)
-
-    chunks = _chunks(static, vocab, hidden, targets)
-    _, (logprobs, lse) = jax.lax.scan(chunk, None, tuple(chunks))
-    count = targets.shape[0]
-    return logprobs.reshape(-1)[:count].reshape(shape), lse.reshape(-1)[:count].reshape(shape)
+def _fused_backward(plan, residuals, cotangents):
+    at = plan.placement
+    backward = plan.over_mesh(
+        _local_backward,
+        (at.hidden, at.weight, at.tokens, at.tokens, at.tokens, at.tokens),
+        (at.hidden, at.gradient),
+    )
+    d_hidden, d_weight = backward(*residuals, *cotangents)
+    return d_hidden, d_weight, None
 
 
-def _local_backward(static: Static, hidden, weight, targets, lse, dlogprobs, dlse):
-    shape, dtype = hidden.shape, hidden.dtype
-    hidden = _as_rows(hidden, 1)
-    targets, lse, dlogprobs, dlse = (_as_rows(x, 0) for x in (targets, lse, dlogprobs, dlse))
-    vocab = weight.shape[0 if static.transposed else 1]
-    first = _first_column(static, vocab)
-
-    def chunk(dweight, xs):
-        hidden_nD, targets_n, lse_n, dlogprobs_n, dlse_n = xs
-        logits, columns = _logits(static, hidden_nD, weight, first)
-        dlogits = (dlse_n - dlogprobs_n)[:, None] * jnp.exp(logits - lse_n[:, None])
-        dlogits += jnp.where(columns == targets_n[:, None], dlogprobs_n[:, None], 0.0)
-        if static.softcap is not None:
-            capped = jnp.where(columns < static.vocab_size, logits, 0.0)
-            dlogits *= 1 - jnp.square(capped / static.softcap)
-        dlogits = dlogits.astype(dtype)
-        dhidden = dot(dlogits, weight, transpose_y=not static.transposed)
-        pair = (dlogits, hidden_nD) if static.transposed else (hidden_nD, dlogits)
-        dweight += dot(*pair, transpose_x=True).astype(jnp.float32)
-        return dweight, dhidden
-
-    chunks = _chunks(static, vocab, hidden, targets, lse, dlogprobs, dlse)
-    dweight, dhidden = jax.lax.scan(chunk, jnp.zeros(weight.shape, jnp.float32), tuple(chunks))
-    dhidden = dhidden.reshape(-1, shape[-1])[: hidden.shape[0]].reshape(shape)
-    if split := _axes(static, "vocab"):
-        dhidden = jax.lax.psum(dhidden, split)
-    return dhidden, _sum_over_batch(static, dweight.astype(dtype))
+_fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _as_rows(x: jax.Array, trailing: int) -> jax.Array:
-    """Leading dimensions flattened into one."""
-    return x.reshape(-1, *x.shape[x.ndim - trailing :])
+def _local_forward(plan: _Plan, hidden: jax.Array, weight: jax.Array, targets: jax.Array):
+    """Log-probabilities and log-sum-exps of this device's tokens, from its part of the columns."""
+    matrix = _gather_weight(plan, weight, hidden.dtype)
+    hidden = _gather_sequence(plan, hidden)
+    columns = _columns(plan, matrix)
+
+    def step(_, chunk):
+        hidden_CD, targets_C = chunk
+        logits_CV, _ = _logits(plan, hidden_CD, matrix, columns)
+        top = jnp.max(logits_CV, axis=-1)
+        logsumexp = top + jnp.log(jnp.sum(jnp.exp(logits_CV - top[:, None]), axis=-1))
+        target = jnp.sum(jnp.where(columns == targets_C[:, None], logits_CV, 0.0), axis=-1)
+        return None, (logsumexp, target)
+
+    size = _chunk_size(plan, targets.size)
+    chunks = (_chunks(hidden, size, 1), _chunks(targets, size))
+    _, parts = jax.lax.scan(step, None, chunks)
+    logsumexp, target = (part.reshape(-1)[: targets.size] for part in parts)
+    vocab = plan.placement.vocab
+    if vocab:
+        top = jax.lax.pmax(logsumexp, vocab)
+        total, target = jax.lax.psum((jnp.exp(logsumexp - top), target), vocab)
+        logsumexp = top + jnp.log(total)
+    return (target - logsumexp).reshape(targets.shape), logsumexp.reshape(targets.shape)
 
 
-def _sum_over_batch(static: Static, dweight: jax.Array) -> jax.Array:
-    """Add up the weight's gradient over the devices that hold other tokens.
+def _local_backward(plan, hidden, weight, targets, logsumexp, d_logprobs, d_logsumexp):
+    """Gradients of this device's hidden states and of its part of the weight."""
+    at = plan.placement
+    matrix = _gather_weight(plan, weight, hidden.dtype)
+    whole = _gather_sequence(plan, hidden)
+    columns = _columns(plan, matrix)
+    to_hidden, to_weight = (
+        ("cv,vd->cd", "cv,cd->vd") if plan.transposed else ("cv,dv->cd", "cv,cd->dv")
+    )
+    # Partial sums of other devices are still to be added: keep them in float32 until then.
+    partial_dtype = jnp.float32 if at.vocab else hidden.dtype
 
-    Where the `gradients` table splits it over an axis of the batch, each device gets its part only.
-    """
-    layout = static.layout
-    if layout is None:
-        return dweight
-    scatter = layout.rules.gradients.get("embed", ())
-    dim = 1 if static.transposed else 0
-    rest = []
-    for axis in _axes(static, "batch") + _axes(static, "sequence"):
-        if axis in scatter:
-            dweight = jax.lax.psum_scatter(dweight, axis, scatter_dimension=dim, tiled=True)
-        else:
-            rest.append(axis)
-    return jax.lax.psum(dweight, tuple(rest)) if rest else dweight
+    def step(d_matrix, chunk):
+        hidden_CD, targets_C, logsumexp_C, d_logprobs_C, d_logsumexp_C = chunk
+        logits_CV, slope_CV = _logits(plan, hidden_CD, matrix, columns)
+        probs_CV = jnp.exp(logits_CV - logsumexp_C[:, None])
+        d_CV = (d_logsumexp_C - d_logprobs_C)[:, None] * probs_CV
+        d_CV += jnp.where(columns == targets_C[:, None], d_logprobs_C[:, None], 0.0)
+        if slope_CV is not None:
+            d_CV *= slope_CV
+        if plan.masked:
+            d_CV = jnp.where(columns < plan.vocab_size, d_CV, 0.0)
+        d_CV = d_CV.astype(hidden_CD.dtype)
+        d_hidden = jnp.einsum(to_hidden, d_CV, matrix, preferred_element_type=jnp.float32)
+        d_matrix += jnp.einsum(to_weight, d_CV, hidden_CD, preferred_element_type=jnp.float32)
+        return d_matrix, d_hidden.astype(partial_dtype)
+
+    size = _chunk_size(plan, targets.size)
+    per_token = (targets, logsumexp, d_logprobs, d_logsumexp)
+    chunks = (_chunks(whole, size, 1), *(_chunks(x, size) for x in per_token))
+    d_matrix, d_hidden = jax.lax.scan(step, jnp.zeros(matrix.shape, jnp.float32), chunks)
+
+    d_hidden = d_hidden.reshape(-1, whole.shape[-1])[: targets.size].reshape(whole.shape)
+    if at.sequence:
+        d_hidden = jax.lax.psum_scatter(d_hidden, at.sequence, scatter_dimension=1, tiled=True)
+    rest = tuple(axis for axis in at.vocab if axis not in at.sequence)
+    if rest:
+        d_hidden = jax.lax.psum(d_hidden, rest)
+    if at.scatter:
+        embed = weight_axes(plan.transposed).index("embed")
+        d_matrix = jax.lax.psum_scatter(d_matrix, at.scatter, scatter_dimension=embed, tiled=True)
+    if at.reduce:
+        d_matrix = jax.lax.psum(d_matrix, at.reduce)
+    return d_hidden.astype(hidden.dtype), d_matrix.astype(weight.dtype)
+
+
+def _logits(plan: _Plan, hidden_CD: jax.Array, matrix: jax.Array, columns: jax.Array):
+    """Logits float32 [C, V] of a chunk and, where capped, the derivative of the cap."""
+    equation = "cd,vd->cv" if plan.transposed else "cd,dv->cv"
+    logits = jnp.einsum(equation, hidden_CD, matrix, preferred_element_type=jnp.float32)
+    slope = None
+    if plan.softcap is not None:
+        tanh = jnp.tanh(logits / plan.softcap)
+        logits, slope = plan.softcap * tanh, 1.0 - tanh * tanh
+    if plan.masked:
+        logits = jnp.where(columns < plan.vocab_size, logits, MASKED)
+    return logits, slope
+
+
+def _gather_weight(plan: _Plan, weight: jax.Array, dtype) -> jax.Array:
+    """This device's columns with every row, in the dtype that multiplies."""
+    weight = weight.astype(dtype)
+    if not plan.placement.embed:
+        return weight
+    embed = weight_axes(plan.transposed).index("embed")
+    return jax.lax.all_gather(weight, plan.placement.embed, axis=embed, tiled=True)
+
+
+def _gather_sequence(plan: _Plan, hidden: jax.Array) -> jax.Array:
+    """Hidden states of every token that this device's columns are to meet."""
+    if not plan.placement.sequence:
+        return hidden
+    return jax.lax.all_gather(hidden, plan.placement.sequence, axis=1, tiled=True)
+
+
+def _columns(plan: _Plan, matrix: jax.Array) -> jax.Array:
+    """Vocabulary ids int32 [V] of this device's columns."""
+    size = matrix.shape[0 if plan.transposed else 1]
+    columns = jnp.arange(size, dtype=jnp.int32)
+    if not plan.placement.vocab:
+        return columns
+    return columns + size * jax.lax.axis_index(plan.placement.vocab)
+
+
+def _chunk_size(plan: _Plan, num_tokens: int) -> int:
+    """Tokens of a chunk: at most what was asked, evened out so that little is padded."""
+    num_chunks = max(1, -(-num_tokens // plan.chunk_tokens))
+    return max(1, -(-num_tokens // num_chunks))
+
+
+def _chunks(x: jax.Array, size: int, num_features: int = 0) -> jax.Array:
+    """[..., *features] -> [chunks, size, *features], filled up with zeros."""
+    features = x.shape[x.ndim - num_features :]
+    x = x.reshape(-1, *features)
+    padding = -x.shape[0] % size
+    if padding:
+        x = jnp.pad(x, ((0, padding),) + ((0, 0),) * num_features)
+    return x.reshape(-1, size, *features)

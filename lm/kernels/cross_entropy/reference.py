@@ -1,11 +1,17 @@
-"""Cross-entropy with the logits held whole: what the fused one is compared with."""
+"""Token log-probabilities the plain way: the logits of every token at once."""
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from lm.sharding import constrain
+from lm.sharding import constrain, current_layout, named_sharding
+
+# Finite, so that a device that holds nothing but padding columns makes no NaN.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def reference_token_logprobs(
@@ -17,16 +23,56 @@ def reference_token_logprobs(
     vocab_size: int,
     softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `lm.kernels.cross_entropy.token_logprobs`."""
+    """As `token_logprobs`, holding float32 logits [..., V] until the backward pass."""
+    tokens = token_axes(hidden.ndim - 1, "sequence")
+    hidden = constrain(hidden, *tokens, None)
     equation = "...d,vd->...v" if transposed else "...d,dv->...v"
-    weight = weight.astype(hidden.dtype)
-    logits = jnp.einsum(equation, hidden, weight, preferred_element_type=jnp.float32)
-    if logits.ndim == 3:
-        logits = constrain(logits, "batch", "sequence", "vocab")
+    matrix = _whole(weight.astype(hidden.dtype), transposed)
+    logits = jnp.einsum(equation, hidden, matrix, preferred_element_type=jnp.float32)
+    logits = constrain(logits, *tokens, "vocab")
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    real = jnp.arange(logits.shape[-1]) < vocab_size
-    logits = jnp.where(real, logits, -jnp.inf)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return target - lse, lse
+    columns = jnp.arange(logits.shape[-1])
+    if vocab_size < logits.shape[-1]:
+        logits = jnp.where(columns < vocab_size, logits, MASKED)
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    # A gather along a sharded vocabulary would bring the logits together; a masked sum does not.
+    target = jnp.sum(jnp.where(columns == targets[..., None], logits, 0.0), axis=-1)
+    return target - logsumexp, logsumexp
+
+
+def token_axes(num_dims: int, sequence: str) -> tuple[str | None, ...]:
+    """Logical axes of the token dimensions: [B, T, ...], or a flat [B]."""
+    return ("batch", sequence, *(None,) * num_dims)[:num_dims]
+
+
+def weight_axes(transposed: bool) -> tuple[str, str]:
+    """Logical axes of the output matrix."""
+    return ("vocab", "embed") if transposed else ("embed", "vocab")
+
+
+def _whole(weight: jax.Array, transposed: bool) -> jax.Array:
+    """The matrix gathered along `embed`; its gradient goes to the `gradients` table."""
+    layout = current_layout()
+    if layout is None:
+        return weight
+    mesh, rules, axes = layout.mesh, layout.rules, weight_axes(transposed)
+    columns = {"vocab": rules.weights.get("vocab", ())}
+    used = named_sharding(mesh, columns, axes, weight.shape)
+    return _reshard(weight, used, named_sharding(mesh, rules.gradients, axes, weight.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _reshard(x: jax.Array, forward: NamedSharding, backward: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, forward)
+
+
+def _reshard_forward(x, forward, backward):
+    return _reshard(x, forward, backward), None
+
+
+def _reshard_backward(forward, backward, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, backward),)
+
+
+_reshard.defvjp(_reshard_forward, _reshard_backward)

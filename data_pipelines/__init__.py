@@ -1,0 +1,1 @@
+"""Programs that turn raw text into training tokens."""

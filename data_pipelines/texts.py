@@ -1,0 +1,296 @@
+"""Stages from files to clean documents: find, read, filter, deduplicate, cut, mix.
+
+Each stage is a small generator; what it drops it counts by reason.
+"""
+
+import ast
+import dataclasses
+import email
+import glob
+import hashlib
+import os
+import re
+import sysconfig
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+
+class CorpusError(ValueError):
+    """Text that cannot become a corpus; the message names the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A file that may hold text. `kind` is user, docs, metadata, docstrings or source."""
+
+    path: Path
+    name: str
+    kind: str
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A document. `group` is the content hash of the file it came from."""
+
+    name: str
+    text: str
+    kind: str
+    group: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.text.encode())
+
+
+PROSE_KINDS = ("docs", "metadata", "docstrings")
+SECTION_BYTES = 65_536
+_MAX_SYSTEM_FILE = 262_144
+_DOC_SUFFIXES = (".rst", ".md", ".txt")
+_NOT_PROSE = re.compile(
+    r"(top_level|entry_points|SOURCES|CMakeLists|requirements.*|constraints.*)\.txt$"
+)
+_LICENCE_NAME = re.compile(r"licen[sc]e|copying|notice", re.IGNORECASE)
+_LICENCE_TEXT = re.compile(r"licen[sc]e|copyright", re.IGNORECASE)
+_CODE_SUFFIXES = (".js", ".mjs", ".css", ".svg", ".html", ".json")
+# Of user files only code can be "minified": a line of prose may be a whole chapter.
+_MAX_LINE, _MAX_MEAN_LINE = 2000, 200
+
+
+def content_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def uniform(seed: int, name: str) -> float:
+    """A number in [0, 1) keyed by (seed, name)."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / (1 << 48)
+
+
+def find_user_files(patterns: Sequence[str]) -> list[Candidate]:
+    """Files that match the glob patterns (`**` crosses directories), sorted by name.
+
+    Raises:
+      CorpusError: a pattern matches no file.
+    """
+    found: dict[str, Candidate] = {}
+    for pattern in patterns:
+        paths = [
+            Path(p)
+            for p in glob.glob(os.path.expanduser(pattern), recursive=True)
+            if os.path.isfile(p)
+        ]
+        if not paths:
+            raise CorpusError(
+                f"no files match '{pattern}' (from '{os.getcwd()}'); quote the pattern so that "
+                "the shell leaves it alone, and use '**' to cross directories"
+            )
+        for path in paths:
+            size = path.stat().st_size
+            found[os.path.realpath(path)] = Candidate(path, path.as_posix(), "user", size)
+    return sorted(found.values(), key=lambda c: c.name)
+
+
+def find_system_files(seed: int) -> list[Candidate]:
+    """Documentation and source of Python's library and the installed packages.
+
+    A `.py` file serves either as docstrings or as source, by a hash of its name, so that no text
+    comes twice. The order is by name and so the same for the same installation.
+    """
+    paths = sysconfig.get_paths()
+    roots = {"stdlib": paths["stdlib"], "site-packages": paths["purelib"]}
+    if paths["platlib"] != paths["purelib"]:
+        roots["site-packages-platform"] = paths["platlib"]
+    found = []
+    for label, root in roots.items():
+        for directory, subdirectories, files in os.walk(root):
+            subdirectories[:] = [
+                d
+                for d in subdirectories
+                if d not in ("__pycache__", "site-packages", "dist-packages")
+            ]
+            for file in files:
+                path = Path(directory, file)
+                name = f"{label}/{path.relative_to(root).as_posix()}"
+                kind = _system_kind(name, seed)
+                if kind and not path.is_symlink():
+                    found.append(Candidate(path, name, kind, path.stat().st_size))
+    return sorted(found, key=lambda c: c.name)
+
+
+def _system_kind(name: str, seed: int) -> str | None:
+    directory, _, file = name.rpartition("/")
+    if file.endswith(".py"):
+        return "docstrings" if uniform(seed, "use:" + name) < 0.5 else "source"
+    if file == "METADATA" and directory.endswith(".dist-info"):
+        return "metadata"
+    prose = file.endswith(_DOC_SUFFIXES) or _LICENCE_NAME.match(file)
+    return "docs" if prose and not _NOT_PROSE.search(file) else None
+
+
+def shuffled(candidates: Iterable[Candidate], seed: int) -> list[Candidate]:
+    """In an order keyed by (seed, name)."""
+    return sorted(candidates, key=lambda c: (uniform(seed, "order:" + c.name), c.name))
+
+
+def read(candidates: Iterable[Candidate], dropped: Counter[str]) -> Iterator[Text]:
+    """Decodes UTF-8 and takes the prose or the source out of each file.
+
+    Raises:
+      CorpusError: a user file is not UTF-8. System files that are not are dropped.
+    """
+    for candidate in candidates:
+        if candidate.kind != "user" and candidate.size > _MAX_SYSTEM_FILE:
+            dropped["too large"] += 1
+            continue
+        try:
+            text = candidate.path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            if candidate.kind == "user":
+                raise CorpusError(
+                    f"'{candidate.path}' is not UTF-8: byte 0x{error.object[error.start]:02x} at "
+                    f"offset {error.start}; convert it (iconv -f latin1 -t utf-8 OLD > NEW, with "
+                    "its real encoding) or leave it out of the pattern"
+                ) from error
+            dropped["not UTF-8"] += 1
+            continue
+        except OSError as error:
+            if candidate.kind == "user":
+                raise CorpusError(f"cannot read '{candidate.path}': {error.strerror}") from error
+            dropped["unreadable"] += 1
+            continue
+        text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+        group = content_hash(text)
+        if candidate.kind == "docstrings":
+            text = docstrings(text, Path(candidate.name).stem)
+        elif candidate.kind == "source":
+            text = _without_licence_header(text)
+        elif candidate.kind == "metadata":
+            text = str(email.message_from_string(text).get_payload())
+        yield Text(candidate.name, text, candidate.kind, group)
+
+
+def docstrings(source: str, module: str) -> str:
+    """The docstrings of a module, each below the name it documents; '' if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return ""
+    parts: list[str] = []
+
+    def visit(node, name: str) -> None:
+        if doc := ast.get_docstring(node):
+            parts.append(f"{name}\n\n{doc}\n")
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                visit(child, f"{name}.{child.name}")
+
+    visit(tree, module)
+    return "\n\n".join(parts)
+
+
+def _without_licence_header(source: str) -> str:
+    header = re.match(r"(?:#[^\n]*\n)+", source)
+    if header and _LICENCE_TEXT.search(header[0]):
+        return source[header.end() :].lstrip("\n")
+    return source
+
+
+def keep(texts: Iterable[Text], dropped: Counter[str]) -> Iterator[Text]:
+    """Drops what is no text to learn from."""
+    for text in texts:
+        if reason := _fault(text):
+            dropped[reason] += 1
+        else:
+            yield text
+
+
+def _fault(text: Text) -> str | None:
+    body = text.text
+    if not body.strip():
+        return "empty"
+    control = sum(body.count(c) for c in map(chr, (*range(9), *range(14, 27), 127)))
+    if "\0" in body or control > len(body) // 100:
+        return "binary"
+    system = text.kind != "user"
+    if system or text.name.endswith(_CODE_SUFFIXES):
+        lines = body.splitlines()
+        if len(body) > _MAX_MEAN_LINE * len(lines) or max(map(len, lines)) > _MAX_LINE:
+            return "long lines or minified"
+    if system:
+        if len(body) < 64:
+            return "too short"
+        sample = body[:SECTION_BYTES]
+        if sum(map(str.isalpha, sample)) < 0.4 * len("".join(sample.split())):
+            return "mostly numbers or symbols"
+        raw = sample.encode()
+        if len(raw) > 2048 and len(zlib.compress(raw, 1)) < 0.08 * len(raw):
+            return "repetitive"
+    return None
+
+
+def deduplicate(texts: Iterable[Text], dropped: Counter[str]) -> Iterator[Text]:
+    """Drops exact copies, and licences that differ in copyright lines, case or spacing only."""
+    seen: set[str] = set()
+    for text in texts:
+        key = content_hash(text.text)
+        if text.kind == "docs" and _LICENCE_NAME.search(text.name):
+            lines = [n for n in text.text.lower().splitlines() if "copyright" not in n]
+            key = content_hash(re.sub(r"[^a-z]+", " ", " ".join(lines)))
+        if key in seen:
+            dropped["duplicate"] += 1
+            continue
+        seen.add(key)
+        yield text
+
+
+def cut(texts: Iterable[Text], section_bytes: int = SECTION_BYTES) -> Iterator[Text]:
+    """Cuts texts longer than `section_bytes` characters at paragraphs, else lines, else spaces."""
+    for text in texts:
+        body, number = text.text, 0
+        while len(body) > section_bytes:
+            number += 1
+            end = next(
+                (
+                    at + len(mark)
+                    for mark in ("\n\n", "\n", " ")
+                    if (at := body.rfind(mark, section_bytes // 2, section_bytes)) >= 0
+                ),
+                section_bytes,
+            )
+            section, body = body[:end], body[end:]
+            if section.strip():
+                yield dataclasses.replace(text, name=f"{text.name}#{number}", text=section)
+        if body.strip():
+            name = f"{text.name}#{number + 1}" if number else text.name
+            yield dataclasses.replace(text, name=name, text=body)
+
+
+def mix(prose: Iterator[Text], source: Iterator[Text], prose_fraction: float) -> Iterator[Text]:
+    """Draws from the stream that is behind its share of the bytes; the other when one ends."""
+    streams = [(prose, prose_fraction), (source, 1 - prose_fraction)]
+    streams = [(s, share) for s, share in streams if share > 0]
+    taken = [0.0] * len(streams)
+    while streams:
+        i = min(range(len(streams)), key=lambda i: taken[i])
+        text = next(streams[i][0], None)
+        if text is None:
+            del streams[i], taken[i]
+            continue
+        taken[i] += text.num_bytes / streams[i][1]
+        yield text
+
+
+def take(texts: Iterable[Text], max_bytes: int | None) -> Iterator[Text]:
+    """The leading texts, until they hold `max_bytes`."""
+    total = 0
+    for text in texts:
+        yield text
+        total += text.num_bytes
+        if max_bytes is not None and total >= max_bytes:
+            return

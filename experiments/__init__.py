@@ -1,0 +1,1 @@
+"""Programs, one absl program each, configured by frozen dataclasses."""

@@ -1,0 +1,162 @@
+"""Configurations of `experiments.pretrain`.
+
+Each is a function returning a frozen dataclass; a new one replaces fields of the nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from lm.model import Attention, FeedForward, Layer, ModelConfig, Norm, Rope, Stack
+from lm.sharding import MeshShape
+from lm.train.loop import Intervals
+from lm.train.optimizers import AdamW, Muon
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The corpus.
+
+    Attributes:
+      files: glob patterns of UTF-8 text files, separated by commas or blanks; none for the
+        documentation, docstrings and source that come with Python and its packages.
+      directory: where tokenizer and data set are, or are made; none for `<workdir>/data`.
+      max_megabytes: of text, about; 0 for all of `files`.
+      held_out: share of the documents kept for evaluation.
+      max_held_out_tokens: of them, evaluated during training.
+      seed: of the data's order.
+    """
+
+    files: str = ""
+    directory: str = ""
+    max_megabytes: float = 30.0
+    held_out: float = 0.05
+    max_held_out_tokens: int = 100_000
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """How arrays lie on the mesh.
+
+    Attributes:
+      zero: ZeRO stage over the mesh axis `fsdp`.
+      sequence_parallel: between blocks, split the sequence over `tensor`.
+    """
+
+    zero: Literal[0, 1, 2, 3] = 3
+    sequence_parallel: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up to `peak`, then a decay to `final_fraction` of it at the last step.
+
+    Attributes:
+      decay: "cosine"; "wsd", stable and then falling over the last `decay_fraction` of the steps;
+        or "constant".
+    """
+
+    peak: float = 1e-3
+    warmup_steps: int = 20
+    decay: Literal["cosine", "wsd", "constant"] = "cosine"
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The run.
+
+    Attributes:
+      num_steps: of the optimizer.
+      batch_size: rows of a step, over all devices and micro-batches.
+      sequence_length: tokens of a row.
+      num_micro_batches: a step's rows are taken in this many parts.
+      dtype: of compute; weights and their updates are float32.
+      remat: what the backward pass computes again: none, full, matmuls, or save:NAME,...
+      attention: implementation; none for the default.
+      z_loss: coefficient of the squared log-sum-exp of the logits.
+      max_grad_norm: gradients are scaled down to this norm.
+      keep: checkpoints to keep; none for all.
+      seed: of the initial weights.
+    """
+
+    num_steps: int = 300
+    batch_size: int = 16
+    sequence_length: int = 256
+    num_micro_batches: int = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: str = "none"
+    attention: str | None = None
+    z_loss: float = 0.0
+    max_grad_norm: float = 1.0
+    keep: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What the model is asked to go on with at the end."""
+
+    prompts: tuple[str, ...] = ("def main(argv):\n", "Return the number of ", "The most important ")
+    max_new_tokens: int = 96
+    temperature: float = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """A pre-training run."""
+
+    model: ModelConfig
+    data: Data = Data()
+    mesh: MeshShape = MeshShape(fsdp=-1)
+    sharding: Sharding = Sharding()
+    optimizer: AdamW | Muon = AdamW()
+    learning_rate: LearningRate = LearningRate()
+    train: Train = Train()
+    intervals: Intervals = Intervals()
+    sampling: Sampling = Sampling()
+
+
+def llama(
+    vocab_size: int, embed_dim: int, num_layers: int, num_heads: int, num_kv_heads: int,
+    hidden_dim: int, max_length: int = 1024,
+) -> ModelConfig:  # fmt: skip
+    """A small Llama-style decoder with a tied output."""
+    attention = Attention(num_heads, num_kv_heads, embed_dim // num_heads, rope=Rope(10_000.0))
+    layer = Layer(attention, FeedForward(hidden_dim), Norm(eps=1e-5))
+    return ModelConfig(
+        vocab_size, embed_dim, (Stack((layer,), num_layers),), tied=True, max_length=max_length
+    )
+
+
+def quicktest() -> Pretrain:
+    """One to two minutes on two cores: about a million weights, 6 MB of local text.
+
+    Command: python -m experiments.pretrain --config=quicktest --workdir=runs/quicktest
+    """
+    return Pretrain(
+        model=llama(2048, 128, 4, 4, 2, 384, max_length=256),
+        data=Data(max_megabytes=6.0),
+        optimizer=Muon(),
+        train=Train(num_steps=400, batch_size=16, sequence_length=128),
+        learning_rate=LearningRate(peak=1e-2, warmup_steps=20),
+        intervals=Intervals(log=10, evaluate=100, save=40),
+    )
+
+
+def demo() -> Pretrain:
+    """Under six minutes on two cores: what `make demo` runs.
+
+    Command: python -m experiments.pretrain --config=demo --workdir=runs/demo
+    """
+    return dataclasses.replace(
+        quicktest(),
+        model=llama(4096, 256, 6, 4, 2, 704, max_length=512),
+        data=Data(max_megabytes=20.0),
+        train=Train(num_steps=600, batch_size=16, sequence_length=256),
+        learning_rate=LearningRate(peak=8e-3, warmup_steps=30),
+        intervals=Intervals(log=10, evaluate=100, save=60),
+    )

@@ -1,0 +1,160 @@
+"""The end of a pre-training run: baselines, samples, `summary.json`, and the report."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import lzma
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from data_pipelines.local_text import LocalText
+from experiments import report
+from experiments.configs.pretrain import Pretrain
+from lm.data.ngram import ByteNgram
+from lm.infer.generate import LocalSampler
+from lm.infer.requests import Request
+from lm.model import num_params, train_flops, unstack
+from lm.tokenizers.base import Tokenizer
+from lm.train import metrics as metrics_lib
+from lm.train.state import TrainState
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def say(text: str) -> None:
+    """A line for the user, on standard output."""
+    print(text, flush=True)
+
+
+def summarize(
+    config: Pretrain,
+    workdir: pathlib.Path,
+    state: TrainState,
+    text: LocalText,
+    tokenizer: Tokenizer,
+) -> None:
+    """Write `summary.json` and `report.html`, and name every file the run made."""
+    rows = metrics_lib.read(workdir / "metrics.jsonl")
+    last = [row for row in rows if "held_out_bits_per_byte" in row][-1]
+    documents = held_out_documents(config, text)
+    say("baselines on the same held-out text ...")
+    ngram = ByteNgram.fit((t.encode() for t in text.texts("train")), order=3)
+    num_bytes = sum(map(len, documents))
+    held_out = {
+        "bits_per_byte": last["held_out_bits_per_byte"],
+        "ngram_bits_per_byte": ngram.bits_per_byte(documents),
+        "lzma_bits_per_byte": 8 * len(lzma.compress(b"".join(documents))) / num_bytes,
+        "loss": last["held_out_loss"],
+        "num_bytes": num_bytes,
+    }
+    samples = draw_samples(config, state, tokenizer)
+    summary = {
+        "title": f"Pre-training on {'your text' if config.data.files else 'local text'}",
+        "held_out": held_out,
+        "model": {
+            "num_parameters": num_params(config.model),
+            "layers": config.model.num_layers,
+            "width": config.model.embed_dim,
+            "vocabulary": config.model.vocab_size,
+            "train_flops_per_token": train_flops(config.model, config.train.sequence_length),
+        },
+        "train": training_totals(rows),
+        "samples": samples,
+        "corpus": {k: v for k, v in text.summary.items() if not isinstance(v, dict)},
+        "environment": environment(),
+        "files": files_made(workdir, text),
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for sample in samples:
+        say(f"\n{sample['prompt']}\033[2m{sample['text']}\033[0m" if sys.stdout.isatty() else
+            f"\n{sample['prompt']}|{sample['text']}")  # fmt: skip
+    say(
+        f"\nheld-out bits per byte: {held_out['bits_per_byte']:.3f} "
+        f"(order-3 byte n-gram {held_out['ngram_bits_per_byte']:.3f}, "
+        f"lzma {held_out['lzma_bits_per_byte']:.3f}, raw text 8)"
+    )
+    if importlib.util.find_spec("matplotlib"):
+        report.write_from_workdir(workdir)
+    else:
+        say("no report: matplotlib is missing; pip install 'lm-lifecycle[report]', then "
+            f"python -m experiments.report --workdir={workdir}")  # fmt: skip
+    say("\nfiles made:")
+    for name in ("report.html", "summary.json", "metrics.jsonl", "config.json", "tensorboard",
+                 "checkpoints", "data"):  # fmt: skip
+        path = text.directory if name == "data" else workdir / name
+        if path.exists():
+            say(f"  {path}")
+
+
+def held_out_documents(config: Pretrain, text: LocalText) -> list[bytes]:
+    """The held-out text that training was evaluated on."""
+    count = len(text.source("validation").head(config.data.max_held_out_tokens))
+    return [t.encode() for t in itertools.islice(text.texts("validation"), count)]
+
+
+def draw_samples(config: Pretrain, state: TrainState, tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """What the model goes on with after each of the configured prompts."""
+    params = jax.device_put(unstack(state.params), jax.devices()[0])
+    sampler = LocalSampler(params, config.model, tokenizer=tokenizer, dtype=jnp.float32)
+    requests = [
+        Request(
+            prompt_token_ids=tokenizer.encode(prompt, bos=True),
+            max_new_tokens=config.sampling.max_new_tokens,
+            temperature=config.sampling.temperature,
+            seed=i,
+        )
+        for i, prompt in enumerate(config.sampling.prompts)
+    ]
+    pairs = zip(config.sampling.prompts, sampler.sample(requests), strict=True)
+    return [{"prompt": prompt, "text": sample.text or ""} for prompt, sample in pairs]
+
+
+def training_totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Steps and the median throughput of the logged rows."""
+    rates = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+    steps = [row["step"] for row in rows if "loss" in row]
+    return {"num_steps": steps[-1], "tokens_per_second": rates[len(rates) // 2]}
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, date and command of this run."""
+    devices = jax.devices()
+    return {
+        "device": f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} CPU cores",
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "command": "python -m experiments.pretrain " + " ".join(sys.argv[1:]),
+    }
+
+
+def files_made(workdir: pathlib.Path, text: LocalText) -> list[dict[str, Any]]:
+    """The run's files, for the report."""
+    what = {
+        workdir / "metrics.jsonl": "one object a logged step",
+        workdir / "config.json": "the configuration",
+        workdir / "summary.json": "held-out figures, samples, environment",
+        workdir / "tensorboard": "the same metrics for TensorBoard",
+        workdir / "checkpoints": "weights and optimizer state",
+        text.tokenizer_path: "SentencePiece tokenizer",
+        text.dataset_path: "tokenized documents, TFDS in array_record files",
+    }
+    return [
+        {"path": str(path), "what": note, "num_bytes": size_of(path)} for path, note in what.items()
+    ]
+
+
+def size_of(path: pathlib.Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(f.stat().st_size for f in files if f.is_file())

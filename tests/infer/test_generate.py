@@ -1,0 +1,244 @@
+"""The local engine against recomputing everything, and against another library."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.infer import Request, Sample
+from lm.infer import generate as engine
+from lm.infer.generate import LocalSampler
+from lm.model import (
+    Attention,
+    FeedForward,
+    Layer,
+    ModelConfig,
+    Stack,
+    Tokens,
+    forward,
+    make_head,
+    param_specs,
+    unstack,
+)
+from lm.weights import Int8, ParamSpec, is_spec
+
+LAYER = Layer(Attention(4, 2, 8), FeedForward(48))
+CONFIG = ModelConfig(61, 32, (Stack((LAYER,), 2),), vocab_multiple=64, max_length=96)
+PROMPTS = [[5, 3, 8], [1], [9, 9, 2, 60, 4, 4, 7, 1, 0, 3, 2, 1, 5, 6, 7, 8, 9, 2, 3], [7, 7]]
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random weights whose logits are far enough apart that rounding decides no argmax."""
+    rng = np.random.default_rng(0)
+
+    def draw(spec: ParamSpec) -> np.ndarray:
+        matrix = spec.init == "normal"
+        return rng.normal(float(not matrix), spec.scale * (4 if matrix else 1), spec.shape)
+
+    specs = param_specs(CONFIG)
+    return jax.tree.map(lambda s: jnp.asarray(draw(s), jnp.float32), specs, is_leaf=is_spec)
+
+
+@pytest.fixture(scope="module")
+def sampler(params):
+    return LocalSampler(params, CONFIG, max_batch=4)
+
+
+@jax.jit
+def all_logits(params, ids):
+    hidden = forward(params, Tokens.of(ids), CONFIG).hidden
+    return make_head(params, CONFIG).logits(hidden)
+
+
+def recomputed(params, prompt: list[int], num: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens by the whole forward pass at every step, and their log-probabilities."""
+    ids, logprobs = list(prompt), []
+    for _ in range(num):
+        padded = jnp.array([ids + [0] * (48 - len(ids))])
+        row = jax.nn.log_softmax(all_logits(params, padded)[0, len(ids) - 1])
+        ids.append(int(jnp.argmax(row)))
+        logprobs.append(float(row[ids[-1]]))
+    return ids[len(prompt) :], logprobs
+
+
+def test_greedy_equals_recomputing(params, sampler):
+    requests = [Request(prompt_token_ids=p, max_new_tokens=12, logprobs=True) for p in PROMPTS]
+    for request, sample in zip(requests, sampler.sample(requests), strict=True):
+        tokens, logprobs = recomputed(params, list(request.prompt_token_ids), 12)
+        assert sample.token_ids == tuple(tokens)
+        assert sample.finish_reason == "length"
+        assert sample.prompt_token_ids == request.prompt_token_ids
+        np.testing.assert_allclose(sample.logprobs, logprobs, atol=2e-5)
+
+
+def test_temperature_logprobs_are_those_of_the_model(params, sampler):
+    requests = [
+        Request(prompt_token_ids=p, max_new_tokens=9, temperature=1.3, seed=i, logprobs=True)
+        for i, p in enumerate(PROMPTS)
+    ]
+    samples = sampler.sample(requests)
+    for sample in samples:
+        ids = [*sample.prompt_token_ids, *sample.token_ids]
+        logprobs = jax.nn.log_softmax(all_logits(params, jnp.array([ids + [0] * (48 - len(ids))])))
+        start = len(sample.prompt_token_ids) - 1
+        expected = [float(logprobs[0, start + i, t]) for i, t in enumerate(sample.token_ids)]
+        np.testing.assert_allclose(sample.logprobs, expected, atol=2e-5)
+    assert len({s.token_ids for s in samples}) == len(samples)
+
+
+def test_a_sample_depends_on_its_request_alone(sampler):
+    """Alone, in another order, among other requests, across several batches: the same."""
+    requests = [
+        Request(prompt_token_ids=p, max_new_tokens=n, temperature=t, seed=i, logprobs=True)
+        for i, (p, n, t) in enumerate(
+            zip(PROMPTS, (9, 30, 12, 1), (1.0, 0.0, 0.7, 2.0), strict=True)
+        )
+    ]
+    alone = [sampler.sample([request])[0] for request in requests]
+    others = [
+        Request(prompt_token_ids=[i] * 20, max_new_tokens=40, temperature=1) for i in range(3)
+    ]
+    together = sampler.sample([*others, *reversed(requests)])[:2:-1]
+    for one, other in zip(alone, together, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.finish_reason == other.finish_reason
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+
+
+def test_stop_ids_and_end_of_sequence(params, sampler):
+    request = Request(prompt_token_ids=PROMPTS[0], max_new_tokens=30)
+    (free,) = sampler.sample([request])
+    at = next(i for i in range(2, 30) if free.token_ids[i] not in free.token_ids[:i])
+    stop = free.token_ids[at]
+    stopping = Request(prompt_token_ids=PROMPTS[0], max_new_tokens=30, stop_ids=[59, stop])
+    stopped, unaffected = sampler.sample([stopping, request])
+    assert stopped.token_ids == free.token_ids[: at + 1]
+    assert stopped.finish_reason == "stop"
+    assert unaffected.token_ids == free.token_ids
+    assert free.finish_reason == unaffected.finish_reason == "length"
+    (by_eos,) = LocalSampler(params, CONFIG, eos_ids=[stop]).sample([request])
+    assert by_eos == stopped
+
+
+def test_a_first_token_may_stop_or_be_the_last(sampler):
+    (first,) = sampler.sample([Request(prompt_token_ids=[5], max_new_tokens=1)])
+    assert (len(first.token_ids), first.finish_reason, first.logprobs) == (1, "length", None)
+    (same,) = sampler.sample(
+        [Request(prompt_token_ids=[5], max_new_tokens=9, stop_ids=first.token_ids)]
+    )
+    assert same == Sample(prompt_token_ids=(5,), token_ids=first.token_ids, finish_reason="stop")
+
+
+def test_the_context_ends_a_sample(params):
+    sampler = LocalSampler(params, CONFIG, max_length=20)
+    sample, other = sampler.sample(
+        [
+            Request(prompt_token_ids=[3] * 15, max_new_tokens=50),
+            Request(prompt_token_ids=[3] * 19, max_new_tokens=50),
+        ]
+    )
+    assert (len(sample.token_ids), sample.finish_reason) == (5, "length")
+    assert len(other.token_ids) == 1
+    assert list(sample.token_ids) == recomputed(params, [3] * 15, 5)[0]
+
+
+def test_text_leaves_the_stop_token_out(params):
+    class Letters:
+        def __init__(self, eos_id):
+            self.eos_id = eos_id
+
+        def decode(self, ids):
+            return "".join(chr(65 + i) for i in ids)
+
+    tokens, _ = recomputed(params, [5], 6)
+    absent = next(i for i in range(61) if i not in tokens)
+    at = tokens.index(tokens[-1])
+    request = Request(prompt_token_ids=[5], max_new_tokens=6)
+    (free,) = LocalSampler(params, CONFIG, tokenizer=Letters(absent)).sample([request])
+    assert (free.text, free.finish_reason) == (Letters(0).decode(tokens), "length")
+    (stopped,) = LocalSampler(params, CONFIG, tokenizer=Letters(tokens[at])).sample([request])
+    assert (stopped.text, stopped.finish_reason) == (Letters(0).decode(tokens[:at]), "stop")
+
+
+def test_weights_of_any_form(params):
+    """Unstacked, and quantized, leaves give what the whole forward with them gives."""
+    request = Request(prompt_token_ids=PROMPTS[0], max_new_tokens=10)
+    (stacked,) = LocalSampler(params, CONFIG).sample([request])
+    (unstacked,) = LocalSampler(unstack(params), CONFIG).sample([request])
+    assert stacked == unstacked
+    quantized = jax.tree.map(lambda w: Int8.quantize(w) if w.ndim == 3 else w, params)
+    dense = jax.tree.map(
+        lambda w: w.dequantize(jnp.float32) if isinstance(w, Int8) else w,
+        quantized,
+        is_leaf=lambda w: isinstance(w, Int8),
+    )
+    (sample,) = LocalSampler(quantized, CONFIG).sample([request])
+    assert list(sample.token_ids) == recomputed(dense, PROMPTS[0], 10)[0]
+
+
+def test_no_shape_is_compiled_twice(params):
+    sampler = LocalSampler(params, CONFIG)
+    sampler.sample([Request(prompt_token_ids=[1] * 3, max_new_tokens=5)])
+    compiled = engine.prefill._cache_size(), engine.decode._cache_size()
+    for length in (1, 9, 16):
+        sampler.sample(
+            [Request(prompt_token_ids=[1] * length, max_new_tokens=40 - length, temperature=0.5)]
+        )
+    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == compiled
+
+
+def test_errors(params, sampler):
+    with pytest.raises(ValueError, match=r"request 1: the prompt's 96 tokens .* use at most 95"):
+        sampler.sample([Request(prompt_token_ids=[1]), Request(prompt_token_ids=[1] * 96)])
+    with pytest.raises(ValueError, match="token id 61 is outside vocab_size=61"):
+        sampler.sample([Request(prompt_token_ids=[1, 61])])
+    with pytest.raises(ValueError, match="max_batch=0"):
+        LocalSampler(params, CONFIG, max_batch=0)
+    with pytest.raises(ValueError, match="max_length=1"):
+        LocalSampler(params, CONFIG, max_length=1)
+    assert sampler.sample([]) == []
+
+
+@pytest.mark.oracle
+def test_greedy_equals_transformers(params, sampler):
+    """The same weights, by hand, in `transformers`' Llama."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
+            max_position_embeddings=96, tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )
+    ).eval()  # fmt: skip
+    tensors = {
+        "model.embed_tokens.weight": params.embed,
+        "model.norm.weight": params.norm.scale,
+        "lm_head.weight": params.output.T,
+    }
+    names = {
+        "attention": {"query": "self_attn.q_proj", "key": "self_attn.k_proj",
+                      "value": "self_attn.v_proj", "out": "self_attn.o_proj"},
+        "feed_forward": {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
+    }  # fmt: skip
+    for i, layer in enumerate(unstack(params).stacks[0].layers):
+        prefix = f"model.layers.{i}."
+        for block, matrices in names.items():
+            for ours, theirs in matrices.items():
+                tensors[f"{prefix}{theirs}.weight"] = getattr(getattr(layer, block), ours).T
+        tensors[f"{prefix}input_layernorm.weight"] = layer.attention_norm.scale
+        tensors[f"{prefix}post_attention_layernorm.weight"] = layer.feed_forward_norm.scale
+    llama.load_state_dict({k: torch.tensor(np.array(v)) for k, v in tensors.items()})
+    requests = [Request(prompt_token_ids=p, max_new_tokens=20) for p in PROMPTS]
+    for request, sample in zip(requests, sampler.sample(requests), strict=True):
+        prompt = torch.tensor([request.prompt_token_ids])
+        with torch.no_grad():
+            out = llama.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False,
+                suppress_tokens=[61, 62, 63],
+            )  # fmt: skip
+        assert out[0, prompt.shape[1] :].tolist() == list(sample.token_ids)

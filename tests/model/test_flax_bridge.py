@@ -1,0 +1,137 @@
+"""The nnx module computes what `forward` computes, and is a module like any other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lm.model import (
+    Attention,
+    FeedForward,
+    Layer,
+    ModelConfig,
+    Tokens,
+    forward,
+    make_head,
+    make_stacks,
+    param_specs,
+    unstack,
+)
+from lm.model.flax_bridge import Transformer
+from lm.weights import initialize, path_name
+
+LAYERS = tuple(
+    Layer(Attention(4, 2, 8, window=window, qk_norm="head"), FeedForward(24))
+    for window in (3, None)
+)
+CONFIG = ModelConfig(40, 16, make_stacks(LAYERS * 2), vocab_multiple=16)
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 9)))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return initialize(param_specs(CONFIG), jax.random.key(0))
+
+
+@jax.jit
+def logits(params, tokens):
+    return make_head(params, CONFIG).logits(forward(params, tokens, CONFIG).hidden)
+
+
+def same(one, other) -> bool:
+    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(
+        jax.tree.map(np.array_equal, one, other)
+    )
+
+
+@pytest.mark.parametrize("form", [lambda params: params, unstack], ids=["stacked", "unstacked"])
+def test_logits_are_bit_equal(params, form):
+    model = Transformer(CONFIG, form(params))
+    call = nnx.jit(lambda model, tokens: model(tokens))
+    expected = logits(form(params), Tokens.of(IDS))
+    np.testing.assert_array_equal(call(model, IDS), expected)
+    packed = Tokens(
+        IDS, jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2), jnp.array([[1] * 4 + [2] * 5] * 2)
+    )
+    np.testing.assert_array_equal(call(model, packed), logits(form(params), packed))
+    assert not np.array_equal(call(model, packed), expected)
+    assert same(model.params(), form(params))
+
+
+def test_gradients_are_those_of_the_function(params):
+    def loss(params):
+        return jnp.mean(jnp.square(logits(params, Tokens.of(IDS))[..., :40]))
+
+    def module_loss(model):
+        return jnp.mean(jnp.square(model(IDS)[..., :40]))
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    module_value, module_gradients = nnx.jit(nnx.value_and_grad(module_loss))(
+        Transformer(CONFIG, params)
+    )
+    np.testing.assert_allclose(module_value, value, rtol=1e-6)
+    expected = {path_name(p): g for p, g in jax.tree_util.tree_leaves_with_path(gradients)}
+    flat = {"/".join(map(str, p[1:])): v[...] for p, v in nnx.to_flat_state(module_gradients)}
+    assert flat.keys() == expected.keys()
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(flat[name], gradient, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_state_is_named_by_path(params):
+    state = nnx.to_flat_state(nnx.state(Transformer(CONFIG, params), nnx.Param))
+    names = {"/".join(map(str, path)): leaf.shape for path, leaf in state}
+    assert names == {
+        f"weights/{path_name(path)}": w.shape
+        for path, w in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert names["weights/stacks/0/layers/1/attention/query"] == (2, 16, 32)
+
+
+def test_split_and_merge(params):
+    model = Transformer(CONFIG, params)
+    graph, state = nnx.split(model)
+    doubled = nnx.merge(graph, jax.tree.map(lambda x: 2 * x, state))
+    assert same(doubled.params(), jax.tree.map(lambda x: 2 * x, params))
+    assert same(nnx.merge(graph, state).params(), params)
+    assert same(model.params(), params)
+    nnx.update(model, nnx.state(doubled))
+    assert same(model.params(), doubled.params())
+    assert (model.config, doubled.config) == (CONFIG, CONFIG)
+
+
+def test_an_optimizer_trains_it(params):
+    model = Transformer(CONFIG, params)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.5), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            chosen = jnp.take_along_axis(model(IDS[:, :-1]), IDS[:, 1:, None], axis=-1)
+            return -jnp.mean(chosen[..., 0] - jax.nn.logsumexp(model(IDS[:, :-1]), axis=-1))
+
+        value, gradients = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradients)
+        return value
+
+    losses = [float(step(model, optimizer)) for _ in range(5)]
+    assert losses[-1] < losses[0] - 0.1
+    trained = logits(model.params(), Tokens.of(IDS))
+    assert not np.allclose(trained, logits(params, Tokens.of(IDS)))
+
+
+def test_fresh_weights_come_from_rngs():
+    one, same_seed, other = (Transformer(CONFIG, rngs=nnx.Rngs(seed)) for seed in (0, 0, 1))
+    assert same(one.params(), same_seed.params())
+    assert not same(one.params(), other.params())
+    assert jax.tree.map(lambda w: w.shape, one.params()) == jax.tree.map(
+        lambda spec: spec.shape, param_specs(CONFIG), is_leaf=lambda x: hasattr(x, "axes")
+    )
+
+
+def test_weights_or_rngs(params):
+    with pytest.raises(ValueError, match="neither of params and rngs given"):
+        Transformer(CONFIG)
+    with pytest.raises(ValueError, match="both of params and rngs given"):
+        Transformer(CONFIG, params, rngs=nnx.Rngs(0))

@@ -1,0 +1,361 @@
+"""Properties every decoder must have, whatever its features."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.infer.cache import make_cache
+from lm.model import (
+    Attention,
+    FeedForward,
+    Layer,
+    ModelConfig,
+    ModelWeights,
+    Norm,
+    Rope,
+    Tokens,
+    check_mesh,
+    forward,
+    make_head,
+    make_stacks,
+    param_specs,
+    stack,
+    unstack,
+)
+from lm.sharding import MeshShape, make_mesh, make_rules
+from lm.weights import Int8, ParamSpec, abstract, initialize, is_spec, path_name, shardings
+
+
+def gemma_like(*windows: int | None) -> ModelConfig:
+    """Norms on both sides, soft-caps, tied output, local and global layers."""
+    layers = tuple(
+        Layer(
+            Attention(4, 2, 8, Rope(theta=100.0), window, softcap=5.0, qk_norm="head"),
+            FeedForward(24, "gelu_tanh"),
+            Norm(plus_one=True),
+            "both",
+        )
+        for window in windows
+    )
+    return ModelConfig(
+        40, 16, make_stacks(layers), Norm(plus_one=True), True, 4.0, 30.0, vocab_multiple=16
+    )
+
+
+def neox_like() -> ModelConfig:
+    """LayerNorm and biases, parallel blocks, a part of each head rotated, untied output."""
+    layer = Layer(
+        Attention(4, 4, 8, Rope(fraction=0.5), bias=True, out_bias=True),
+        FeedForward(24, "gelu", gated=False, bias=True),
+        Norm("layer", bias=True),
+        parallel=True,
+    )
+    return ModelConfig(
+        40, 16, make_stacks((layer,) * 2), Norm("layer", bias=True), vocab_multiple=16
+    )
+
+
+CONFIGS = {"gemma": gemma_like(3, None, 3, None, 3), "neox": neox_like()}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+def weights(config: ModelConfig, seed: int = 0) -> ModelWeights:
+    """Random weights, norms and biases too, by NumPy: compiling an initializer takes seconds."""
+    rng = np.random.default_rng(seed)
+    mean = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
+
+    def draw(spec: ParamSpec) -> jax.Array:
+        scale = 1.5 * spec.scale if spec.init == "normal" else 0.2
+        return jnp.asarray(rng.normal(mean[spec.init], scale, spec.shape), jnp.float32)
+
+    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "remat"))
+def hidden_states(params, tokens, config, remat="none"):
+    return forward(params, tokens, config, remat=remat).hidden
+
+
+@functools.partial(jax.jit, static_argnames=("config", "remat"))
+def loss_and_gradients(params, tokens, targets, counted, config, remat="none"):
+    """Sum of the cross-entropy of the targets that count."""
+
+    def loss(params):
+        hidden = forward(params, tokens, config, remat=remat).hidden
+        logprobs, _ = make_head(params, config).logprobs(hidden, targets)
+        return -jnp.sum(logprobs * counted)
+
+    return jax.value_and_grad(loss)(params)
+
+
+def assert_trees_close(one, other, rtol, atol):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    flat = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True)
+    for (path, a), b in flat:
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=path_name(path))
+
+
+def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 40, shape)
+
+
+def test_packed_documents_are_as_if_apart(config):
+    """Three documents and padding in one row, against a row each: hidden states and gradients."""
+    params, lengths, T = weights(config), (40, 33, 9), 88
+    longest, total = max(lengths), sum(lengths)
+    # Rows apart have no segments; what follows a document in its row, causality keeps out.
+    ids, targets = random_ids(3, longest), random_ids(3, longest, seed=1)
+    counted = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.float32)
+    apart = Tokens.of(jnp.asarray(ids))
+
+    def pack(rows, padding):
+        documents = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+        return np.concatenate([*documents, np.full(T - total, padding)])[None]
+
+    packed = Tokens(
+        pack(ids, 3),
+        pack(np.broadcast_to(np.arange(longest), (3, longest)), 0),
+        pack(np.broadcast_to(np.arange(1, 4)[:, None], (3, longest)), 0),
+    )
+    one = hidden_states(params, apart, config)
+    other = hidden_states(params, packed, config)[0]
+    np.testing.assert_allclose(
+        other[:total], np.concatenate([h[:n] for h, n in zip(one, lengths, strict=True)]),
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+    loss, gradients = loss_and_gradients(params, apart, targets, counted, config)
+    packed_loss, packed_gradients = loss_and_gradients(
+        params, packed, pack(targets, 0), pack(counted, 0.0), config
+    )
+    np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
+    assert_trees_close(packed_gradients, gradients, 1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("windows", [(3,), (2, None), (2, 3, 2), None])
+def test_causality_by_gradients(windows):
+    """d hidden[t] / d embedding[s] is exactly 0 unless the layers' masks lead from s to t."""
+    config = neox_like() if windows is None else gemma_like(*windows)
+    segments = np.array([1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3])
+    positions = np.array([0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2])
+    T, params = len(segments), weights(config)
+    tokens = Tokens(jnp.arange(T)[None], jnp.asarray(positions)[None], jnp.asarray(segments)[None])
+
+    def hidden(rows):  # each token's id is its own row of the embedding
+        embed = params.embed.at[:T].set(rows)
+        return forward(params.replace(embed=embed), tokens, config).hidden[0]
+
+    jacobian = jax.jit(jax.jacrev(hidden))(params.embed[:T])  # [t, D, s, D]
+    influence = np.abs(np.asarray(jacobian)).max(axis=(1, 3))
+
+    reached = np.eye(T, dtype=bool)
+    for layer in config.layers:
+        window = layer.attention.window or T
+        sees = [
+            [segments[s] == segments[t] and s <= t and t - s < window for s in range(T)]
+            for t in range(T)
+        ]
+        reached = np.array(sees, bool) @ reached
+    np.testing.assert_array_equal(influence[~reached], 0.0)
+    assert np.all(influence[reached] > 0)
+    assert reached.sum() < T * T / 2
+
+
+@pytest.mark.parametrize("form", ["stacked", "unstacked"])
+def test_remat_changes_memory_alone(config, form):
+    params = weights(config) if form == "stacked" else unstack(weights(config))
+    tokens = Tokens.of(jnp.asarray(random_ids(2, 12)))
+    targets, counted = random_ids(2, 12, seed=1), np.ones((2, 12), np.float32)
+    loss, gradients = loss_and_gradients(params, tokens, targets, counted, config)
+    for remat in ("full", "matmuls", "save:query,key,attention", "save:up"):
+        again = loss_and_gradients(params, tokens, targets, counted, config, remat)
+        np.testing.assert_allclose(again[0], loss, rtol=1e-6)
+        assert_trees_close(again[1], gradients, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("form", ["stacked", "unstacked"])
+def test_remat_keeps_what_it_says(form):
+    """Floats kept for the backward pass, weights left out: each policy keeps less, or some more."""
+    config = gemma_like(None, None)
+    params = weights(config) if form == "stacked" else unstack(weights(config))
+    tokens = Tokens.of(jnp.asarray(random_ids(2, 12)))
+
+    def kept(remat):
+        def residuals(params):
+            return jax.vjp(lambda p: forward(p, tokens, config, remat=remat).hidden, params)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params))
+        return sum(leaf.size for leaf in leaves if leaf.dtype == jnp.float32)
+
+    sizes = {r: kept(r) for r in ("none", "matmuls", "save:query,up", "save:up", "full")}
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True), sizes
+    tokens_and_layers = 2 * 12 * 2
+    assert sizes["save:up"] - sizes["full"] == tokens_and_layers * 24, sizes
+    assert sizes["save:query,up"] - sizes["save:up"] == tokens_and_layers * 4 * 8, sizes
+
+
+@pytest.mark.parametrize("remat", ["some", "save:", "save:query,nothing"])
+def test_unknown_remat(remat):
+    config = gemma_like(None)
+    with pytest.raises(ValueError, match=f"remat='{remat}' is unknown; use none, full, matmuls"):
+        forward(weights(config), Tokens.of(jnp.zeros((1, 2), int)), config, remat=remat)
+
+
+def test_stacked_equals_unstacked(config):
+    params = weights(config)
+    apart = unstack(params)
+    again = stack(apart, config)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+    tokens = Tokens.of(jnp.asarray(random_ids(2, 12)))
+    targets, counted = random_ids(2, 12, seed=1), np.ones((2, 12), np.float32)
+    loss, gradients = loss_and_gradients(params, tokens, targets, counted, config)
+    loss_apart, gradients_apart = loss_and_gradients(apart, tokens, targets, counted, config)
+    np.testing.assert_allclose(loss_apart, loss, rtol=1e-6)
+    assert_trees_close(stack(gradients_apart, config), gradients, 1e-4, 1e-4)
+
+
+@jax.jit
+def int8_logits(params, tokens):
+    config = CONFIGS["gemma"] if params.output is None else CONFIGS["neox"]
+    return make_head(params, config).logits(forward(params, tokens, config).hidden)
+
+
+MATRICES = ("embed", "query", "key", "value", "attention/out", "up", "gate", "down", "output")
+
+
+def quantize(params, *names: str):
+    """(params with the matrices of these names as Int8, the same with their arrays)."""
+
+    def is_named(path) -> bool:
+        return any(f"/{path_name(path)}".endswith(f"/{name}") for name in names)
+
+    def leaf(path, w):
+        return Int8.quantize(w) if is_named(path) else w
+
+    quantized = jax.tree_util.tree_map_with_path(leaf, params)
+    return quantized, dequantize(quantized)
+
+
+def dequantize(params):
+    return jax.tree.map(
+        lambda w: w.dequantize(jnp.float32) if isinstance(w, Int8) else w,
+        params,
+        is_leaf=lambda w: isinstance(w, Int8),
+    )
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_any_matrix_may_be_int8(name):
+    """Through the scan: as its dequantized array, and not as the array it came from."""
+    params = weights(CONFIGS["neox" if name == "output" else "gemma"])
+    quantized, dense = quantize(params, name)
+    assert jax.tree.structure(quantized) != jax.tree.structure(params)
+    tokens = Tokens.of(jnp.asarray(random_ids(2, 12)))
+    logits, expected = int8_logits(quantized, tokens), int8_logits(dense, tokens)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - int8_logits(params, tokens)).max() > 1e-3
+
+
+def test_int8_unstacked_and_through_a_cache(config):
+    params = unstack(weights(config))
+    quantized, dense = quantize(params, *MATRICES)
+    # One layer keeps its arrays: what is unstacked may differ from layer to layer.
+    first = dense.stacks[0].layers[0]
+    mixed_stack = quantized.stacks[0].replace(layers=(first, *quantized.stacks[0].layers[1:]))
+    mixed = quantized.replace(stacks=(mixed_stack, *quantized.stacks[1:]))
+    tokens = Tokens.of(jnp.asarray(random_ids(2, 12)))
+    expected = hidden_states(dense, tokens, config)
+    np.testing.assert_allclose(hidden_states(quantized, tokens, config), expected, atol=1e-4)
+    np.testing.assert_allclose(hidden_states(mixed, tokens, config), expected, atol=1e-4)
+
+    step = jax.jit(lambda params, tokens, cache: forward(params, tokens, config, cache))
+    output = step(mixed, jax.tree.map(lambda x: x[:, :11], tokens), make_cache(config, 2, 16))
+    last = step(mixed, jax.tree.map(lambda x: x[:, 11:], tokens), output.cache)
+    np.testing.assert_allclose(output.hidden, expected[:, :11], atol=1e-4)
+    np.testing.assert_allclose(last.hidden, expected[:, 11:], atol=1e-4)
+
+    assert jax.tree.all(jax.tree.map(np.array_equal, unstack(stack(quantized, config)), quantized))
+    with pytest.raises(ValueError, match=r"stacks/0: layer \d differs from layer 0 in leaf types"):
+        stack(mixed, config)
+
+
+def test_initial_values_belong_to_their_path():
+    """More features, the same values where the path is the same."""
+    plain = make_stacks((Layer(Attention(2, 1, 4), FeedForward(8, gated=False)),) * 2)
+    rich = make_stacks((Layer(Attention(2, 1, 4, bias=True, qk_norm="head"), FeedForward(8)),) * 2)
+    key = jax.random.key(3)
+    trees = [
+        initialize(param_specs(ModelConfig(8, 8, stacks, tied=tied, vocab_multiple=8)), key)
+        for stacks, tied in ((plain, True), (rich, False))
+    ]
+    fewer, more = (
+        {path_name(path): w for path, w in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in trees
+    )
+    added = {name.removeprefix("stacks/0/layers/0/") for name in set(more) - set(fewer)}
+    assert added == {
+        "output", "feed_forward/gate", "attention/query_bias", "attention/key_bias",
+        "attention/value_bias", "attention/query_norm", "attention/key_norm",
+    }  # fmt: skip
+    for name, value in fewer.items():
+        np.testing.assert_array_equal(more[name], value, err_msg=name)
+    assert not np.allclose(more["stacks/0/layers/0/feed_forward/gate"],
+                           more["stacks/0/layers/0/feed_forward/up"])  # fmt: skip
+
+
+def test_abstract_shardings_and_initial_weights_agree(config):
+    mesh, rules = make_mesh(MeshShape(fsdp=2, tensor=2)), make_rules()
+    specs = param_specs(config)
+    check_mesh(config, mesh)
+    described, placed_at = abstract(specs, rules, mesh), shardings(specs, rules, mesh)
+    made = jax.eval_shape(lambda key: initialize(specs, key), jax.random.key(0))
+    placed = jax.device_put(weights(config), placed_at)
+    for tree in (described, placed_at, made):
+        assert jax.tree.structure(tree) == jax.tree.structure(placed)
+    leaves = zip(*map(jax.tree.leaves, (described, made, placed)), strict=True)
+    for wanted, shape, array in leaves:
+        assert (wanted.shape, wanted.dtype) == (shape.shape, shape.dtype)
+        assert (wanted.shape, wanted.dtype) == (array.shape, array.dtype)
+        assert array.sharding.is_equivalent_to(wanted.sharding, array.ndim)
+    embed = placed.embed.addressable_shards[0].data.shape
+    assert embed == (config.padded_vocab_size // 2, config.embed_dim // 2)
+
+
+def test_heads_must_divide():
+    with pytest.raises(ValueError, match="num_kv_heads=3 does not divide num_heads=8"):
+        Attention(8, 3, 16)
+    with pytest.raises(ValueError, match="num_kv_heads=0 does not divide num_heads=8"):
+        Attention(8, 0, 16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mesh", "message"),
+    [
+        ((48, 8, 8, 48, 48), MeshShape(tensor=3),
+         "mesh axis 'tensor'=3 does not divide num_kv_heads=8; use 1, 2, 4 or 8"),
+        ((48, 8, 2, 48, 48), MeshShape(tensor=4), "'tensor'=4 does not divide num_kv_heads=2"),
+        ((48, 8, 8, 50, 48), MeshShape(tensor=4), "does not divide feed_forward.hidden_dim=50"),
+        ((42, 8, 8, 48, 48), MeshShape(fsdp=4), "'fsdp'=4 does not divide embed_dim=42; use 1, 2"),
+        ((48, 8, 8, 48, 50), MeshShape(tensor=4), "does not divide padded vocab_size=50; use 1, 2"),
+    ],
+)  # fmt: skip
+def test_meshes_must_divide(sizes, mesh, message):
+    embed_dim, num_heads, num_kv_heads, hidden_dim, vocab_size = sizes
+    layer = Layer(Attention(num_heads, num_kv_heads, 4), FeedForward(hidden_dim))
+    config = ModelConfig(vocab_size, embed_dim, make_stacks((layer,)), vocab_multiple=1)
+    with pytest.raises(ValueError, match=message):
+        check_mesh(config, make_mesh(mesh))
+    check_mesh(config, make_mesh(MeshShape(fsdp=2, tensor=2)))
+
+
+def test_ids_must_be_rows():
+    config = gemma_like(None)
+    with pytest.raises(ValueError, match=r"ids must be \[batch, tokens\], got shape \(3,\)"):
+        forward(weights(config), Tokens(jnp.zeros(3, int), jnp.zeros(3, int)), config)
