@@ -277,9 +277,10 @@ def _help(argv: Sequence[str], configs: Configs, default: str | None, workdir: s
     except ConfigError as error:
         leaves = {}
         lines.append(f"  {error}")
-    for key, (value, annotation) in leaves.items():
-        flag = f"--config.{key}={fields.show(value)}"
-        lines.append(f"  {flag:<52} {fields.type_name(annotation)}")
+    flag_of = {key: f"--config.{key}={fields.show(value)}" for key, (value, _) in leaves.items()}
+    width = max(map(len, flag_of.values()), default=0)
+    for key, (_, annotation) in leaves.items():
+        lines.append(f"  {flag_of[key]:<{width}}  {fields.type_name(annotation)}")
     lines += ["", "Flags:", f"  --workdir={workdir or 'FOLDER'}  the same folder resumes its run"]
     lines.append("  --helpfull  these keys and the flags of every library")
     if "--helpfull" in argv:

@@ -64,6 +64,8 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
         text = build_corpus(config, workdir)
         tokenizer = text.tokenizer()
         check_vocabulary(config, tokenizer.vocab_size, text.directory)
+        workdir.mkdir(parents=True, exist_ok=True)
+        config_lib.save(config, workdir / "config.json")
 
     # Data: the stream is a function of the pack plan, the seed and the step.
     length, seed = config.train.sequence_length, config.data.seed
@@ -123,22 +125,19 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
 
 
 def claim_workdir(config: Pretrain, workdir: pathlib.Path) -> bool:
-    """Write `config.json`, or check that the run begun here is this one. True if it is.
+    """Check that the run begun here, if any, is this one. True if there is one.
 
     Raises:
       ConfigError: the folder holds a run with another configuration; every difference is named.
     """
     path = workdir / "config.json"
-    if not path.exists():
-        if any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-            raise ConfigError(
-                f"{workdir} holds metrics or checkpoints but no config.json, so it is not known "
-                "whose they are; give another --workdir"
-            )
-        with input_errors():
-            workdir.mkdir(parents=True, exist_ok=True)
-        config_lib.save(config, path)
+    if not any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         return False
+    if not path.exists():
+        raise ConfigError(
+            f"{workdir} holds metrics or checkpoints but no config.json, so it is not known "
+            "whose they are; give another --workdir"
+        )
     changed = config_lib.difference(json.loads(path.read_text()), config)
     other = [line for line in changed if not line.startswith(MAY_CHANGE)]
     if other:
@@ -146,7 +145,6 @@ def claim_workdir(config: Pretrain, workdir: pathlib.Path) -> bool:
             f"{workdir} holds another run: {'; '.join(other[:8])}. Give another --workdir, "
             "or the configuration it began with"
         )
-    config_lib.save(config, path)
     return True
 
 

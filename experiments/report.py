@@ -48,7 +48,7 @@ _COLORS = {
     "#040404": "var(--second)",
 }
 _TEXT, _GRID, _ACCENT, _SECOND = _COLORS
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 8.5,
@@ -115,7 +115,7 @@ def write(
     )
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, "utf-8")
+    path.write_text(html, "utf-8", errors="replace")  # a sample may hold half a character
     return path
 
 
@@ -327,7 +327,7 @@ def _plot(
             mark.set_label("resumed" if i == 0 else "_")
         axes.set_xlabel("step")
         axes.set_title(label, loc="left", fontsize=8.5, color=_TEXT)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=size[0], integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=round(size[0]), integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import lzma
 import os
 import pathlib
 import platform
@@ -53,7 +52,6 @@ def summarize(
     held_out = {
         "bits_per_byte": last["held_out_bits_per_byte"],
         "ngram_bits_per_byte": ngram.bits_per_byte(documents),
-        "lzma_bits_per_byte": 8 * len(lzma.compress(b"".join(documents))) / num_bytes,
         "loss": last["held_out_loss"],
         "num_bytes": num_bytes,
     }
@@ -76,12 +74,10 @@ def summarize(
     }
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for sample in samples:
-        say(f"\n{sample['prompt']}\033[2m{sample['text']}\033[0m" if sys.stdout.isatty() else
-            f"\n{sample['prompt']}|{sample['text']}")  # fmt: skip
+        say(f"\n--- {sample['prompt']!r} continued ---\n{sample['prompt']}{sample['text']}")
     say(
         f"\nheld-out bits per byte: {held_out['bits_per_byte']:.3f} "
-        f"(order-3 byte n-gram {held_out['ngram_bits_per_byte']:.3f}, "
-        f"lzma {held_out['lzma_bits_per_byte']:.3f}, raw text 8)"
+        f"(order-3 byte n-gram {held_out['ngram_bits_per_byte']:.3f}, raw text 8)"
     )
     if importlib.util.find_spec("matplotlib"):
         report.write_from_workdir(workdir)

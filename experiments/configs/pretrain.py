@@ -154,9 +154,9 @@ def demo() -> Pretrain:
     """
     return dataclasses.replace(
         quicktest(),
-        model=llama(4096, 256, 6, 4, 2, 704, max_length=512),
+        model=llama(4096, 192, 5, 6, 3, 512, max_length=512),
         data=Data(max_megabytes=20.0),
-        train=Train(num_steps=600, batch_size=16, sequence_length=256),
-        learning_rate=LearningRate(peak=8e-3, warmup_steps=30),
-        intervals=Intervals(log=10, evaluate=100, save=60),
+        train=Train(num_steps=320, batch_size=16, sequence_length=256),
+        learning_rate=LearningRate(peak=1e-2, warmup_steps=20),
+        intervals=Intervals(log=10, evaluate=80, save=32),
     )

@@ -185,7 +185,7 @@ def test_choosing():
     exec("def tiny(): return 1\ndef _hidden(): return 2\nfrom json import loads", module.__dict__)
     assert config_lib.choose(module, "tiny") == 1
     for name in ("_hidden", "loads"):
-        with pytest.raises(ConfigError, match="the choices are tiny$"):
+        with pytest.raises(ConfigError, match=r"the choices are tiny$"):
             config_lib.choose(module, name)
     with pytest.raises(ConfigError, match="give --config=NAME, one of small, sized"):
         config_lib.parse(["program"], CONFIGS)

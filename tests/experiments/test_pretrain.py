@@ -1,0 +1,201 @@
+"""`experiments.pretrain` as a user runs it: what it writes, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from experiments import config as config_lib
+from experiments import pretrain
+from experiments.config import ConfigError
+from lm.train import metrics as metrics_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIGS = {"quicktest": pretrain.configs.quicktest}
+SMALL = {
+    "data.files": f"{ROOT}/lm/**/*.py",
+    "data.max_megabytes": "0",
+    "data.held_out": "0.1",
+    "model.vocab_size": "512",
+    "model.stacks.0.num_repeats": "1",
+    "model.max_length": "64",
+    "train.sequence_length": "64",
+    "train.batch_size": "8",
+    "train.num_steps": "20",
+    "mesh.fsdp": "1",
+    "sampling.max_new_tokens": "4",
+}
+
+
+def small(corpus: pathlib.Path | None = None, **changes: str) -> pretrain.Pretrain:
+    edits = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    if corpus is not None:
+        edits["data.directory"] = str(corpus)
+    return config_lib.override(pretrain.configs.quicktest(), edits)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The workdir of a whole small run; its corpus is in `data`."""
+    workdir = tmp_path_factory.mktemp("finished")
+    pretrain.main(small(), workdir)
+    return workdir
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    rows = [row for row in metrics_lib.read(workdir / "metrics.jsonl") if "loss" in row]
+    assert len({row["step"] for row in rows}) == len(rows), "a step appears twice"
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def test_a_run_writes_what_others_rely_on(finished: pathlib.Path) -> None:
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert isinstance(row["step"], int) and row["tokens_per_second"] > 0
+        assert float(repr(row["loss"])) == row["loss"]
+    assert rows[-1]["step"] == 20 and rows[-1]["loss"] < rows[0]["loss"]
+    assert json.loads((finished / "config.json").read_text())["train"]["num_steps"] == 20
+    saved = sorted(int(path.name) for path in (finished / "checkpoints").iterdir())
+    assert saved == list(range(2, 21, 2))
+    summary = json.loads((finished / "summary.json").read_text())
+    assert 0 < summary["held_out"]["bits_per_byte"] < 8
+    assert len(summary["samples"]) == 3
+    for made in summary["files"]:
+        assert pathlib.Path(made["path"]).exists()
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "resumed"
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("data"))
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > 10:
+            shutil.rmtree(path)
+    config = small(finished / "data")
+    shutil.copy(finished / "config.json", workdir / "config.json")
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "los')  # torn by a crash
+    pretrain.main(config, workdir)
+    assert losses(workdir) == losses(finished)
+    rows = metrics_lib.read(workdir / "metrics.jsonl")
+    assert {"event": "resumed", "step": 10} in rows
+    ours, theirs = (
+        json.loads((w / "summary.json").read_text()) for w in (workdir, finished)
+    )
+    assert ours["held_out"] == theirs["held_out"] and ours["samples"] == theirs["samples"]
+
+
+def test_a_finished_run_trains_no_further(finished: pathlib.Path) -> None:
+    before = losses(finished)
+    pretrain.main(small(), finished)
+    assert losses(finished) == before
+
+
+def test_a_run_goes_on_with_another_mesh(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "mesh"
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("data"))
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > 10:
+            shutil.rmtree(path)
+    changes = {"mesh__fsdp": "2", "mesh__tensor": "2", "sharding__sequence_parallel": "true"}
+    pretrain.main(small(finished / "data", **changes), workdir)
+    ours, theirs = losses(workdir), losses(finished)
+    assert ours.keys() == theirs.keys()
+    assert max(abs(ours[step] - theirs[step]) for step in ours) < 0.05  # bfloat16 compute
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh__tensor": "3"}, "'tensor'=3 does not divide"),
+        ({"mesh__fsdp": "3"}, "'fsdp'=3 does not divide"),
+        ({"train__num_micro_batches": "3"}, "num_micro_batches=3 does not divide"),
+        ({"train__sequence_length": "65"}, "beyond model.max_length=64"),
+        ({"data__files": "nothing/*.txt"}, "nothing/*.txt"),
+        ({"model__vocab_size": "400000"}, "400000"),
+    ],
+)
+def test_bad_configurations_are_refused(
+    changes: dict[str, str], message: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        pretrain.main(small(**changes), tmp_path / "w")
+    assert message in str(error.value)
+
+
+def test_bad_text_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "latin1.txt").write_bytes("café ".encode("latin-1") * 1000)
+    with pytest.raises(ConfigError, match=r"latin1\.txt.*byte") as error:
+        pretrain.main(small(data__files=f"{tmp_path}/*.txt"), tmp_path / "w1")
+    assert "UTF-8" in str(error.value)
+    (tmp_path / "latin1.txt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="empty"):
+        pretrain.main(small(data__files=f"{tmp_path}/*.txt"), tmp_path / "w2")
+
+
+def test_a_vocabulary_that_does_not_match_is_refused(
+    finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """In a workdir with checkpoints, and with a data set made for another vocabulary."""
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: 512 -> 256"):
+        pretrain.main(small(model__vocab_size="256"), finished)
+    with pytest.raises(ConfigError, match="vocab_size"):
+        pretrain.main(small(finished / "data", model__vocab_size="256"), tmp_path / "w")
+
+
+def test_the_workdir_of_another_run_is_refused(finished: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"another run: .*train\.seed: 0 -> 1") as error:
+        pretrain.main(small(train__seed="1"), finished)
+    assert "--workdir" in str(error.value)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.pretrain", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flag", "messages"),
+    [
+        ("--config.train.nun_steps=5", ["train.nun_steps", "did you mean", "num_steps"]),
+        ("--config.train.num_steps=many", ["num_steps", "many", "int"]),
+        ("--config=quicktset", ["quicktset", "quicktest"]),
+    ],
+)
+def test_bad_flags_are_one_message(flag: str, messages: list[str], tmp_path: pathlib.Path) -> None:
+    arguments = [flag] if flag.startswith("--config=") else ["--config=quicktest", flag]
+    result = run(*arguments, f"--workdir={tmp_path}/w")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    for message in messages:
+        assert message in result.stderr
+
+
+def test_the_command_line_reshapes_the_run(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """As a user types it, and with two tensor shards on a machine with one device."""
+    edits = SMALL | {"data.directory": str(finished / "data"), "mesh.tensor": "2"}
+    flags = [f"--config.{key}={value}" for key, value in edits.items()]
+    result = run("--config=quicktest", f"--workdir={tmp_path}/w", *flags)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "mesh tensor=2" in result.stdout and "held-out bits per byte" in result.stdout
+    ours, theirs = losses(tmp_path / "w"), losses(finished)
+    assert max(abs(ours[step] - theirs[step]) for step in ours) < 0.05
+
+
+@pytest.mark.slow
+def test_quicktest_beats_an_order_3_byte_ngram(tmp_path: pathlib.Path) -> None:
+    result = run("--config=quicktest", f"--workdir={tmp_path}/w")
+    assert result.returncode == 0, result.stderr[-2000:]
+    held_out = json.loads((tmp_path / "w" / "summary.json").read_text())["held_out"]
+    assert held_out["bits_per_byte"] < held_out["ngram_bits_per_byte"]
