@@ -129,7 +129,7 @@ def forward(
 def embed(params: ModelWeights, tokens: Tokens, config: ModelConfig, dtype: Any) -> jax.Array:
     """Rows of the embedding, [B, T, D]."""
     table = gather(params.embed, param_specs(config).embed)
-    x = take(table, tokens.ids, dtype)
+    x = constrain(take(table, tokens.ids, dtype), "batch", "sequence", None)
     if config.embed_scale is not None:
         x *= jnp.asarray(config.embed_scale, dtype)
     return constrain(x, "batch", "residual_sequence", None)
@@ -220,7 +220,7 @@ class Block:
             out = self.attention(
                 q, k, v, view, scale=attention_scale(a), window=a.window, softcap=a.softcap
             )
-        out = checkpoint_name(out, "attention")
+        out = checkpoint_name(constrain(out, "batch", "sequence", "heads", None), "attention")
         out = linear(out.reshape(B, T, a.num_heads * a.head_dim), w.out, w.out_bias)
         return constrain(out, "batch", "residual_sequence", None), cache
 

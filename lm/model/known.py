@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.model.config import ModelConfig, Norm, Rope, RopeScaling
-from lm.model.families import nearest, make_config
+from lm.model.families import make_config, nearest
 
 Row = tuple[str, dict[str, Any]]
 

@@ -153,8 +153,9 @@ def _number(name: str, value: Any) -> int | float:
         raise TypeError(f"{name!r} is a reserved name of a metrics row; choose another")
     if isinstance(value, bool | int):
         return int(value)
-    if isinstance(value, str | bytes) or getattr(value, "shape", ()) != ():
-        kind = f"shape {value.shape}" if hasattr(value, "shape") else repr(value)
+    shape = getattr(value, "shape", ())
+    if isinstance(value, str | bytes) or shape != ():
+        kind = f"shape {shape}" if shape else repr(value)
         raise TypeError(f"metric {name!r} must be a scalar, not {kind}; reduce it first")
     kind = getattr(getattr(value, "dtype", None), "kind", "f")
     return int(value) if kind in "iub" else float(value)
@@ -162,7 +163,7 @@ def _number(name: str, value: Any) -> int | float:
 
 def _line(row: Mapping[str, Any]) -> str:
     row = {key: _to_json(value) for key, value in row.items()}
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def _to_json(value: Any) -> Any:

@@ -54,12 +54,10 @@ class Case:
 
     @property
     def gradient(self) -> Accumulation:
-        return Accumulation(
-            self.config, self.num_micro_batches, self.dtype, self.remat, self.loss
-        )
+        return Accumulation(self.config, self.num_micro_batches, self.dtype, self.remat, self.loss)
 
 
-def make_batch(num_rows: int = 8, length: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
+def make_batch(num_rows: int = 16, length: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
     """Packed rows: documents of odd lengths, padding, unequal weights, unequal counts per row."""
     rng = np.random.default_rng(seed)
     shape = (num_rows, length)
@@ -74,7 +72,9 @@ def make_batch(num_rows: int = 8, length: int = 16, seed: int = 0) -> dict[str, 
             segment_ids[row, start:stop] = segment
             start, segment = stop, segment + 1
     weights = rng.uniform(0.5, 2.0, shape).astype(np.float32)
-    weights *= (segment_ids > 0) & (rng.uniform(size=shape) < 0.2 + 0.1 * np.arange(num_rows)[:, None])
+    weights *= (segment_ids > 0) & (
+        rng.uniform(size=shape) < 0.2 + 0.1 * np.arange(num_rows)[:, None]
+    )
     targets = rng.integers(0, UNTIED.vocab_size, shape, dtype=np.int32)
     return {
         "ids": ids, "positions": positions, "segment_ids": segment_ids,
@@ -116,9 +116,7 @@ def compiled_step(case: Case, optimizer: str = "keep") -> Any:
 @functools.cache
 def run(case: Case) -> Result:
     """Metrics and gradients of one step from the weights of key 0 on the batch of seed 0."""
-    state = init_state(
-        param_specs(case.config), keep_gradients(), jax.random.key(0), case.layout
-    )
+    state = init_state(param_specs(case.config), keep_gradients(), jax.random.key(0), case.layout)
     compiled = compiled_step(case)
     state: TrainState
     batch = jax.device_put(make_batch(), compiled.input_shardings[0][1])

@@ -1,0 +1,151 @@
+"""Tiny models of `transformers`, one a case, with every parameter away from its initial value.
+
+Shapes are odd on purpose: a vocabulary that is no multiple of 128, grouped-query ratio 3, heads
+that are not width / heads, windows shorter than a row, patterns that leave a remainder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+
+BASE = {
+    "vocab_size": 139,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,  # an embedding's padding row would get no gradient
+}
+GQA = BASE | {"num_key_value_heads": 2}
+
+
+def rope(kind: str, theta: float = 10_000.0, **rest: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **rest}}
+
+
+LLAMA3 = rope(
+    "llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
+YARN_MSCALE = rope(
+    "yarn",
+    factor=4.0,
+    original_max_position_embeddings=32,
+    mscale=0.7,
+    mscale_all_dim=0.4,
+    beta_fast=4.0,
+    beta_slow=0.5,
+)
+GEMMA3_ROPE = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    }
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", GQA | {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
+    "llama3": (
+        "llama",
+        BASE | {"num_key_value_heads": 1, "tie_word_embeddings": True, "max_position_embeddings": 512}
+        | LLAMA3,
+    ),
+    "llama_linear": ("llama", GQA | {"num_hidden_layers": 2} | rope("linear", factor=2.5)),
+    "smollm2": (
+        "llama",
+        GQA | {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3}
+        | {"tie_word_embeddings": True} | rope("default", 100_000.0),
+    ),
+    "mistral": ("mistral", GQA | {"sliding_window": 5, "head_dim": 10}),
+    "qwen2": (
+        "qwen2",
+        GQA | {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 4}
+        | {"max_window_layers": 2} | YARN,
+    ),
+    "qwen3": (
+        "qwen3",
+        GQA | {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True} | YARN_MSCALE,
+    ),
+    "gemma2": (
+        "gemma2",
+        GQA | {"num_hidden_layers": 5, "head_dim": 12, "query_pre_attn_scalar": 20}
+        | {"sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        BASE | {"num_hidden_layers": 8, "num_attention_heads": 3, "num_key_value_heads": 1}
+        | {"head_dim": 20, "query_pre_attn_scalar": 31, "sliding_window": 4}
+        | {"sliding_window_pattern": 3, "final_logit_softcapping": 2.0} | GEMMA3_ROPE,
+    ),
+    "olmo2": ("olmo2", GQA),
+    "phi3": (
+        "phi3",
+        GQA | {"sliding_window": 6} | rope("default", partial_rotary_factor=0.5),
+    ),
+    "gpt_neox": ("gpt_neox", BASE | {"num_attention_heads": 3, "rotary_pct": 0.25}),
+    "gpt_neox_sequential": (
+        "gpt_neox",
+        BASE | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_fast"}
+        | {"tie_word_embeddings": True, "num_hidden_layers": 2}
+        | rope("linear", factor=2.0, partial_rotary_factor=0.5),
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """A model of transformers on the CPU in float32, and its `config.json`."""
+
+    model: Any
+    json: dict[str, Any]
+
+    def arrays(self, gradient: bool = False) -> dict[str, np.ndarray]:
+        """Parameters, or their gradients, by the names of its files."""
+        return {
+            name.replace("lm_head", "embed_out") if "neox" in self.json["model_type"] else name: (
+                parameter.grad if gradient else parameter
+            )
+            .detach()
+            .numpy()
+            for name, parameter in self.model.named_parameters()
+        }
+
+
+@functools.cache
+def make_oracle(case: str) -> Oracle:
+    """The model of a case, with noise in every parameter; logits come out of order one."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model_type, arguments = CASES[case]
+    # A configuration edits the dictionaries it is given.
+    arguments = {k: dict(v) if isinstance(v, dict) else v for k, v in arguments.items()}
+    if "rope_parameters" in arguments and model_type == "gemma3_text":
+        nested = arguments["rope_parameters"].items()
+        arguments["rope_parameters"] = {k: dict(v) for k, v in nested}
+    config = transformers.AutoConfig.for_model(model_type, **arguments)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(len(case))
+    tied = config.tie_word_embeddings
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter += 0.3 * noise
+            elif "embed" in name and not tied:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+    return Oracle(model, config.to_dict())

@@ -1,0 +1,37 @@
+"""Every layout computes the step of one device: the loss, and the gradient of every weight."""
+
+import pytest
+
+from lm.sharding import MeshShape
+from tests.train.tiny import TIED, UNTIED, Case, assert_same, run
+
+FSDP8, TENSOR8 = MeshShape(fsdp=8), MeshShape(tensor=8)
+ALL = MeshShape(data=2, fsdp=2, tensor=2)
+
+CASES = [
+    Case(MeshShape(data=8), zero=0, config=TIED),
+    Case(MeshShape(data=8), zero=0, num_micro_batches=2, loss="reference"),
+    *[Case(FSDP8, zero=zero) for zero in (0, 1, 2, 3)],
+    Case(FSDP8, zero=1, num_micro_batches=2),
+    Case(FSDP8, zero=2, num_micro_batches=2),
+    Case(FSDP8, zero=3, num_micro_batches=2, config=TIED, loss="reference"),
+    Case(MeshShape(data=2, fsdp=4), zero=2, config=TIED),
+    Case(MeshShape(data=2, tensor=4), config=TIED),
+    Case(MeshShape(data=2, tensor=4), sequence_parallel=True, loss="reference"),
+    Case(TENSOR8, config=TIED, loss="reference"),
+    Case(TENSOR8, sequence_parallel=True),
+    Case(TENSOR8, sequence_parallel=True, num_micro_batches=4, config=TIED),
+    Case(MeshShape(fsdp=4, tensor=2), zero=3, sequence_parallel=True, remat="full"),
+    *[Case(ALL, zero=zero, num_micro_batches=2, config=TIED) for zero in (0, 1, 2)],
+    Case(ALL, zero=3),
+    Case(ALL, zero=3, sequence_parallel=True),
+    Case(ALL, zero=3, sequence_parallel=True, num_micro_batches=4, config=TIED),
+    Case(ALL, zero=2, sequence_parallel=True, num_micro_batches=2, loss="reference"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_one_device(case):
+    # One device, one micro-batch, the logits held whole: `test_step` compares it with plain JAX.
+    assert case.config in (TIED, UNTIED)
+    assert_same(run(case), run(Case(config=case.config, loss="reference")), 2e-5)

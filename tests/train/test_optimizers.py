@@ -1,0 +1,209 @@
+"""Optimizers against PyTorch's and optax's, and on a mesh against one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lm.model import param_specs
+from lm.sharding import MeshShape
+from lm.train.optimizers import (
+    NEWTON_SCHULZ,
+    AdamW,
+    Muon,
+    clip_by_global_norm,
+    is_hidden_matrix,
+    is_matrix,
+    make_optimizer,
+    orthogonalize,
+)
+from lm.train.state import init_state
+from lm.train.step import make_train_step
+from lm.weights import path_name
+from tests.train.tiny import OBJECTIVE, TIED, Case, make_batch
+
+RATES = [0.01, 0.02, 0.015, 0.01, 0.005, 0.01, 0.02, 0.01, 0.01, 0.03]
+
+
+def schedule(step):
+    return jnp.asarray(RATES)[step]
+
+
+def trajectory(optimizer, params, gradients):
+    """Weights after each step."""
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        yield params
+
+
+def random_tree(seed: int, scale: float = 1.0):
+    rng = np.random.default_rng(seed)
+    shapes = {"stacks": {"up": (6, 10), "down": (10, 6), "square": (5, 5)}}
+    shapes |= {"embed": (12, 6), "norm": {"scale": (6,)}, "up_bias": (10,)}
+    draw = lambda s: jnp.asarray(scale * rng.normal(size=s), jnp.float32)  # noqa: E731
+    return jax.tree.map(draw, shapes, is_leaf=lambda s: isinstance(s, tuple))
+
+
+GRADIENTS = [random_tree(1 + i, 10.0 ** (i % 3 - 1)) for i in range(len(RATES))]
+
+
+def flat(tree):
+    return {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def torch_trajectory(make, gradients):
+    """Weights after each step of the PyTorch optimizers that `make(parameters)` returns."""
+    torch = pytest.importorskip("torch")
+    params = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in flat(random_tree(0)).items()}
+    optimizers = make(params)
+    for rate, gradient in zip(RATES, gradients, strict=True):
+        for name, g in flat(gradient).items():
+            params[name].grad = torch.tensor(g)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        yield {k: v.detach().numpy().copy() for k, v in params.items()}
+
+
+@pytest.mark.oracle
+def test_adamw_equals_pytorch():
+    torch = pytest.importorskip("torch")
+    config = AdamW(b1=0.8, b2=0.97, eps=1e-5, weight_decay=0.3)
+
+    def make(params):
+        groups = [
+            {"params": [p for n, p in params.items() if n not in ("norm/scale", "up_bias")]},
+            {"params": [params["norm/scale"], params["up_bias"]], "weight_decay": 0.0},
+        ]
+        return [torch.optim.AdamW(groups, betas=(0.8, 0.97), eps=1e-5, weight_decay=0.3)]
+
+    ours = trajectory(make_optimizer(config, schedule), random_tree(0), GRADIENTS)
+    for mine, theirs in zip(ours, torch_trajectory(make, GRADIENTS), strict=True):
+        for name, x in flat(mine).items():
+            np.testing.assert_allclose(x, theirs[name], rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def test_adamw_equals_optax():
+    config = AdamW(0.8, 0.97, 1e-6, 0.3)
+    mask = {"stacks": {"up": True, "down": True, "square": True}, "embed": True}
+    mask |= {"norm": {"scale": False}, "up_bias": False}
+    other = optax.adamw(schedule, 0.8, 0.97, 1e-6, weight_decay=0.3, mask=mask)
+    ours = trajectory(make_optimizer(config, schedule), random_tree(0), GRADIENTS)
+    theirs = trajectory(other, random_tree(0), GRADIENTS)
+    for mine, yours in zip(ours, theirs, strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), mine, yours)
+
+
+@pytest.mark.oracle
+def test_muon_equals_pytorch():
+    torch = pytest.importorskip("torch")
+    config = Muon(momentum=0.9, weight_decay=0.2, adam=AdamW(0.9, 0.95, 1e-8, 0.0))
+
+    def make(params):
+        hidden = [p for n, p in params.items() if n.startswith("stacks/")]
+        rest = [p for n, p in params.items() if not n.startswith("stacks/")]
+        muon = torch.optim.Muon(
+            hidden, momentum=0.9, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"
+        )
+        return [muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
+
+    ours = trajectory(make_optimizer(config, schedule), random_tree(0), GRADIENTS)
+    before = flat(random_tree(0))
+    for rate, mine, theirs in zip(RATES, ours, torch_trajectory(make, GRADIENTS), strict=True):
+        for name, x in flat(mine).items():
+            if name.startswith("stacks/"):
+                # Both iterate in bfloat16, but round at other places; a step moves each entry by
+                # 0.2 of the rate. Ten steps keep the sum of the differences below half a step.
+                step = 0.2 * rate * np.sqrt(max(x.shape)) / np.sqrt(max(x.shape))
+                assert np.sqrt(np.mean((x - theirs[name]) ** 2)) < 0.5 * step, name
+            else:
+                np.testing.assert_allclose(x, theirs[name], rtol=2e-5, atol=2e-6, err_msg=name)
+    moved = [np.sqrt(np.mean((flat(mine)[n] - before[n]) ** 2)) for n in before if "stacks" in n]
+    assert min(moved) > 0.005
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
+def test_orthogonalize_acts_on_singular_values_alone(shape):
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=shape)
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    s /= np.linalg.norm(s)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    found = orthogonalize(jnp.asarray(matrix, jnp.float32), 5, jnp.float32)
+    np.testing.assert_allclose(found, (u * s) @ vt, atol=2e-4)
+
+
+def test_orthogonalize_in_bfloat16_brings_singular_values_near_one():
+    rng = np.random.default_rng(0)
+    u, _ = np.linalg.qr(rng.normal(size=(24, 24)))
+    v, _ = np.linalg.qr(rng.normal(size=(24, 24)))
+    matrix = u @ np.diag(np.geomspace(0.03, 3.0, 24)) @ v
+    found = orthogonalize(jnp.asarray(matrix, jnp.float32))
+    values = np.linalg.svd(np.asarray(found, np.float32), compute_uv=False)
+    assert 0.6 < values.min() and values.max() < 1.25, values
+
+
+def test_a_stack_of_matrices_is_each_of_them():
+    stack = jax.random.normal(jax.random.key(0), (3, 2, 7, 12))
+    together = orthogonalize(stack, dtype=jnp.float32)
+    for i in range(3):
+        for j in range(2):
+            alone = orthogonalize(stack[i, j], dtype=jnp.float32)
+            np.testing.assert_allclose(together[i, j], alone, atol=1e-5)
+
+
+def test_orthogonalize_of_nothing_is_nothing():
+    assert not np.any(orthogonalize(jnp.zeros((4, 6))))
+
+
+def test_which_weights_are_matrices():
+    specs = jax.tree_util.tree_leaves_with_path(param_specs(TIED))
+    for path, spec in specs:
+        name = path_name(path)
+        stacked = len(spec.shape) - name.startswith("stacks/")
+        assert is_matrix(name) == (stacked == 2), name
+        assert is_hidden_matrix(name) == (stacked == 2 and name != "embed"), name
+    for name in ("query_bias", "query_norm", "down_bias"):
+        assert not is_matrix(f"stacks/0/layers/0/attention/{name}")
+
+
+@pytest.mark.parametrize(
+    "config", [AdamW(weight_decay=0.5), Muon(dtype="float32")], ids=["adamw", "muon"]
+)
+def test_training_on_a_mesh_equals_one_device(config):
+    optimizer = make_optimizer(config, lambda step: 3e-3)
+
+    def train(case):
+        step = make_train_step(OBJECTIVE, optimizer, case.layout, case.gradient)
+        state = init_state(param_specs(TIED), optimizer, jax.random.key(0), case.layout)
+        losses = []
+        for i in range(4):
+            state, metrics = step(state, make_batch(seed=i % 2))
+            losses.append(float(metrics["loss"]))
+        return losses, state
+
+    mesh = MeshShape(data=2, fsdp=2, tensor=2)
+    expected, one = train(Case(config=TIED))
+    found, many = train(Case(mesh, 2, True, 2, config=TIED))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert expected[2] < expected[0] and expected[3] < expected[1]
+    for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
+        # Adam divides by the root of moments that may be rounding errors of zero.
+        assert np.mean(np.abs(x - y)) < 1e-5
+
+
+def test_clip_by_global_norm():
+    tree = {"a": jnp.asarray([3.0]), "b": jnp.asarray([[4.0]]), "c": None}
+    clipped, norm = clip_by_global_norm(tree, 1.0)
+    assert norm == 5.0
+    np.testing.assert_allclose([clipped["a"][0], clipped["b"][0, 0]], [0.6, 0.8], rtol=1e-5)
+    for limit in (None, 6.0):
+        same, norm = clip_by_global_norm(tree, limit)
+        assert norm == 5.0 and same["a"] == 3.0 and same["b"] == 4.0
