@@ -10,8 +10,8 @@ source of the standard library and of the installed packages. DIR receives
     local_text/1.0.0/      TFDS data set in array_record files, splits `train` and `validation`
     token_cache/, plans/   memory-mapped copies and pack plans, made when first used
 
-The same command finds DIR complete and changes nothing. A build that was cut short leaves only
-`.DIR.partial`, which the next one replaces.
+The same command finds DIR complete and changes nothing. A build is made in `.DIR.partial` beside
+it and renamed when complete; one that was cut short starts again.
 """
 
 import dataclasses
@@ -127,16 +127,35 @@ def build(
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    dropped: Counter[str] = Counter()
-    documents = _documents(candidates, max_bytes, prose_fraction, seed, dropped)
-    total = max_bytes or sum(c.size for c in candidates or [])
-    spool = _Spool.write(partial / "documents.jsonl", documents, total, progress)
-    if not spool.groups:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "no files"
-        raise CorpusError(f"the corpus is empty: every document was dropped ({reasons}); add text")
-    splits = spool.split(held_out, seed, by_file=len(set(spool.groups)) >= _FEW_FILES)
+    try:
+        dropped: Counter[str] = Counter()
+        documents = _documents(candidates, max_bytes, prose_fraction, seed, dropped)
+        total = max_bytes or sum(c.size for c in candidates or [])
+        spool = _Spool.write(partial / "documents.jsonl", documents, total, progress)
+        if not spool.groups:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
+            raise CorpusError(
+                f"the corpus is empty: every document was dropped ({reasons or 'no files'}); add "
+                "text"
+            )
+        summary = {"parameters": parameters, "dropped": dict(sorted(dropped.items()))}
+        summary |= _write_corpus(
+            LocalText(partial, {}), spool, vocab_size, held_out, seed, progress
+        )
+        (partial / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if output.is_dir():
+            output.rmdir()
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return LocalText(output, summary)
 
-    work = LocalText(partial, {})
+
+def _write_corpus(
+    work: LocalText, spool: "_Spool", vocab_size: int, held_out: float, seed: int, progress: bool
+) -> dict[str, Any]:
+    """Splits the spooled documents, trains the tokenizer and writes the data set."""
+    splits = spool.split(held_out, seed, by_file=len(set(spool.groups)) >= _FEW_FILES)
     try:
         training_text = (text.text for text in spool.read(splits["train"]))
         tokenizer = train_sentencepiece(training_text, work.tokenizer_path, vocab_size)
@@ -146,19 +165,12 @@ def build(
     with bar:
         tokens = {s: _tokenize(spool.read(splits[s]), tokenizer, bar) for s in SPLITS}
         write_dataset(work.dataset_path, tokens, name="local_text")
-    summary = {
-        "parameters": parameters,
+    spool.path.unlink()
+    return {
         "splits": {s: _split_summary(work.source(s)) for s in SPLITS},
         "bytes_by_kind": dict(sorted(spool.bytes_by_kind.items())),
-        "dropped": dict(sorted(dropped.items())),
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
     }
-    spool.path.unlink()
-    (partial / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
-    if output.is_dir():
-        output.rmdir()
-    partial.rename(output)
-    return LocalText(output, summary)
 
 
 def open_corpus(directory: str | os.PathLike[str]) -> LocalText:

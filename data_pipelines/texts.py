@@ -73,10 +73,13 @@ def uniform(seed: int, name: str) -> float:
 def find_user_files(patterns: Sequence[str]) -> list[Candidate]:
     """Files that match the glob patterns (`**` crosses directories), sorted by name.
 
+    Names are relative to the directory that holds all of them, so that a corpus does not depend
+    on where its files lie.
+
     Raises:
       CorpusError: a pattern matches no file.
     """
-    found: dict[str, Candidate] = {}
+    found: dict[str, Path] = {}
     for pattern in patterns:
         paths = [
             Path(p)
@@ -88,10 +91,13 @@ def find_user_files(patterns: Sequence[str]) -> list[Candidate]:
                 f"no files match '{pattern}' (from '{os.getcwd()}'); quote the pattern so that "
                 "the shell leaves it alone, and use '**' to cross directories"
             )
-        for path in paths:
-            size = path.stat().st_size
-            found[os.path.realpath(path)] = Candidate(path, path.as_posix(), "user", size)
-    return sorted(found.values(), key=lambda c: c.name)
+        found |= {os.path.realpath(path): path for path in paths}
+    root = os.path.commonpath([os.path.dirname(real) for real in found])
+    candidates = [
+        Candidate(path, Path(real).relative_to(root).as_posix(), "user", path.stat().st_size)
+        for real, path in found.items()
+    ]
+    return sorted(candidates, key=lambda c: c.name)
 
 
 def find_system_files(seed: int) -> list[Candidate]:

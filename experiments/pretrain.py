@@ -3,14 +3,15 @@
     python -m experiments.pretrain --config=quicktest --workdir=runs/quicktest
 
 Makes a tokenizer and a packed data set from text (Python's own documentation and source, or
---config.data.files='dir/**/*.txt'), trains, evaluates on held-out text in bits per byte, samples, and
-writes a report. The same command resumes. The workdir receives `config.json`, `metrics.jsonl`,
+--config.data.files='dir/**/*.txt'), trains, evaluates on held-out text in bits per byte, samples,
+and writes a report. The same command resumes. The workdir receives `config.json`, `metrics.jsonl`,
 `tensorboard/`, `checkpoints/<step>`, `data/`, `summary.json` and `report.html`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -30,6 +31,7 @@ from experiments.summary import say, summarize
 from lm.checkpoints.store import Checkpoints
 from lm.data.batches import Batches, HeldOut, PackedSource
 from lm.data.packing import make_plan
+from lm.kernels.attention import IMPLEMENTATIONS, attention
 from lm.model import check_mesh, num_params, param_specs
 from lm.sharding import (
     Layout,
@@ -49,8 +51,18 @@ from lm.train.state import TrainState, abstract_state, init_state
 from lm.train.step import Accumulation, make_eval_step, make_train_step
 
 # What may differ between the first start of a run and a later one.
-MAY_CHANGE = ("mesh.", "sharding.", "intervals.", "sampling.", "data.directory", "train.num_steps",
-              "train.num_micro_batches", "train.remat", "train.attention", "train.keep")  # fmt: skip
+MAY_CHANGE = (
+    "mesh.",
+    "sharding.",
+    "intervals.",
+    "sampling.",
+    "data.directory",
+    "train.num_steps",
+    "train.num_micro_batches",
+    "train.remat",
+    "train.attention",
+    "train.keep",
+)
 
 
 def main(config: Pretrain, workdir: pathlib.Path) -> None:
@@ -82,7 +94,7 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
     objective = NextToken(config.train.z_loss)
     gradient = Accumulation(
         config.model, config.train.num_micro_batches, jnp.dtype(config.train.dtype),
-        config.train.remat, attention=config.train.attention,
+        config.train.remat, attention=named_attention(config),
     )  # fmt: skip
     step = make_train_step(
         objective, optimizer, layout, gradient,
@@ -206,6 +218,22 @@ def make_schedule(config: Pretrain) -> Any:
         )  # fmt: skip
 
 
+def named_attention(config: Pretrain) -> Any:
+    """The attention implementation asked for; None for the default.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    name = config.train.attention
+    if name is None:
+        return None
+    if name not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"train.attention={name!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
+        )
+    return functools.partial(attention, implementation=name)
+
+
 def restore(checkpoints: Checkpoints, like: TrainState, batches: Batches) -> TrainState | None:
     """The last checkpoint, laid out like `like`; None where there is none."""
     last = checkpoints.latest()
@@ -262,7 +290,8 @@ def describe(config: Pretrain, layout: Layout, text: local_text.LocalText, batch
             f"model: {num_params(config.model):,} weights, {config.model.num_layers} layers, "
             f"vocabulary {config.model.vocab_size:,}",
             f"data: {text.directory}, {batches.num_rows:,} rows of {t.sequence_length} tokens; "
-            f"{tokens:,.0f} tokens in {t.num_steps} steps, {batches.epochs(t.num_steps)[0]:.2f} epochs",
+            f"{tokens:,.0f} tokens in {t.num_steps} steps, "
+            f"{batches.epochs(t.num_steps)[0]:.2f} epochs",
             f"devices: {len(devices)} x {devices[0].device_kind}"
             + (f", mesh {axes}, ZeRO-{config.sharding.zero}" if axes else ""),
         ]

@@ -13,9 +13,9 @@
 # %% [markdown]
 # # A language model, from text to samples
 #
-# Everything `make demo` does, by hand and small: a corpus found on this machine, a tokenizer, packed
-# rows, a Llama-style model, a sharded training step, and samples. About a minute on two cores; the
-# same code runs on a GPU or a TPU.
+# Everything `make demo` does, by hand and small: a corpus found on this machine, a tokenizer,
+# packed rows, a Llama-style model, a sharded training step, and samples. About a minute on two
+# cores; the same code runs on a GPU or a TPU.
 #
 # On Colab, first: `!git clone` this repository, `%cd` into it, and `%pip install -q -e .[report]`.
 
@@ -54,8 +54,8 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## Text
 #
-# Two megabytes of Python's documentation, docstrings and source; a SentencePiece tokenizer is trained
-# on them, and the documents become a TFDS data set of tokens.
+# Two megabytes of Python's documentation, docstrings and source; a SentencePiece tokenizer is
+# trained on them, and the documents become a TFDS data set of tokens.
 
 # %%
 text = local_text.build(folder / "data", vocab_size=1024, max_bytes=2_000_000, progress=False)

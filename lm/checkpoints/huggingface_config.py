@@ -182,7 +182,7 @@ def _read_window(
 def _read_rope(read: Reader, fmt: Format, family: str, max_length: int) -> dict[str, Rope]:
     """The rotary embeddings, of whichever way they are written."""
     theta_key, fraction_key = fmt.rope_keys
-    rope = dict(read("rope_scaling") or read("rope_parameters") or {})
+    old, new = read("rope_scaling") or {}, read("rope_parameters") or {}
     theta = read(theta_key)
     outside = {"rope_theta": theta} if theta is not None else {}
     fraction = read(fraction_key or "partial_rotary_factor")
@@ -194,13 +194,12 @@ def _read_rope(read: Reader, fmt: Format, family: str, max_length: int) -> dict[
         return read_rope(parameters, max_length, fmt.scalings, fraction_key is not None)
 
     if family != "gemma3":
-        return {"rope": parse(rope, 10_000.0)}
-    nested = dict(read("rope_parameters") or {})
-    everywhere = {**(nested.get("full_attention") or {}), **(read("rope_scaling") or {})}
-    local = dict(nested.get("sliding_attention") or {})
+        return {"rope": parse(old or new, 10_000.0)}
+    everywhere = {**(new.get("full_attention") or {}), **old}
+    local = dict(new.get("sliding_attention") or {})
     local_theta = read("rope_local_base_freq")
     local.setdefault("rope_theta", 10_000.0 if local_theta is None else local_theta)
-    surplus = nested.keys() - {"full_attention", "sliding_attention"}
+    surplus = new.keys() - {"full_attention", "sliding_attention"}
     if surplus:
         raise ValueError(
             f"config.json key 'rope_parameters' has {sorted(surplus)}; of model_type "

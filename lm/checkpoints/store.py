@@ -118,8 +118,12 @@ class Checkpoints:
     def _check(self, step: int, wanted: dict[str, Any]) -> None:
         stored = self.manager.item_metadata(step)["state"]
         stored = getattr(stored, "tree", stored)
-        have = {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(stored)}
-        want = {path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)}
+        have = {
+            path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(stored)
+        }
+        want = {
+            path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)
+        }
         faults = [f"{name} is missing" for name in want.keys() - have.keys()]
         faults += [f"{name} is not in this model" for name in have.keys() - want.keys()]
         faults += [

@@ -24,7 +24,9 @@ def _matmul_backward(saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def dot(x: jax.Array, y: jax.Array, transpose_x: bool = False, transpose_y: bool = False) -> jax.Array:
+def dot(
+    x: jax.Array, y: jax.Array, transpose_x: bool = False, transpose_y: bool = False
+) -> jax.Array:
     """x y; x y^T over their last dimensions; or x^T y, summed over all leading ones.
 
     XLA's CPU backend multiplies bfloat16 at full speed only where float32 results are asked for,

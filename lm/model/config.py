@@ -11,7 +11,7 @@ class RopeScaling:
     """Stretching of the rotary frequencies for contexts longer than the model was trained on.
 
     Attributes:
-      kind: "linear" (arXiv:2306.15595), "llama3" (the rule of Llama 3.1), "yarn" (arXiv:2309.00071).
+      kind: "linear" (arXiv:2306.15595), "llama3" (Llama 3.1's rule), "yarn" (arXiv:2309.00071).
       factor: how much longer.
       original_length: context of the original training (llama3, yarn).
       low_frequency, high_frequency: llama3's bounds, in turns within `original_length`.

@@ -119,9 +119,9 @@ def forward(
             x = run(weights, x, stack, block)
         else:
             for i, layer in enumerate(stack.layers):
-                layer_cache = caches[len(new_caches)]
-                x, layer_cache = block(layer_at(weights, i), x, layer, layer_cache)
-                new_caches.append(layer_cache)
+                x, new = block(layer_at(weights, i), x, layer, caches[len(new_caches)])
+                assert new is not None
+                new_caches.append(new)
     hidden = normalize(x, params.norm, config.norm)
     return Output(hidden, tuple(new_caches) if caches is not None else None)
 
@@ -180,9 +180,7 @@ class Block:
         attended, cache = self.attend(norm(x, w.attention_norm), w.attention, layer, cache)
         attended = norm(attended, w.attention_post_norm)
         before = x if layer.parallel else x + attended
-        fed = feed_forward(
-            norm(before, w.feed_forward_norm), w.feed_forward, layer.feed_forward
-        )
+        fed = feed_forward(norm(before, w.feed_forward_norm), w.feed_forward, layer.feed_forward)
         fed = norm(fed, w.feed_forward_post_norm)
         x = before + fed + attended if layer.parallel else before + fed
         return constrain(x, "batch", "residual_sequence", None), cache

@@ -6,6 +6,7 @@ for `lax.scan`; `Unstacked` is the serving form, each layer its own arrays and l
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -13,8 +14,10 @@ import jax
 
 from lm.model.config import Attention, FeedForward, Layer, ModelConfig, Norm, Stack
 from lm.sharding import check_divides
-from lm.weights import ParamSpec, Weight
+from lm.weights import ParamSpec
 from lm.weights.specs import map_specs
+
+Slot = Any  # a Weight; in the trees made from the specs, a ParamSpec, a shape or a sharding
 
 
 @flax.struct.dataclass
@@ -25,10 +28,10 @@ class NormWeights:
 
 @flax.struct.dataclass
 class AttentionWeights:
-    query: Weight
-    key: Weight
-    value: Weight
-    out: Weight
+    query: Slot
+    key: Slot
+    value: Slot
+    out: Slot
     query_bias: Any = None
     key_bias: Any = None
     value_bias: Any = None
@@ -39,9 +42,9 @@ class AttentionWeights:
 
 @flax.struct.dataclass
 class FeedForwardWeights:
-    up: Weight
-    down: Weight
-    gate: Weight | None = None
+    up: Slot
+    down: Slot
+    gate: Slot = None
     up_bias: Any = None
     down_bias: Any = None
     gate_bias: Any = None
@@ -73,10 +76,10 @@ class Unstacked:
 
 @flax.struct.dataclass
 class ModelWeights:
-    embed: Weight
+    embed: Slot
     stacks: tuple[Stacked | Unstacked, ...]
     norm: NormWeights
-    output: Weight | None = None
+    output: Slot = None
 
 
 def norm_specs(norm: Norm, size: int, axis: str | None = "norm") -> NormWeights:
@@ -183,7 +186,7 @@ def unstack(params: ModelWeights) -> ModelWeights:
         Unstacked(tuple(layer_at(stack, i) for i in range(num_layers(stack))))
         for stack in params.stacks
     )
-    return params.replace(stacks=stacks)
+    return dataclasses.replace(params, stacks=stacks)
 
 
 def stack(params: ModelWeights, config: ModelConfig) -> ModelWeights:
@@ -211,8 +214,8 @@ def stack(params: ModelWeights, config: ModelConfig) -> ModelWeights:
         return Stacked(tuple(columns))
 
     pairs = zip(params.stacks, config.stacks, strict=True)
-    return params.replace(
-        stacks=tuple(join(w, spec, f"stacks/{i}") for i, (w, spec) in enumerate(pairs))
+    return dataclasses.replace(
+        params, stacks=tuple(join(w, spec, f"stacks/{i}") for i, (w, spec) in enumerate(pairs))
     )
 
 

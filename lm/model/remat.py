@@ -30,7 +30,8 @@ def policy(name: str) -> Any:
         if names and not unknown:
             return jax.checkpoint_policies.save_only_these_names(*names)
     raise ValueError(
-        f"remat={name!r} is unknown; use none, full, matmuls, or save: and some of {','.join(NAMES)}"
+        f"remat={name!r} is unknown; use none, full, matmuls, or save: and some of "
+        f"{','.join(NAMES)}"
     )
 
 

@@ -12,7 +12,7 @@ from lm.model.config import Rope, RopeScaling
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angle per position of each rotated pair, float64 [rotated / 2], and the factor of cos, sin."""
+    """Angle per position of each rotated pair, float64 [rotated / 2]; the factor of cos, sin."""
     rotated = int(head_dim * rope.fraction)
     frequencies = rope.theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     scaling = rope.scaling

@@ -1,4 +1,4 @@
-"""Meshes with named axes, rules from logical to mesh axes, and the layout in force while tracing."""
+"""Meshes with named axes, rules from logical to mesh axes, the layout in force while tracing."""
 
 from lm.sharding.layout import (
     Layout,

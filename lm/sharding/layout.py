@@ -26,7 +26,7 @@ _current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout
 
 @contextlib.contextmanager
 def use_layout(layout: Layout | None) -> Iterator[None]:
-    """Make `layout` the one `constrain` and the kernels read. Enter it inside the traced function."""
+    """Make `layout` the one `constrain` and kernels read. Enter it inside the traced function."""
     token = _current.set(layout)
     try:
         yield

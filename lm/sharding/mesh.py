@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,8 @@ class MeshShape:
         if free:
             if num_devices % fixed:
                 raise ValueError(
-                    f"the mesh fixes {fixed} devices, which does not divide the {num_devices} present"
+                    f"the mesh fixes {fixed} devices, which does not divide the {num_devices} "
+                    "present; change an axis"
                 )
             sizes[free[0]] = num_devices // fixed
         elif fixed != num_devices:
@@ -69,7 +71,7 @@ class MeshShape:
         return tuple(sizes)
 
 
-def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `shape` over `devices` (default: all), laid out for their interconnect.
 
     Axes are of type Auto: sharding is stated by constraints and by jit's in and out shardings.

@@ -47,7 +47,7 @@ def make_rules(zero: int = 3, sequence_parallel: bool = False) -> Rules:
     """
     if zero not in (0, 1, 2, 3):
         raise ValueError(f"ZeRO stage {zero} does not exist; use 0, 1, 2 or 3")
-    tensor = {axis: ("tensor",) for axis in ("heads", "kv_heads", "ffn", "vocab")}
+    tensor = dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("tensor",))
     tensor |= {"layers": ("stage",), "experts": ("expert",)}
     sharded = tensor | {"embed": ("fsdp",)}
     activations = {

@@ -1,8 +1,8 @@
 """What is minimized: two pure functions around one forward pass.
 
-`inputs(batch)` says what the model reads; `loss(head, hidden, batch, key)` returns named terms, each
-a sum, a count, and a coefficient. Counts depend on the batch alone, so the step can add them up over
-the whole global batch first; then every micro-batch adds `coefficient * sum / total count`, and
+`inputs(batch)` says what the model reads; `loss(head, hidden, batch, key)` returns named terms,
+each a sum, a count, and a coefficient. Counts depend on the batch alone, so the step can add them
+up over the whole global batch first; then every micro-batch adds `coefficient * sum / count`, and
 accumulation, packing and sharding change the loss by float rounding only.
 """
 
@@ -43,9 +43,7 @@ class Objective(Protocol):
         """What the model reads."""
         ...
 
-    def loss(
-        self, head: Head, hidden: jax.Array, batch: Batch, key: jax.Array
-    ) -> dict[str, Term]:
+    def loss(self, head: Head, hidden: jax.Array, batch: Batch, key: jax.Array) -> dict[str, Term]:
         """The terms, from hidden states [B, T, D] of `inputs(batch)`."""
         ...
 
@@ -54,8 +52,8 @@ class Objective(Protocol):
 class NextToken:
     """Cross-entropy of the next token, with PaLM's z-loss (arXiv:2204.02311, section 5).
 
-    A batch holds, each [B, T]: `ids`, `positions`, `segment_ids`, `targets`, and `weights` (float32,
-    0 where a target does not count).
+    A batch holds, each [B, T]: `ids`, `positions`, `segment_ids`, `targets`, and `weights`
+    (float32, 0 where a target does not count).
 
     Attributes:
       z_loss: coefficient of the mean squared log-sum-exp of the logits.
@@ -66,9 +64,7 @@ class NextToken:
     def inputs(self, batch: Batch) -> Tokens:
         return Tokens(batch["ids"], batch["positions"], batch.get("segment_ids"))
 
-    def loss(
-        self, head: Head, hidden: jax.Array, batch: Batch, key: jax.Array
-    ) -> dict[str, Term]:
+    def loss(self, head: Head, hidden: jax.Array, batch: Batch, key: jax.Array) -> dict[str, Term]:
         logprobs, lse = head.logprobs(hidden, batch["targets"])
         weights = batch["weights"]
         count = jnp.sum(weights)

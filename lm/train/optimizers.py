@@ -113,7 +113,7 @@ def scale_by_muon(momentum: float, steps: int, dtype: Any) -> optax.GradientTran
     def init(params: Tree) -> MuonState:
         return MuonState(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
 
-    def update(updates: Tree, state: MuonState, params: Tree = None) -> tuple[Tree, MuonState]:
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
         del params
         buffers = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state[0], updates)
 

@@ -58,9 +58,7 @@ def partition(params: Tree, trains: Callable[[str], bool]) -> tuple[Tree, Tree]:
 
 def merge(trainable: Tree, frozen: Tree) -> Tree:
     """The tree that `partition` took apart."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, trainable, frozen, is_leaf=_is_weight
-    )
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=_is_weight)
 
 
 def everything(path: str) -> bool:

@@ -1,7 +1,7 @@
 """The training step: gradients by accumulation, clipping, the optimizer's update.
 
-The whole step is one jitted function of (state, batch). What is computed is said by an objective and
-an optimizer; where it lies, by a layout; how gradients are gathered, by a `Gradient`.
+The whole step is one jitted function of (state, batch). What is computed is said by an objective
+and an optimizer; where it lies, by a layout; how gradients are gathered, by a `Gradient`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 class Gradient(Protocol):
     """Gradients of an objective over a whole batch."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig: ...
 
     def __call__(
         self, objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
@@ -79,7 +80,7 @@ class Accumulation:
             gradients, sums = micro_gradient(batch)
         else:
             gradients, sums = self.add_up(micro_gradient, trainable, batch)
-        terms = {name: term.replace(sum=sums[name]) for name, term in counts.items()}
+        terms = {name: dataclasses.replace(term, sum=sums[name]) for name, term in counts.items()}
         return gradients, terms
 
     def terms(
@@ -102,7 +103,9 @@ class Accumulation:
         hidden = jnp.zeros(shape, self.dtype)
         head = make_head(merge(weights, frozen), self.config, "reference")
         terms = objective.loss(head, hidden, batch, key)
-        return {n: t.replace(count=jnp.maximum(t.count, 1e-9)) for n, t in terms.items()}
+        return {
+            n: dataclasses.replace(t, count=jnp.maximum(t.count, 1e-9)) for n, t in terms.items()
+        }
 
     def add_up(
         self, micro_gradient: Callable[[Batch], Any], trainable: Tree, batch: Batch

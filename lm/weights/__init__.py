@@ -1,7 +1,7 @@
 """Weights: their specs, the leaf types that hold them, and the four functions that use them."""
 
-from lm.weights.leaf import Leaf, Weight, grouped_linear, linear, take, unembed
 from lm.weights.int8 import Int8
+from lm.weights.leaf import Leaf, Weight, grouped_linear, linear, take, unembed
 from lm.weights.specs import (
     ParamSpec,
     abstract,

@@ -139,7 +139,9 @@ def gather(params: Tree, specs: Tree) -> Tree:
     if layout is None:
         return params
     mesh, rules = layout.mesh, layout.rules
-    used = {logical: tuple(a for a in axes if a != "fsdp") for logical, axes in rules.weights.items()}
+    used = {
+        logical: tuple(a for a in axes if a != "fsdp") for logical, axes in rules.weights.items()
+    }
 
     def leaf(spec: ParamSpec, weight: Any) -> Any:
         if isinstance(weight, Leaf):

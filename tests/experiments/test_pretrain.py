@@ -87,9 +87,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert losses(workdir) == losses(finished)
     rows = metrics_lib.read(workdir / "metrics.jsonl")
     assert {"event": "resumed", "step": 10} in rows
-    ours, theirs = (
-        json.loads((w / "summary.json").read_text()) for w in (workdir, finished)
-    )
+    ours, theirs = (json.loads((w / "summary.json").read_text()) for w in (workdir, finished))
     assert ours["held_out"] == theirs["held_out"] and ours["samples"] == theirs["samples"]
 
 

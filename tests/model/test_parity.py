@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,11 +47,11 @@ def oracle_results(model, ids, documents, total):
     logits, loss = [], 0.0
     for row, here in documents:
         tokens = torch.from_numpy(ids[row, here]).long()[None]
-        out = model(input_ids=tokens, use_cache=False)
+        length = tokens.shape[1]
+        out = model(input_ids=tokens, labels=tokens if length > 1 else None, use_cache=False)
         logits.append(out.logits[0].detach().numpy())
-        if tokens.shape[1] > 1:
-            term = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            term = term * (tokens.shape[1] - 1) / total
+        if length > 1:
+            term = out.loss * (length - 1) / total
             term.backward()
             loss += term.item()
     return logits, loss
@@ -64,20 +66,19 @@ def test_equals_transformers(case):
     tokens, targets, counted, documents = make_batch(config.vocab_size)
 
     @jax.jit
-    @jax.value_and_grad
-    def loss_of(params):
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(params):
         hidden = forward(params, tokens, config).hidden
-        logprobs, _ = make_head(params, config).logprobs(hidden, targets)
-        return -jnp.sum(logprobs * counted) / counted.sum()
+        head = make_head(params, config)
+        logprobs, _ = head.logprobs(hidden, targets)
+        return -jnp.sum(logprobs * counted) / counted.sum(), head.logits(hidden)
 
-    @jax.jit
-    def logits_of(params):
-        return make_head(params, config).logits(forward(params, tokens, config).hidden)
-
-    loss, gradients = loss_of(params)
-    logits = np.asarray(logits_of(params))
+    (loss, logits), gradients = run(params)
+    logits = np.asarray(logits)
     want_logits, want_loss = oracle_results(oracle.model, tokens.ids, documents, counted.sum())
-    assert 0.3 < np.std(want_logits[0]) < 3, "logits of order one make the tolerances mean something"
+    assert 0.3 < np.std(want_logits[0]) < 3, (
+        "logits of order one make the tolerances mean something"
+    )
     for (row, here), want in zip(documents, want_logits, strict=True):
         got = logits[row, here, : config.vocab_size]
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)

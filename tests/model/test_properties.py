@@ -58,7 +58,7 @@ def neox_like() -> ModelConfig:
     )
 
 
-CONFIGS = {"gemma": gemma_like(3, None, 3), "neox": neox_like()}
+CONFIGS = {"gemma": gemma_like(3, None, 3, None), "neox": neox_like()}
 
 
 @pytest.fixture(params=CONFIGS)

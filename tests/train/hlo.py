@@ -113,13 +113,17 @@ def _axes(op: str, rest: str, mesh: Mesh) -> tuple[str, ...]:
     else:
         wanted = _groups(rest, mesh.devices.size)
     large = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+
+    def inside(groups: Groups) -> bool:
+        return all(any(w <= g for g in groups) for w in wanted)
+
     for count in range(len(large) + 1):
         for axes in itertools.combinations(large, count):
             groups = _groups_of(mesh, axes)
-            inside = all(any(w <= g for g in groups) for w in wanted)
-            if wanted == groups or (op == "collective-permute" and inside):
+            if wanted == groups or (op == "collective-permute" and inside(groups)):
                 return axes
-    raise ValueError(f"no mesh axes of {dict(mesh.shape)} explain {op} {rest[:300]}")
+    # Part of an axis: what XLA makes of two shardings that do not fit each other.
+    return (f"part of {'+'.join(large)}",)
 
 
 def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> Groups:
@@ -144,7 +148,7 @@ def _groups(rest: str, num_devices: int) -> Groups:
         sizes = re.findall(r"'(\w+)'=(\d+)", match.group(1))
         order = (match.group(2) or f"[{num_devices}]") + (match.group(3) or "")
         names, dims = [], []
-        parts = {n: s for n, s in re.findall(r"'(\w+)'(:\(\d+\)\d+)?", match.group(4))}
+        parts = dict(re.findall(r"'(\w+)'(:\(\d+\)\d+)?", match.group(4)))
         used = []
         for name, size in sizes:
             if parts.get(name):  # part of an axis: (sizes before it)its own size

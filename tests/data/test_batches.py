@@ -1,0 +1,246 @@
+import itertools
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm.data.batches import Batches, HeldOut, PackedSource, Prefetcher
+from lm.data.packing import make_plan
+from lm.data.sources import ArraySource, Document
+
+SEQ_LEN = 16
+
+
+def packed(num_documents, seed=0, seq_len=SEQ_LEN, longest=60):
+    """Documents of distinct tokens, so that a token tells its document and place."""
+    lengths = np.random.default_rng(seed).integers(2, longest, num_documents)
+    starts = 100_000 * seed + 1 + np.cumsum(lengths) - lengths
+    source = ArraySource.from_documents(
+        Document(np.arange(s, s + n, dtype=np.int32), 3 * int(n))
+        for s, n in zip(starts, lengths, strict=True)
+    )
+    return PackedSource(source, make_plan(source, seq_len), f"source{seed}")
+
+
+def all_pairs(source):
+    tokens = [source.read(d) for d in range(len(source))]
+    return sorted((int(a), int(b)) for t in tokens for a, b in itertools.pairwise(t))
+
+
+def pairs_of(batch):
+    counted = batch["weights"] > 0
+    return list(
+        zip(batch["ids"][counted].tolist(), batch["targets"][counted].tolist(), strict=True)
+    )
+
+
+def test_a_batch_is_its_documents():
+    data = packed(40)
+    batches = Batches([data], 4)
+    for step in range(8):
+        batch = batches.host_batch(step)
+        for i, row in enumerate(batches.rows(step)[1].tolist()):
+            at = 0
+            for segment, (document, start, length) in enumerate(data.plan.row(row).tolist(), 1):
+                tokens = data.source.read(document)
+                here = (i, slice(at, at + length))
+                np.testing.assert_array_equal(batch["ids"][here], tokens[start:][:length])
+                np.testing.assert_array_equal(batch["targets"][here], tokens[start + 1 :][:length])
+                np.testing.assert_array_equal(batch["positions"][here], np.arange(length))
+                assert (batch["segment_ids"][here] == segment).all()
+                assert (batch["weights"][here] == 1).all()
+                at += length
+            for array in batch.values():
+                assert not array[i, at:].any()
+        assert {n: a.dtype for n, a in batch.items()} == {
+            "ids": np.int32,
+            "targets": np.int32,
+            "positions": np.int32,
+            "segment_ids": np.int32,
+            "weights": np.float32,
+        }
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 9))
+def test_an_epoch_is_every_pair_once(num_documents, batch_size, seed):
+    data = packed(num_documents)
+    num_rows = data.plan.num_rows
+    batches = Batches([data], batch_size, seed=seed)
+    rows = np.concatenate([batches.rows(s)[1] for s in range(-(-2 * num_rows // batch_size))])
+    for epoch in rows[: 2 * num_rows].reshape(2, num_rows):
+        assert sorted(epoch.tolist()) == list(range(num_rows))
+    one = Batches([data], num_rows, seed=seed).host_batch(0)
+    assert sorted(pairs_of(one)) == all_pairs(data.source)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(8)), st.integers(0, 40), st.integers(0, 3))
+def test_the_stream_does_not_depend_on_hosts_batch_size_or_start(order, step, seed):
+    sources = [packed(30), packed(20, seed=1)]
+    weights = [0.7, 0.3]
+    whole = Batches(sources, 8, weights=weights, seed=seed).host_batch(step)
+    # Two hosts, any division of the rows.
+    for rows in (order[:3], order[3:]):
+        part = Batches(sources, 8, weights=weights, seed=seed).host_batch(step, rows)
+        for name, array in part.items():
+            np.testing.assert_array_equal(array, whole[name][rows])
+    # Half the batch size, and the same rows skipped by an offset.
+    halves = [
+        Batches(sources, 4, weights=weights, seed=seed).host_batch(2 * step),
+        Batches(sources, 4, weights=weights, seed=seed, row_offset=8 * step + 4).host_batch(0),
+    ]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(np.concatenate([h[name] for h in halves]), array)
+
+
+def test_mixture_shares_and_epochs():
+    sources = [packed(30), packed(50, seed=1)]
+    batches = Batches(sources, 10, weights=[3, 1], block=20)
+    located = [batches.rows(step) for step in range(20)]
+    source = np.concatenate([s for s, _ in located])
+    row = np.concatenate([r for _, r in located])
+    assert np.bincount(source).tolist() == [150, 50]
+    for s, data in enumerate(sources):
+        n = data.plan.num_rows
+        read = row[source == s]
+        for epoch in range(len(read) // n):
+            assert sorted(read[epoch * n :][:n].tolist()) == list(range(n))
+    assert batches.epochs(20) == [150 / sources[0].plan.num_rows, 50 / sources[1].plan.num_rows]
+    total = sum(batches.host_batch(step)["weights"].sum() for step in range(20))
+    assert batches.pairs_per_row == pytest.approx(total / 200, rel=0.05)
+
+
+@pytest.mark.parametrize("spec", [("data", None), (None, "data"), (("data", "seq"), None), ()])
+def test_device_batch_is_the_host_batch(spec):
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "seq"))
+    batches = Batches([packed(30)], 8)
+    batch = batches.device_batch(5, NamedSharding(mesh, PartitionSpec(*spec)))
+    for name, array in batches.host_batch(5).items():
+        assert batch[name].shape == array.shape
+        np.testing.assert_array_equal(batch[name], array)
+
+
+def test_device_batch_reads_only_rows_of_this_host(monkeypatch):
+    """A host whose devices hold rows 2, 3, 6 and 7 of 8 reads these, once."""
+    batches = Batches([packed(30)], 8)
+    read = []
+    host_batch = Batches.host_batch
+
+    def spy(self, step, rows=None):
+        read.append(np.asarray(rows).tolist())
+        return host_batch(self, step, rows)
+
+    class Sharding:
+        def addressable_devices_indices_map(self, shape):
+            slices = [slice(2, 4), slice(6, 8)]
+            return {i: (s, slice(None)) for i, s in enumerate(slices)}
+
+    def place(shape, sharding, callback):
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        return np.concatenate([callback(index) for index in indices])
+
+    monkeypatch.setattr(Batches, "host_batch", spy)
+    monkeypatch.setattr(jax, "make_array_from_callback", place)
+    placed = batches.device_batch(3, Sharding())
+    assert read == [[2, 3, 6, 7]]
+    np.testing.assert_array_equal(placed["ids"], host_batch(batches, 3)["ids"][[2, 3, 6, 7]])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_held_out_reads_every_pair_once(batch_size):
+    data = packed(25)
+    held_out = HeldOut(data, batch_size)
+    batches = list(held_out)
+    assert len(batches) == len(held_out)
+    assert {b["ids"].shape for b in batches} == {(batch_size, SEQ_LEN)}
+    assert sorted(pair for b in batches for pair in pairs_of(b)) == all_pairs(data.source)
+    assert held_out.num_pairs == len(all_pairs(data.source))
+    assert held_out.num_bytes == 3 * data.source.lengths.sum()
+    for batch in batches:
+        np.testing.assert_array_equal(batch["segment_ids"] > 0, batch["weights"] > 0)
+
+
+def test_held_out_device_batch():
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ("data",))
+    held_out = HeldOut(packed(9), 8)
+    batch = held_out.device_batch(len(held_out) - 1, NamedSharding(mesh, PartitionSpec("data")))
+    for name, array in held_out.host_batch(len(held_out) - 1).items():
+        np.testing.assert_array_equal(batch[name], array)
+
+
+def test_prefetch_goes_on_from_any_step():
+    batches = Batches([packed(30)], 4)
+    with batches.prefetch(7, 3) as stream:
+        read = list(stream)
+    assert len(read) == 3
+    for step, batch in enumerate(read, 7):
+        np.testing.assert_array_equal(batch["ids"], batches.host_batch(step)["ids"])
+
+
+def test_prefetch_passes_errors_on_after_the_good_batches():
+    def read(step):
+        if step == 2:
+            raise OSError("disk gone")
+        return step
+
+    with Prefetcher(read) as stream:
+        assert [next(stream), next(stream)] == [0, 1]
+        with pytest.raises(OSError, match="disk gone"):
+            next(stream)
+        with pytest.raises(StopIteration):
+            next(stream)
+
+
+def test_closing_stops_the_thread_and_depth_bounds_it():
+    read = []
+    before = threading.active_count()
+    with Prefetcher(lambda step: read.append(step) or step, depth=2) as stream:
+        assert next(stream) == 0
+        deadline = time.monotonic() + 10
+        while len(read) < 4 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.05)
+        assert len(read) == 4  # one taken, two waiting, one in hand
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_state_is_checked():
+    data = packed(30)
+    batches = Batches([data], 4, seed=1, row_offset=6)
+    state = batches.state(9)
+    assert Batches([data], 4, seed=1, row_offset=6).check(state) == 9
+    with pytest.raises(ValueError, match=r"plan_hash=.* seed changed"):
+        Batches([data], 4, seed=2, row_offset=6).check(state)
+    with pytest.raises(ValueError, match="plan_hash"):
+        Batches([packed(31)], 4, seed=1, row_offset=6).check(state)
+    with pytest.raises(ValueError, match=r"row_offset=0 differs from the checkpoint's 6"):
+        Batches([data], 4, seed=1).check(state)
+    with pytest.raises(ValueError, match=r"batch_size=8 .* new stage with row_offset=42"):
+        Batches([data], 8, seed=1, row_offset=6).check(state)
+    # The remedy goes on where the old stage stopped.
+    stage = Batches([data], 8, seed=1, row_offset=42)
+    np.testing.assert_array_equal(stage.host_batch(0)["ids"][:4], batches.host_batch(9)["ids"])
+
+
+def test_bad_input():
+    data = packed(5)
+    with pytest.raises(ValueError, match="at least one source"):
+        Batches([], 4)
+    with pytest.raises(ValueError, match=r"differ in seq_len: \{'source0': 16, 'source1': 8\}"):
+        Batches([data, packed(5, seed=1, seq_len=8)], 4)
+    with pytest.raises(ValueError, match="2 mixture weights for 1 sources"):
+        Batches([data], 4, weights=[1, 2])
+    with pytest.raises(ValueError, match="batch_size=0"):
+        Batches([data], 0)
+    with pytest.raises(ValueError, match="row_offset=-1"):
+        Batches([data], 4, row_offset=-1)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        HeldOut(data, 0)

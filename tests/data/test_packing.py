@@ -1,0 +1,110 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm.data.packing import make_plan, open_plan, pack
+from lm.data.sources import ArraySource, Document
+
+
+def source_of(lengths, start=0):
+    return ArraySource.from_documents(
+        Document(np.arange(start, start + n, dtype=np.int32), n) for n in lengths
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 90), max_size=60), st.integers(1, 40))
+def test_every_pair_is_in_exactly_one_piece(lengths, seq_len):
+    row_offsets, pieces = pack(np.asarray(lengths, int), seq_len)
+    pairs = [(d, i) for d, start, n in pieces.tolist() for i in range(start, start + n)]
+    assert sorted(pairs) == [(d, i) for d, n in enumerate(lengths) for i in range(max(n - 1, 0))]
+    assert row_offsets[0] == 0
+    assert row_offsets[-1] == len(pieces)
+    for r in range(len(row_offsets) - 1):
+        row = pieces[row_offsets[r] : row_offsets[r + 1]]
+        assert 0 < row[:, 2].sum() <= seq_len
+        assert (row[:, 2] > 0).all()
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(2, 33), min_size=1, max_size=80))
+def test_best_fit_leaves_no_two_rows_that_fit_in_one(lengths):
+    row_offsets, pieces = pack(np.asarray(lengths), 32)
+    used = np.sort(np.add.reduceat(pieces[:, 2], row_offsets[:-1]))
+    assert len(used) < 2 or used[0] + used[1] > 32
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(2, 21), min_size=1, max_size=40))
+def test_rows_equal_a_plain_best_fit_decreasing(lengths):
+    rooms: list[int] = []
+    for n in sorted((n - 1 for n in lengths), reverse=True):
+        fitting = [i for i, room in enumerate(rooms) if room >= n]
+        if fitting:
+            rooms[min(fitting, key=lambda i: rooms[i])] -= n
+        else:
+            rooms.append(20 - n)
+    row_offsets, pieces = pack(np.asarray(lengths), 20)
+    used = np.add.reduceat(pieces[:, 2], row_offsets[:-1])
+    assert sorted(used.tolist()) == sorted(20 - room for room in rooms)
+
+
+def test_waste_of_a_realistic_corpus_is_below_one_percent():
+    lengths = np.random.default_rng(0).lognormal(6, 1.3, 20_000).astype(int) + 2
+    plan = make_plan(ArraySource(np.zeros(0), np.cumsum([0, *lengths]), lengths, "f"), 1024)
+    assert plan.waste < 0.01
+    assert plan.num_pairs == (lengths - 1).sum()
+    assert plan.waste == pytest.approx(1 - (lengths - 1).sum() / (plan.num_rows * 1024))
+
+
+def test_plan_is_reopened_and_named_by_what_made_it(tmp_path):
+    source = source_of([5, 40, 3, 17])
+    plan = open_plan(source, 16, tmp_path, "tokenizer")
+    made = make_plan(source, 16, "tokenizer")
+    np.testing.assert_array_equal(plan.pieces, made.pieces)
+    np.testing.assert_array_equal(plan.row_offsets, made.row_offsets)
+    assert isinstance(plan.pieces, np.memmap)
+    assert plan.hash == made.hash
+
+    [directory] = tmp_path.iterdir()
+    written = (directory / "pieces.npy").stat().st_mtime_ns
+    assert open_plan(source, 16, tmp_path, "tokenizer").hash == plan.hash
+    assert (directory / "pieces.npy").stat().st_mtime_ns == written
+
+    others = [
+        open_plan(source_of([5, 40, 3, 17], start=1), 16, tmp_path, "tokenizer"),
+        open_plan(source, 8, tmp_path, "tokenizer"),
+        open_plan(source, 16, tmp_path, "another"),
+    ]
+    assert len({plan.hash, *(o.hash for o in others)}) == 4
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_plan_cut_short_or_damaged(tmp_path, monkeypatch):
+    source = source_of([5, 40])
+
+    def full(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(OSError, match="disk full"):
+            open_plan(source, 16, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    open_plan(source, 16, tmp_path)
+    [directory] = tmp_path.iterdir()
+    about = json.loads((directory / "plan.json").read_text())
+    (directory / "plan.json").write_text(json.dumps(about | {"num_rows": 99}))
+    with pytest.raises(ValueError, match=r"does not match its plan\.json; delete"):
+        open_plan(source, 16, tmp_path)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="seq_len=0"):
+        pack(np.asarray([3]), 0)
+    with pytest.raises(ValueError, match=r"no \(input, target\) pair"):
+        make_plan(source_of([1, 0, 1]), 8)
