@@ -262,6 +262,7 @@ def _match(
         shape, code = headers[name]
         if code not in DTYPES:
             faults.append(f"{name} is of dtype {code}; weights are {', '.join(DTYPES)}")
+            continue
         if shape != tensor.shape:
             rows = tensor.places[0].stack is None and "norm" not in name
             hint = (

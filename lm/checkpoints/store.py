@@ -89,8 +89,9 @@ class Checkpoints:
         """What was kept beside the arrays.
 
         Raises:
-          CheckpointError: written by a version this code does not read.
+          CheckpointError: there is none, or a version this code does not read wrote it.
         """
+        self._check_step(step)
         restored = self.manager.restore(
             step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
         )
@@ -106,14 +107,23 @@ class Checkpoints:
         """The state of `step`, shaped, typed and laid out like `like` (ShapeDtypeStructs).
 
         Raises:
-          CheckpointError: leaves are missing, surplus or of another shape; all are named.
+          CheckpointError: there is none, or leaves are missing, surplus or of another shape.
         """
+        self._check_step(step)
         wanted = to_names(like)
         self._check(step, wanted)
         restored = self.manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         )
         return from_names(restored["state"], like)
+
+    def _check_step(self, step: int) -> None:
+        steps = self.steps()
+        if step not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(
+                f"{self.directory} has no checkpoint of step {step}; it has {have}"
+            )
 
     def _check(self, step: int, wanted: dict[str, Any]) -> None:
         stored = self.manager.item_metadata(step)["state"]
@@ -124,15 +134,15 @@ class Checkpoints:
         want = {
             path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)
         }
-        faults = [f"{name} is missing" for name in want.keys() - have.keys()]
-        faults += [f"{name} is not in this model" for name in have.keys() - want.keys()]
+        faults = [f"{name} is missing" for name in sorted(want.keys() - have.keys())]
         faults += [
             f"{name} is {list(have[name])}, the model wants {list(want[name])}"
-            for name in want.keys() & have.keys()
+            for name in sorted(want.keys() & have.keys())
             if want[name] != have[name]
         ]
+        faults += [f"{name} is not in this model" for name in sorted(have.keys() - want.keys())]
         if faults:
-            shown = "; ".join(sorted(faults)[:8])
+            shown = "; ".join(faults[:8])
             more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise CheckpointError(
                 f"checkpoint {self.directory}/{step} does not fit this model: {shown}{more}. "

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+# On CPU: rows of one partial product, and how many of them are written out.
+ROWS, MAX_PARTS = 1024, 16
 
 
 @jax.custom_vjp
@@ -25,13 +30,19 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def dot(
-    x: jax.Array, y: jax.Array, transpose_x: bool = False, transpose_y: bool = False
+    x: jax.Array,
+    y: jax.Array,
+    transpose_x: bool = False,
+    transpose_y: bool = False,
+    out_dtype: Any = None,
 ) -> jax.Array:
     """x y; x y^T over their last dimensions; or x^T y, summed over all leading ones.
 
-    XLA's CPU backend multiplies bfloat16 at full speed only where float32 results are asked for,
-    and not from a transposed left side; there, and only there, it is asked that way.
+    Added up in float32; `out_dtype` is of the result, y's by default. XLA's CPU backend multiplies
+    bfloat16 at full speed only where float32 results are asked for, and x^T y only from a
+    transposed copy, some rows at a time; there, and only there, it is asked that way.
     """
+    dtype = jnp.dtype(y.dtype if out_dtype is None else out_dtype)
     leading = tuple(range(x.ndim - 1))
     if transpose_x:
         dims = ((leading, leading), ((), ()))
@@ -39,16 +50,30 @@ def dot(
         dims = (((x.ndim - 1,), (1 if transpose_y else 0,)), ((), ()))
 
     def plain(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(x, y, dims)
+        return jax.lax.dot_general(x, y, dims, preferred_element_type=dtype)
 
     def cpu(x: jax.Array, y: jax.Array) -> jax.Array:
         if transpose_x:
-            x = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-            out = jnp.matmul(x, y.reshape(-1, y.shape[-1]), preferred_element_type=jnp.float32)
-        else:
-            out = jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
-        return out.astype(y.dtype)
+            return _sum_over_rows(x, y).astype(dtype)
+        return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32).astype(dtype)
 
     if x.dtype != jnp.bfloat16:
         return plain(x, y)
     return jax.lax.platform_dependent(x, y, cpu=cpu, default=plain)
+
+
+def _sum_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x^T y in float32, summed over all leading dimensions, a cache's worth of them at a time."""
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    num_rows = x.shape[0]
+    size = max(ROWS, -(-num_rows // MAX_PARTS))
+    transposed = jax.lax.optimization_barrier(x.T)
+    parts = [
+        jnp.matmul(
+            transposed[:, start : start + size],
+            y[start : start + size],
+            preferred_element_type=jnp.float32,
+        )
+        for start in range(0, num_rows, size)
+    ]
+    return sum(parts[1:], start=parts[0])

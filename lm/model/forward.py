@@ -6,6 +6,7 @@ size, F feed-forward size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from lm.model.params import (
 from lm.model.remat import checkpointed
 from lm.model.rope import apply_rope, rope_table
 from lm.sharding import constrain
-from lm.weights import gather, linear, take
+from lm.weights import Leaf, gather, linear, take
 
 AttentionFunction = Callable[..., jax.Array]
 RopeTables = dict[tuple[Rope, int], tuple[jax.Array, jax.Array]]
@@ -129,6 +130,10 @@ def forward(
 def embed(params: ModelWeights, tokens: Tokens, config: ModelConfig, dtype: Any) -> jax.Array:
     """Rows of the embedding, [B, T, D]."""
     table = gather(params.embed, param_specs(config).embed)
+    if not isinstance(table, Leaf):
+        # So its gradient is summed before it is split over `fsdp`; else every device would be sent
+        # the activations of all the others.
+        table = constrain(table, "vocab", None)
     x = constrain(take(table, tokens.ids, dtype), "batch", "sequence", None)
     if config.embed_scale is not None:
         x *= jnp.asarray(config.embed_scale, dtype)
@@ -234,13 +239,26 @@ def feed_forward(x: jax.Array, w: FeedForwardWeights, config: FeedForward) -> ja
     x = constrain(x, "batch", "sequence", None)
     up = checkpoint_name(linear(x, w.up, w.up_bias), "up")
     if w.gate is None:
-        inner = activation(up.astype(jnp.float32))
+        inner = elementwise(_activated, activation)(up)
     else:
         gate = checkpoint_name(linear(x, w.gate, w.gate_bias), "gate")
-        inner = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    inner = constrain(inner.astype(x.dtype), "batch", "sequence", "ffn")
+        inner = elementwise(_gated, activation)(gate, up)
+    inner = constrain(inner, "batch", "sequence", "ffn")
     out = linear(inner, w.down, w.down_bias)
     return constrain(out, "batch", "residual_sequence", None)
+
+
+def _gated(activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array):
+    return (activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
+
+
+def _activated(activation: Callable[[jax.Array], jax.Array], up: jax.Array) -> jax.Array:
+    return activation(up.astype(jnp.float32)).astype(up.dtype)
+
+
+def elementwise(f: Callable[..., jax.Array], *fixed: Any) -> Callable[..., jax.Array]:
+    """`f` whose backward pass keeps its arguments, not the float32 values on the way."""
+    return jax.checkpoint(functools.partial(f, *fixed), prevent_cse=False)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -252,6 +270,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def normalize(x: jax.Array, weights: NormWeights, norm: Norm) -> jax.Array:
     """RMSNorm or LayerNorm over the last dimension, in float32, back to x's dtype."""
+    return elementwise(_normalize, norm)(x, weights)
+
+
+def _normalize(norm: Norm, x: jax.Array, weights: NormWeights) -> jax.Array:
     y = x.astype(jnp.float32)
     if norm.kind == "layer":
         y -= jnp.mean(y, axis=-1, keepdims=True)

@@ -102,6 +102,8 @@ def train(
             writer.write(done, values | rate | dict(extra))
 
     done = int(state.step)
+    if done >= num_steps:
+        return state
     for batch in batches:
         state, metrics = step(state, batch)
         if pending is not None:

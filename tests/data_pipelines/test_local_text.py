@@ -137,6 +137,17 @@ def test_one_file_splits_into_sections(tmp_path):
     assert validation["bytes"] + built.summary["splits"]["train"]["bytes"] == len(text.encode())
 
 
+def test_held_out_is_the_share_asked_for(tmp_path):
+    pattern, _ = write_files(tmp_path, num_files=90, num_words=40)
+    small, large = (
+        set(quiet_build(tmp_path / f"{share}", pattern, held_out=share).texts("validation"))
+        for share in (0.2, 0.6)
+    )
+    assert 0.08 * 90 < len(small) < 0.35 * 90
+    assert 0.45 * 90 < len(large) < 0.75 * 90
+    assert small < large
+
+
 def test_max_bytes_bounds_the_text(tmp_path):
     pattern, texts = write_files(tmp_path)
     longest = max(len(t.encode()) for t in texts.values())

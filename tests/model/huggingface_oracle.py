@@ -39,10 +39,12 @@ LLAMA3 = rope(
     original_max_position_embeddings=64,
 )
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
-YARN_MSCALE = rope(
+# The ramp begins at pair 5 of 8; with the usual beta_fast it would at pair 1.
+YARN_MSCALE = {"max_position_embeddings": 2048} | rope(
     "yarn",
+    theta=100.0,
     factor=4.0,
-    original_max_position_embeddings=32,
+    original_max_position_embeddings=512,
     mscale=0.7,
     mscale_all_dim=0.4,
     beta_fast=4.0,
@@ -56,7 +58,8 @@ GEMMA3_ROPE = {
 }
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", GQA | {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
+    "llama": ("llama", GQA | {"head_dim": 12, "attention_bias": True, "mlp_bias": True}
+        | {"rms_norm_eps": 0.03}),
     "llama3": (
         "llama",
         BASE | {"num_key_value_heads": 1, "tie_word_embeddings": True}
@@ -81,6 +84,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": (
         "gemma2",
         GQA | {"num_hidden_layers": 5, "head_dim": 12, "query_pre_attn_scalar": 20}
+        | {"rms_norm_eps": 0.03}
         | {"sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
     "gemma3": (
@@ -89,12 +93,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"head_dim": 20, "query_pre_attn_scalar": 31, "sliding_window": 4}
         | {"sliding_window_pattern": 3, "final_logit_softcapping": 2.0} | GEMMA3_ROPE,
     ),
-    "olmo2": ("olmo2", GQA),
+    "olmo2": ("olmo2", GQA | {"rms_norm_eps": 0.03}),
     "phi3": (
         "phi3",
         GQA | {"sliding_window": 6} | rope("default", partial_rotary_factor=0.5),
     ),
-    "gpt_neox": ("gpt_neox", BASE | {"num_attention_heads": 3, "rotary_pct": 0.25}),
+    "gpt_neox": (
+        "gpt_neox",
+        BASE | {"num_attention_heads": 3, "rotary_pct": 0.25, "layer_norm_eps": 0.03},
+    ),
     "gpt_neox_sequential": (
         "gpt_neox",
         BASE | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_fast"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from lm.checkpoints import from_huggingface, from_tensors, to_tensors
 from lm.model import Tokens, forward, make_head, num_params
+from lm.model.forward import embed
 from tests.model.huggingface_oracle import CASES, make_oracle
 
 pytestmark = pytest.mark.oracle
@@ -92,3 +94,19 @@ def test_equals_transformers(case):
         np.testing.assert_allclose(
             got_gradients[name], want, rtol=1e-4, atol=1e-4 * largest, err_msg=name
         )
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3"])
+def test_scaled_embedding_in_bfloat16(case):
+    """The factor itself is rounded: sqrt(48) is 6.9375 in bfloat16."""
+    torch = pytest.importorskip("torch")
+    oracle = make_oracle(case)
+    config = from_huggingface(oracle.json)
+    params = from_tensors(oracle.arrays(), config, dtype=jnp.bfloat16)
+    tokens, *_ = make_batch(config.vocab_size)
+    layer = copy.deepcopy(oracle.model.get_input_embeddings()).to(torch.bfloat16)
+    want = layer(torch.from_numpy(tokens.ids).long()).float().detach().numpy()
+    got = np.asarray(embed(params, tokens, config, jnp.bfloat16), np.float32)
+    np.testing.assert_array_equal(got, want)
+    unrounded = np.asarray(params.embed, np.float32)[tokens.ids] * np.float32(48**0.5)
+    assert np.any(want != np.asarray(jnp.asarray(unrounded, jnp.bfloat16), np.float32))

@@ -12,7 +12,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 OPS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+BYTES = {
+    "pred": 1,
+    "u64": 8,
+    "f64": 8,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+}
 INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(OPS)})(?:-start)?\((.*)")
 ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
@@ -53,10 +65,8 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             result, op, rest = match.groups()
             axes = _axes(op, rest, mesh)
             source = re.search(r'op_name="([^"]*)"', rest)
-            for dtype, dims in ARRAY.findall(re.sub(r"/\*.*?\*/|\{[\d,]*\}", "", result)):
-                shape = tuple(int(d) for d in dims.split(",") if d)
-                size = BYTES[dtype] * int(np.prod(shape, dtype=int))
-                where = source.group(1) if source else ""
+            where = source.group(1) if source else ""
+            for shape, size in _arrays(result):
                 found.append(Collective(op, axes, loops[name], shape, size, where))
     return found
 
@@ -70,6 +80,22 @@ def summary(found: list[Collective]) -> list[str]:
         f"{op} over {axes}, loop depth {depth}: {len(sizes)} arrays, {sum(sizes)} bytes"
         for (op, axes, depth), sizes in sorted(table.items())
     ]
+
+
+def loop_carries(text: str) -> list[int]:
+    """Bytes of what each loop of the entry computation carries, invariants too."""
+    lines = dict(_computations(text))["ENTRY"]
+    results = [line.split(" while(")[0] for line in lines if " while(" in line]
+    return [sum(size for _, size in _arrays(result)) for result in results]
+
+
+def _arrays(types: str) -> list[tuple[tuple[int, ...], int]]:
+    """Shape and bytes of each array of an HLO type, a tuple or not."""
+    found = []
+    for dtype, dims in ARRAY.findall(re.sub(r"/\*.*?\*/|\{[\d,]*\}", "", types)):
+        shape = tuple(int(d) for d in dims.split(",") if d)
+        found.append((shape, BYTES[dtype] * int(np.prod(shape, dtype=int))))
+    return found
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lm.kernels.cross_entropy.reference import MASKED, token_axes, weight_axes
 from lm.sharding import current_layout, partition_spec
+
+# On CPU the logits of few tokens stay near the cores. Elsewhere every chunk reads and writes the
+# weight's whole float32 gradient, which fewer tokens do not hide.
+CPU_CHUNK_TOKENS = 256
+CHUNK_TOKENS = 1024
 
 
 def fused_token_logprobs(
@@ -31,9 +37,11 @@ def fused_token_logprobs(
     transposed: bool,
     vocab_size: int,
     softcap: float | None = None,
-    chunk_tokens: int,
+    chunk_tokens: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `token_logprobs`, holding float32 logits of at most `chunk_tokens` tokens per device.
+
+    None is `CPU_CHUNK_TOKENS` or `CHUNK_TOKENS`, by the platform it is compiled for.
 
     Reverse mode only: there is no second derivative and no `jvp`.
     """
@@ -140,10 +148,10 @@ class _Plan:
     vocab_size: int
     masked: bool
     softcap: float | None
-    chunk_tokens: int
+    chunk_tokens: int | None
     placement: Placement
 
-    def over_mesh(self, function, in_specs, out_specs):
+    def over_mesh(self, function, in_specs, out_specs) -> Callable[..., Any]:
         """`function` of local arrays as one of global arrays."""
         local = functools.partial(function, self)
         if self.placement.mesh is None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from lm.kernels.matmul import dot
 from lm.sharding import constrain, current_layout, named_sharding
 
 # Finite, so that a device that holds nothing but padding columns makes no NaN.
@@ -26,9 +27,8 @@ def reference_token_logprobs(
     """As `token_logprobs`, holding float32 logits [..., V] until the backward pass."""
     tokens = token_axes(hidden.ndim - 1, "sequence")
     hidden = constrain(hidden, *tokens, None)
-    equation = "...d,vd->...v" if transposed else "...d,dv->...v"
     matrix = _whole(weight.astype(hidden.dtype), transposed)
-    logits = jnp.einsum(equation, hidden, matrix, preferred_element_type=jnp.float32)
+    logits = _project(hidden, matrix, transposed)
     logits = constrain(logits, *tokens, "vocab")
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
@@ -39,6 +39,27 @@ def reference_token_logprobs(
     # A gather along a sharded vocabulary would bring the logits together; a masked sum does not.
     target = jnp.sum(jnp.where(columns == targets[..., None], logits, 0.0), axis=-1)
     return target - logsumexp, logsumexp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(hidden: jax.Array, matrix: jax.Array, transposed: bool) -> jax.Array:
+    """Logits in float32; on the way back they multiply in the dtype of `hidden`."""
+    return dot(hidden, matrix, transpose_y=transposed, out_dtype=jnp.float32)
+
+
+def _project_forward(hidden, matrix, transposed):
+    return _project(hidden, matrix, transposed), (hidden, matrix)
+
+
+def _project_backward(transposed, saved, d_logits):
+    hidden, matrix = saved
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = dot(d_logits, matrix, transpose_y=not transposed)
+    pair = (d_logits, hidden) if transposed else (hidden, d_logits)
+    return d_hidden, dot(*pair, transpose_x=True)
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 def token_axes(num_dims: int, sequence: str) -> tuple[str | None, ...]:

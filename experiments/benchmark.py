@@ -1,0 +1,607 @@
+"""Benchmarks: how fast a training step is.
+
+    python -m experiments.benchmark train                   # two sizes, two precisions
+    python -m experiments.benchmark train --sizes=small --precisions=bfloat16 --rounds=20
+    python -m experiments.benchmark train --format=json
+
+On CPU: this project's step against `LlamaForCausalLM` of `transformers` on PyTorch, eager and, where
+a C++ compiler is found, compiled (`pip install 'lm-lifecycle[peers]'`; without it, ours alone). The
+same shapes, token ids, precision (bfloat16: PyTorch under autocast, ours with bfloat16 compute; both
+over float32 weights), AdamW and clipping. Every contender is a process of its own, so that its peak
+memory is its own; they take turns of one step, so that load of the machine falls on all alike.
+About 15 minutes on two cores.
+
+On a GPU or TPU: tokens/s, TFLOP/s and MFU of one step of `--model` on one device. FLOPs are
+`lm.model.train_flops`: causal, without what is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+from absl import app, flags
+
+PRECISIONS = ("float32", "bfloat16")
+CONTENDERS = ("jax", "torch", "torch_compile")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0
+
+_SIZES = flags.DEFINE_list("sizes", ["small", "large"], "on CPU: sizes to time")
+_PRECISIONS = flags.DEFINE_list("precisions", list(PRECISIONS), "on CPU: precisions to time")
+_CONTENDERS = flags.DEFINE_list("contenders", list(CONTENDERS), "on CPU: who takes part")
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "timed steps of each contender", lower_bound=1)
+_REMAT = flags.DEFINE_string(
+    "remat", None, "see lm.model.remat; default none, full on accelerators"
+)
+_FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "of the result")
+_MODEL = flags.DEFINE_string("model", "llama3_2_1b", "on accelerators: a name in lm.model.known")
+_LENGTH = flags.DEFINE_integer("sequence_length", 4096, "on accelerators", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 8, "on accelerators: rows of a step", lower_bound=1)
+_ATTENTION = flags.DEFINE_string(
+    "attention", None, "on accelerators: implementation; default cudnn on GPU"
+)
+_PEAK = flags.DEFINE_float(
+    "peak_tflops", 989.0, "of the accelerator; the default is an H100's or H200's dense bfloat16"
+)
+_WORKER = flags.DEFINE_string("worker", None, "internal: the contender this process is")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A Llama and its batch."""
+
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    hidden_dim: int
+    vocab_size: int
+    batch_size: int
+    length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch_size * self.length
+
+
+SIZES = {
+    "tiny": Size(32, 2, 4, 2, 64, 128, 2, 16),
+    "small": Size(256, 6, 4, 2, 704, 4096, 16, 256),
+    "large": Size(512, 8, 8, 4, 1408, 8192, 4, 512),
+}
+
+
+class BenchmarkError(Exception):
+    """The benchmark cannot go on; the message says why and what to do."""
+
+
+# ---------------------------------------------------------------- the contenders, in their processes
+
+
+def token_ids(size: Size) -> Any:
+    """The batch everyone reads: int64 [B, T]."""
+    numpy = importlib.import_module("numpy")
+    rng = numpy.random.default_rng(0)
+    return rng.integers(0, size.vocab_size, (size.batch_size, size.length))
+
+
+def jax_worker(size: Size, precision: str, options: dict[str, Any]) -> tuple[Callable, dict]:
+    """(a function that does a step and returns the loss, facts about the contender)."""
+    from lm.model.families import make_config
+
+    config = make_config(
+        "llama",
+        vocab_size=size.vocab_size,
+        embed_dim=size.embed_dim,
+        hidden_dim=size.hidden_dim,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        num_kv_heads=size.num_kv_heads,
+        max_length=size.length,
+    )
+    remat = options.get("remat") or "none"
+    step, num_parameters, _ = make_jax_step(config, token_ids(size), precision, remat)
+    return step, {"num_parameters": num_parameters, "remat": remat}
+
+
+def make_jax_step(
+    config: Any, ids: Any, precision: str, remat: str, attention: str | None = None
+) -> tuple[Callable[[], float], int, float]:
+    """(a step of training on one batch of ids [B, T], number of parameters, seconds to compile)."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from lm.kernels.attention import attention as attend
+    from lm.model import num_params, param_specs
+    from lm.sharding import Layout, MeshShape, make_mesh, make_rules
+    from lm.train.objective import NextToken
+    from lm.train.optimizers import AdamW, make_optimizer
+    from lm.train.state import init_state
+    from lm.train.step import Accumulation, make_train_step
+
+    layout = Layout(make_mesh(MeshShape()), make_rules())
+    optimizer = make_optimizer(
+        AdamW(B1, B2, EPS, WEIGHT_DECAY), lambda step: jnp.float32(LEARNING_RATE)
+    )
+    function = None if attention is None else functools.partial(attend, implementation=attention)
+    gradient = Accumulation(config, 1, jnp.dtype(precision), remat, attention=function)
+    step = make_train_step(NextToken(), optimizer, layout, gradient, max_grad_norm=MAX_GRAD_NORM)
+    state = init_state(param_specs(config), optimizer, jax.random.key(0), layout)
+    rows, length = ids.shape
+    weights = np.ones((rows, length), np.float32)
+    weights[:, -1] = 0  # the last token of a row has no target
+    batch = {
+        "ids": ids.astype(np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "targets": np.roll(ids, -1, axis=1).astype(np.int32),
+        "weights": weights,
+    }
+    batch = jax.device_put(batch, layout.mesh.devices.flat[0])
+    before = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    seconds = time.perf_counter() - before
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return run, num_params(config), seconds
+
+
+def torch_worker(size: Size, precision: str, options: dict[str, Any]) -> tuple[Callable, dict]:
+    """As `jax_worker`, for PyTorch at its best: SDPA, and the faster of its two quick AdamWs."""
+    torch = importlib.import_module("torch")
+    transformers = importlib.import_module("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.embed_dim,
+        intermediate_size=size.hidden_dim,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads,
+        max_position_embeddings=size.length,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = transformers.LlamaForCausalLM(config).train()
+    call = torch.compile(model) if options["compile"] else model
+    ids = torch.from_numpy(token_ids(size))
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+
+    def make(kind: str) -> Any:
+        return torch.optim.AdamW(
+            [dict(group) for group in groups],
+            lr=LEARNING_RATE, betas=(B1, B2), eps=EPS, weight_decay=WEIGHT_DECAY, **{kind: True},
+        )  # fmt: skip
+
+    def gradient() -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = call(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        return loss
+
+    gradient()
+    seconds = {}
+    for kind in ("fused", "foreach"):
+        trial = make(kind)
+        trial.step()
+        before = time.perf_counter()
+        trial.step()
+        seconds[kind] = time.perf_counter() - before
+    best = min(seconds, key=lambda kind: seconds[kind])
+    del trial
+    optimizer = make(best)
+    optimizer.zero_grad(set_to_none=True)
+
+    def run() -> float:
+        loss = gradient()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    count = sum(p.numel() for p in model.parameters())
+    return run, {"num_parameters": count, "optimizer": best, "threads": torch.get_num_threads()}
+
+
+def peak_bytes() -> int:
+    """The largest resident size this process ever had."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def work(contender: str, commands: TextIO, answers: TextIO) -> None:
+    """A contender's process: builds its step, then does one whenever a line asks for it."""
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    case = json.loads(commands.readline())
+    size, precision, options = Size(**case["size"]), case["precision"], case["options"]
+    try:
+        if contender == "jax":
+            from lm.train.host import keep_freed_memory
+
+            keep_freed_memory()
+            step, facts = jax_worker(size, precision, options)
+        else:
+            compiled = contender == "torch_compile"
+            step, facts = torch_worker(size, precision, options | {"compile": compiled})
+        for _ in range(2):
+            step()
+    except Exception as error:  # told to the parent, which goes on without this contender
+        answer(error=f"{type(error).__name__}: {error}"[:400])
+        return
+    answer(**facts)
+    for _ in commands:
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = step()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        answer(seconds=wall, cpu_seconds=cpu, loss=loss, peak_bytes=peak_bytes())
+
+
+# ------------------------------------------------------------------------- the parent, on CPU
+
+
+class Worker:
+    """The parent's end of a contender's process."""
+
+    def __init__(self, name: str, size: Size, precision: str, remat: str | None) -> None:
+        self.name = name
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.benchmark", f"--worker={name}"],
+            cwd=pathlib.Path(__file__).resolve().parent.parent,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        case = {"size": dataclasses.asdict(size), "precision": precision,
+                "options": {"remat": remat}}  # fmt: skip
+        self.steps: list[dict[str, Any]] = []
+        try:
+            self.facts = self.ask(json.dumps(case))
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """The answer to a line."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        reply = ""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            reply = self.process.stdout.readline()
+        if not reply:
+            code = self.process.wait()
+            raise BenchmarkError(f"{self.name} died (exit status {code}; {-9} is lack of memory)")
+        values = json.loads(reply)
+        if "error" in values:
+            raise BenchmarkError(f"{self.name} failed: {values['error']}")
+        return values
+
+    def close(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def say(text: str) -> None:
+    """Progress; standard output is for the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def available(contenders: Sequence[str]) -> list[str]:
+    """Those that can run here; says why the others cannot."""
+    unknown = [name for name in contenders if name not in CONTENDERS]
+    if unknown or not contenders:
+        raise BenchmarkError(f"contenders={list(contenders)}; use some of {','.join(CONTENDERS)}")
+    missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+    found = []
+    for name in contenders:
+        if name != "jax" and missing:
+            say(f"without {name}: {' and '.join(missing)} missing; "
+                "pip install 'lm-lifecycle[peers]'")  # fmt: skip
+        elif name == "torch_compile" and compiler is None:
+            say("without torch_compile: no C++ compiler; install g++ or clang++, or set CXX")
+        else:
+            found.append(name)
+    if not found:
+        raise BenchmarkError("no contender is left")
+    return found
+
+
+@contextlib.contextmanager
+def started(
+    names: Sequence[str], size: Size, precision: str, remat: str | None
+) -> Iterator[list[Worker]]:
+    """Contenders, compiled and warmed up one after another."""
+    workers: list[Worker] = []
+    try:
+        for name in names:
+            before = time.perf_counter()
+            try:
+                workers.append(Worker(name, size, precision, remat))
+            except BenchmarkError as error:
+                if name == "jax":
+                    raise
+                say(f"without {error}")
+                continue
+            say(f"  {name}: ready after {time.perf_counter() - before:.0f} s")
+        counts = {worker.name: worker.facts["num_parameters"] for worker in workers}
+        if len(set(counts.values())) > 1:
+            raise BenchmarkError(f"the contenders are not the same model: parameters {counts}")
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def race(
+    names: Sequence[str], size_name: str, precision: str, rounds: int, remat: str | None
+) -> list[dict[str, Any]]:
+    """One row a contender, with medians over the rounds."""
+    size = SIZES[size_name]
+    say(f"{size_name}, {precision}: {size}")
+    with started(names, size, precision, remat) as workers:
+        for i in range(rounds):
+            # Each goes first as often as the others: what follows a neighbour finds its cache cold.
+            shift = i % len(workers)
+            for worker in workers[shift:] + workers[:shift]:
+                worker.steps.append(worker.ask("step"))
+            times = ", ".join(f"{w.name} {w.steps[-1]['seconds']:.3f} s" for w in workers)
+            say(f"  round {i + 1}/{rounds}: {times}")
+        return [_row(worker, size_name, precision) for worker in workers]
+
+
+def _row(worker: Worker, size_name: str, precision: str) -> dict[str, Any]:
+    seconds = [step["seconds"] for step in worker.steps]
+    return {
+        "size": size_name,
+        "precision": precision,
+        "contender": worker.name,
+        "seconds_per_step": statistics.median(seconds),
+        "fastest_seconds_per_step": min(seconds),
+        "cpu_seconds_per_step": statistics.median(step["cpu_seconds"] for step in worker.steps),
+        "tokens_per_second": SIZES[size_name].num_tokens / statistics.median(seconds),
+        "peak_bytes": worker.steps[-1]["peak_bytes"],
+        "loss": worker.steps[-1]["loss"],
+    } | worker.facts
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Adds `ratio`: seconds of the fastest PyTorch contender over the row's own."""
+    peers = [row["seconds_per_step"] for row in rows if row["contender"] != "jax"]
+    for row in rows:
+        row["ratio"] = min(peers) / row["seconds_per_step"] if peers else None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| size | precision | contender | s/step | tokens/s | ratio | CPU s/step | peak MB | loss |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        lines.append(
+            f"| {row['size']} | {row['precision']} | {row['contender']} "
+            f"| {row['seconds_per_step']:.3f} | {row['tokens_per_second']:,.0f} | {ratio} "
+            f"| {row['cpu_seconds_per_step']:.2f} | {row['peak_bytes'] / 1e6:,.0f} "
+            f"| {row['loss']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------- one accelerator
+
+
+def time_accelerator(
+    model: str,
+    batch_size: int,
+    length: int,
+    remat: str,
+    attention: str | None,
+    rounds: int,
+    peak_tflops: float,
+    **changes: Any,
+) -> dict[str, Any]:
+    """One model's step in bfloat16 on the first device, as a row.
+
+    Args:
+      model: a name in `lm.model.known`.
+      batch_size, length: rows of whole documents, and their tokens.
+      remat: see `lm.model.remat`.
+      attention: implementation, see `lm.kernels.attention.attention`.
+      rounds: timed steps.
+      peak_tflops: what MFU is a share of.
+      **changes: of the model, see `known_model`.
+    """
+    import jax
+    import numpy as np
+
+    from lm.model import num_params, train_flops
+    from lm.model.known import known_model
+
+    config = known_model(model, **changes)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length))
+    say(
+        f"{model}: {num_params(config):,} parameters, {batch_size} x {length} tokens, remat {remat}"
+    )
+    try:
+        step, _, seconds_to_compile = make_jax_step(config, ids, "bfloat16", remat, attention)
+        say(f"compiled in {seconds_to_compile:.0f} s")
+        loss = [step() for _ in range(2)][-1]
+        seconds = []
+        for i in range(rounds):
+            before = time.perf_counter()
+            loss = step()
+            seconds.append(time.perf_counter() - before)
+            say(f"  step {i + 1}/{rounds}: {seconds[-1]:.3f} s, loss {loss:.3f}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise BenchmarkError(
+            f"batch_size={batch_size} with remat={remat} does not fit the device; use a smaller "
+            "--batch_size, or --remat=full"
+        ) from error
+    rate = batch_size * length / statistics.median(seconds)
+    flops = rate * train_flops(config, length)
+    memory = jax.devices()[0].memory_stats() or {}
+    return {
+        "model": model,
+        "batch_size": batch_size,
+        "sequence_length": length,
+        "remat": remat,
+        "attention": attention,
+        "seconds_per_step": statistics.median(seconds),
+        "tokens_per_second": rate,
+        "tflops": flops / 1e12,
+        "mfu": flops / 1e12 / peak_tflops,
+        "peak_tflops": peak_tflops,
+        "peak_bytes": memory.get("peak_bytes_in_use"),
+        "compile_seconds": seconds_to_compile,
+        "loss": loss,
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "device": device,
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def accelerator() -> tuple[str, str]:
+    """(platform, name) of JAX's first device, asked in a process of its own."""
+    ask = "import jax; d = jax.devices()[0]; print('device:', d.platform, d.device_kind)"
+    reply = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, timeout=300, check=False
+    )
+    for line in reply.stdout.splitlines():
+        if line.startswith("device: "):
+            _, kind, name = line.split(" ", 2)
+            return kind, name
+    raise BenchmarkError(f"JAX finds no device:\n{reply.stderr.strip()[-500:]}")
+
+
+def benchmark_train() -> None:
+    """The command `train`."""
+    for name, given, known in (
+        ("sizes", _SIZES.value, SIZES), ("precisions", _PRECISIONS.value, PRECISIONS)
+    ):  # fmt: skip
+        wrong = [value for value in given if value not in known]
+        if wrong or not given:
+            raise BenchmarkError(f"--{name}={','.join(given)}: use some of {', '.join(known)}")
+    kind, device = accelerator()
+    rows: list[dict[str, Any]] = []
+    if kind == "cpu":
+        names = available(_CONTENDERS.value)
+        facts = environment(processor())
+        for size in _SIZES.value:
+            for precision in _PRECISIONS.value:
+                group = race(names, size, precision, _ROUNDS.value, _REMAT.value)
+                add_ratios(group)
+                rows += group
+        text = table(rows)
+    else:
+        attention = _ATTENTION.value or ("cudnn" if kind in ("gpu", "cuda", "rocm") else None)
+        row = time_accelerator(
+            _MODEL.value, _BATCH.value, _LENGTH.value, _REMAT.value or "full", attention,
+            _ROUNDS.value, _PEAK.value,
+        )  # fmt: skip
+        rows.append(row)
+        facts = environment(device)
+        peak = "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB"
+        text = (
+            f"{row['model']}, {row['batch_size']} x {row['sequence_length']} tokens, remat "
+            f"{row['remat']}, attention {row['attention']}: {row['seconds_per_step']:.3f} s/step, "
+            f"{row['tokens_per_second']:,.0f} tokens/s, {row['tflops']:.0f} TFLOP/s, MFU "
+            f"{row['mfu']:.1%} of {row['peak_tflops']:g}, peak memory {peak}"
+        )
+    if _FORMAT.value == "json":
+        print(json.dumps({"environment": facts, "rows": rows}, indent=2))
+        return
+    print(text)
+    print(f"\n{facts['device']}, {facts['cores']} cores, load {facts['load_average']:.1f}, "
+          f"{facts['date']}")  # fmt: skip
+    print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    print(facts["command"])
+
+
+def main(argv: Sequence[str]) -> None:
+    if _WORKER.value:
+        # Answers go to the original standard output; what libraries print goes to the error stream.
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        work(_WORKER.value, sys.stdin, answers)
+        return
+    if list(argv[1:]) != ["train"]:
+        raise app.UsageError(f"which benchmark? Known: train; got {list(argv[1:])}")
+    try:
+        benchmark_train()
+    except BenchmarkError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)
