@@ -1,227 +1,420 @@
-"""Cross-entropy: the reference against float64, the fused one against the reference."""
+"""Token log-probabilities: both implementations against float64 NumPy and against each other."""
 
-import functools
+from __future__ import annotations
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
-from lm.kernels.cross_entropy import token_logprobs
-from lm.sharding import Layout, MeshShape, make_mesh, make_rules, partition_spec, use_layout
+from lm.kernels.cross_entropy import fused_token_logprobs, token_logprobs
+from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
 
-D, V, PADDED = 16, 115, 128
-
-
-def make_inputs(shape=(4, 8), transposed=False, dtype=jnp.float32, scale=1.0, padded=PADDED):
-    keys = jax.random.split(jax.random.key(0), 4)
-    hidden = scale * jax.random.normal(keys[0], (*shape, D))
-    weight = jax.random.normal(keys[1], (padded, D) if transposed else (D, padded))
-    targets = jax.random.randint(keys[2], shape, 0, V)
-    cotangents = jax.random.normal(keys[3], (2, *shape))
-    return hidden.astype(dtype), weight.astype(dtype), targets, cotangents
+B, T, D, V, VOCAB = 4, 8, 8, 48, 43
 
 
-def run(inputs, layout=None, **options):
-    """(log-probabilities, log-sum-exps, gradients of hidden and weight), through both outputs."""
-    hidden, weight, targets, cotangents = inputs
+def make_inputs(batch=B, length=T, transposed=False, dtype=jnp.float32, scale=0.5, seed=0):
+    """hidden, weight, targets, and a cotangent for each output."""
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(batch, length, D)), dtype)
+    weight = jnp.asarray(scale * rng.normal(size=(V, D) if transposed else (D, V)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, VOCAB, (batch, length)), jnp.int32)
+    cotangents = tuple(jnp.asarray(rng.normal(size=(batch, length)), jnp.float32) for _ in "ab")
+    return hidden, weight, targets, cotangents
 
-    @jax.jit
-    def both(hidden, weight):
+
+def value_and_gradients(hidden, weight, targets, cotangents, layout=None, **options):
+    """Outputs, and gradients through both, under jit; arrays laid out as they would rest."""
+
+    def run(hidden, weight, targets, cotangents):
         with use_layout(layout):
             outputs, pull = jax.vjp(
-                lambda h, w: token_logprobs(h, w, targets, vocab_size=V, **options), hidden, weight
+                lambda h, w: token_logprobs(h, w, targets, vocab_size=VOCAB, **options),
+                hidden,
+                weight,
             )
-            return (*outputs, *pull((cotangents[0], cotangents[1])))
+            return outputs, pull(cotangents)
 
     if layout is not None:
+        mesh, rules = layout.mesh, layout.rules
         axes = ("vocab", "embed") if options["transposed"] else ("embed", "vocab")
-        at_rest = partition_spec(layout.rules.weights, axes, layout.mesh)
-        weight = jax.device_put(weight, NamedSharding(layout.mesh, at_rest))
-    return both(hidden, weight)
+        residual = named_sharding(mesh, rules.activations, ("batch", "residual_sequence", None))
+        hidden = jax.device_put(hidden, residual)
+        weight = jax.device_put(weight, named_sharding(mesh, rules.weights, axes))
+    return jax.jit(run)(hidden, weight, targets, cotangents)
 
 
-def exact(inputs, transposed, softcap=None):
-    """The same, in float64 NumPy."""
-    hidden, weight, targets, (a, b) = (np.asarray(x, np.float64) for x in inputs)
-    weight = weight.T if transposed else weight
-    raw = hidden @ weight[:, :V]
+def numpy_value_and_gradients(hidden, weight, targets, cotangents, transposed, softcap=None):
+    """The same in float64, from the definition of softmax and its Jacobian."""
+    h, w, t = np.asarray(hidden, np.float64), np.asarray(weight, np.float64), np.asarray(targets)
+    w = w.T if transposed else w
+    raw = h @ w[:, :VOCAB]
     logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
     top = logits.max(-1, keepdims=True)
-    lse = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[..., 0]
-    onehot = np.eye(V)[targets.astype(int)]
-    d = (b - a)[..., None] * np.exp(logits - lse[..., None]) + a[..., None] * onehot
+    logsumexp = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[..., 0]
+    one_hot = np.eye(VOCAB)[t]
+    logprobs = (logits * one_hot).sum(-1) - logsumexp
+    probs = np.exp(logits - logsumexp[..., None])
+    of_logprobs, of_logsumexp = (np.asarray(c, np.float64)[..., None] for c in cotangents)
+    d_raw = of_logprobs * (one_hot - probs) + of_logsumexp * probs
     if softcap is not None:
-        d *= 1 - (logits / softcap) ** 2
-    d_weight = np.zeros(weight.shape)
-    d_weight[:, :V] = hidden.reshape(-1, D).T @ d.reshape(-1, V)
-    logprobs = (logits * onehot).sum(-1) - lse
-    return logprobs, lse, d @ weight[:, :V].T, d_weight.T if transposed else d_weight
+        d_raw *= 1 - np.tanh(raw / softcap) ** 2
+    d_weight = np.zeros_like(w)
+    d_weight[:, :VOCAB] = np.einsum("btd,btv->dv", h, d_raw)
+    return (logprobs, logsumexp), (
+        d_raw @ w[:, :VOCAB].T,
+        d_weight.T if transposed else d_weight,
+    )
 
 
-def assert_close(found, wanted, tolerance=1e-5):
-    for name, x, y in zip(("logprobs", "lse", "hidden", "weight"), found, wanted, strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        assert x.shape == y.shape
-        assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), (name, np.abs(x - y).max())
+def assert_close(found, wanted, atol=2e-5):
+    for name, a, b in zip(
+        ("logprobs", "logsumexp", "d_hidden", "d_weight"),
+        jax.tree.leaves(found),
+        jax.tree.leaves(wanted),
+        strict=True,
+    ):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=atol, rtol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(4, 8), (3, 7), (13,), (1,), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("implementation", ["reference", "fused"])
-def test_equals_float64(implementation, transposed, shape):
-    inputs = make_inputs(shape, transposed)
-    options = {"chunk_tokens": 5} if implementation == "fused" else {}
-    found = run(inputs, transposed=transposed, implementation=implementation, **options)
-    assert_close(found, exact(inputs, transposed))
+def test_values_and_gradients_equal_float64(implementation, transposed, softcap):
+    inputs = make_inputs(3, 7, transposed)
+    found = value_and_gradients(
+        *inputs, transposed=transposed, softcap=softcap, implementation=implementation
+    )
+    assert_close(found, numpy_value_and_gradients(*inputs, transposed, softcap))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 5, 20, 21, 1000])
+def test_any_chunk_gives_the_same(chunk_tokens):
+    inputs = make_inputs(3, 7)
+    found = value_and_gradients(
+        *inputs, transposed=False, implementation="fused", chunk_tokens=chunk_tokens
+    )
+    assert_close(found, numpy_value_and_gradients(*inputs, False))
+
+
+def test_the_chunk_of_the_platform_gives_the_same():
+    inputs = make_inputs(3, 257)  # more than one chunk, the last of them filled up
+    found = value_and_gradients(*inputs, transposed=False, implementation="fused")
+    assert_close(found, numpy_value_and_gradients(*inputs, False), atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_padding_columns_take_no_part(implementation, transposed):
+    hidden, weight, targets, cotangents = make_inputs(transposed=transposed)
+    padding = (slice(VOCAB, None), slice(None)) if transposed else (slice(None), slice(VOCAB, None))
+    options = {"transposed": transposed, "implementation": implementation, "chunk_tokens": 5}
+    (before, (_, d_weight)) = value_and_gradients(hidden, weight, targets, cotangents, **options)
+    assert not np.any(d_weight[padding])
+    after, _ = value_and_gradients(
+        hidden, weight.at[padding].set(100.0), targets, cotangents, **options
+    )
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_array_equal(before[1], after[1])
 
 
 @pytest.mark.parametrize("implementation", ["reference", "fused"])
-@pytest.mark.parametrize("softcap", [2.0, 30.0])
-def test_softcap_equals_float64(implementation, softcap):
-    inputs = make_inputs((3, 7))
-    found = run(inputs, transposed=False, implementation=implementation, softcap=softcap)
-    assert_close(found, exact(inputs, False, softcap))
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_extreme_logits_are_finite(implementation, softcap):
+    inputs = make_inputs(scale=1e4)
+    found = value_and_gradients(
+        *inputs, transposed=False, softcap=softcap, implementation=implementation
+    )
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
+    wanted = numpy_value_and_gradients(*inputs, False, softcap)
+    np.testing.assert_allclose(found[0][1], wanted[0][1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_bfloat16_keeps_float32_logits_and_the_dtypes_of_its_inputs(implementation):
+    hidden, weight, targets, cotangents = make_inputs(dtype=jnp.bfloat16)
+    weight = weight.astype(jnp.bfloat16).astype(jnp.float32)  # nothing lost by the cast inside
+    outputs, gradients = value_and_gradients(
+        hidden, weight, targets, cotangents, transposed=False, implementation=implementation
+    )
+    assert [x.dtype for x in outputs] == [jnp.float32] * 2
+    assert [x.dtype for x in gradients] == [jnp.bfloat16, jnp.float32]
+    wanted = numpy_value_and_gradients(hidden, weight, targets, cotangents, False)
+    for found, true in zip(outputs, wanted[0], strict=True):
+        np.testing.assert_allclose(found, true, atol=1e-5)
+    for found, true in zip(gradients, wanted[1], strict=True):
+        np.testing.assert_allclose(np.asarray(found, np.float64), true, atol=0.1, rtol=0.02)
 
 
 MESHES = {
-    "tensor2": MeshShape(tensor=2),
-    "tensor4": MeshShape(tensor=4),
-    "tensor8": MeshShape(tensor=8),
-    "data4": MeshShape(data=4),
-    "fsdp4": MeshShape(fsdp=4),
-    "fsdp2-tensor4": MeshShape(fsdp=2, tensor=4),
-    "data2-fsdp2-tensor2": MeshShape(data=2, fsdp=2, tensor=2),
-    "context2-tensor2": MeshShape(context=2, tensor=2),
-    "data2-context2-fsdp2": MeshShape(data=2, context=2, fsdp=2),
+    "tensor=2": (MeshShape(tensor=2), {}),
+    "tensor=4": (MeshShape(tensor=4), {}),
+    "tensor=8": (MeshShape(tensor=8), {}),
+    "data=4": (MeshShape(data=4), {"zero": 0}),
+    "fsdp=4 zero=0": (MeshShape(fsdp=4), {"zero": 0}),
+    "fsdp=4 zero=1": (MeshShape(fsdp=4), {"zero": 1}),
+    "fsdp=4 zero=2": (MeshShape(fsdp=4), {"zero": 2}),
+    "fsdp=4 zero=3": (MeshShape(fsdp=4), {"zero": 3}),
+    "data=2 fsdp=2 tensor=2": (MeshShape(data=2, fsdp=2, tensor=2), {}),
+    "fsdp=2 tensor=4 sequence": (MeshShape(fsdp=2, tensor=4), {"sequence_parallel": True}),
+    "context=2 tensor=2 sequence": (
+        MeshShape(fsdp=2, context=2, tensor=2),
+        {"zero": 2, "sequence_parallel": True},
+    ),
+    "slice=2 data=2 context=2": (MeshShape(slice=2, data=2, context=2), {"zero": 1}),
 }
-LAYOUTS = [
-    *[(mesh, 3, False) for mesh in MESHES],
-    *[("fsdp4", zero, False) for zero in (0, 1, 2)],
-    *[("fsdp2-tensor4", zero, zero > 0) for zero in (0, 1, 2)],
-    *[(mesh, 3, True) for mesh in ("tensor8", "data2-fsdp2-tensor2", "context2-tensor2")],
-]
 
 
-@functools.cache
-def one_device(transposed, softcap):
-    return run(
-        make_inputs(transposed=transposed),
-        transposed=transposed, softcap=softcap, implementation="reference",
-    )  # fmt: skip
+def make_layout(name):
+    shape, rules = MESHES[name]
+    return Layout(make_mesh(shape), make_rules(**rules))
 
 
-@pytest.mark.parametrize(("mesh", "zero", "sequence_parallel"), LAYOUTS)
-@pytest.mark.parametrize("implementation", ["reference", "fused"])
-def test_a_mesh_equals_one_device(implementation, mesh, zero, sequence_parallel):
-    transposed = zero == 2 or mesh.startswith(("tensor", "data2"))
-    softcap = 4.0 if sequence_parallel else None
-    layout = Layout(make_mesh(MESHES[mesh]), make_rules(zero, sequence_parallel))
-    options = {"chunk_tokens": 3} if implementation == "fused" else {}
-    found = run(
-        make_inputs(transposed=transposed), layout,
-        transposed=transposed, softcap=softcap, implementation=implementation, **options,
-    )  # fmt: skip
-    assert_close(found, one_device(transposed, softcap))
-
-
-@pytest.mark.parametrize("mesh", [None, "data2-fsdp2-tensor2"])
-@pytest.mark.parametrize("implementation", ["reference", "fused"])
-def test_bfloat16_is_close_to_float64_of_the_same_inputs(implementation, mesh):
-    inputs = make_inputs(dtype=jnp.bfloat16)
-    layout = None if mesh is None else Layout(make_mesh(MESHES[mesh]), make_rules(3))
-    found = run(inputs, layout, transposed=False, implementation=implementation)
-    assert [x.dtype for x in found] == [jnp.float32] * 2 + [jnp.bfloat16] * 2
-    wanted = exact(inputs, False)
-    assert_close(found, wanted, 2e-2)
-    # Products of bfloat16 are exact in float32: only gradients are rounded.
-    for x, y in zip(found[:2], wanted[:2], strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("mesh", [None, "tensor8"])
-@pytest.mark.parametrize("implementation", ["reference", "fused"])
-def test_padding_takes_no_part(implementation, mesh):
-    """Its columns get a gradient of exactly zero, whatever they hold; a shard may hold no other."""
-    padded = 8 * 64  # V=115: six of eight shards hold nothing but padding
-    hidden, weight, targets, cotangents = make_inputs(padded=padded)
-    layout = None if mesh is None else Layout(make_mesh(MESHES[mesh]), make_rules(3))
-    huge = weight.at[:, V:].set(1e6)
-    inputs = hidden, huge, targets, cotangents
-    found = run(inputs, layout, transposed=False, implementation=implementation)
-    assert not np.any(found[3][:, V:])
-    wanted = exact((hidden, weight, targets, cotangents), False)
-    assert_close(found, wanted)
-
-
-@pytest.mark.parametrize("implementation", ["reference", "fused"])
-def test_large_logits_are_finite(implementation):
-    hidden, weight, targets, cotangents = make_inputs(scale=2000.0)
-    assert np.abs(hidden @ weight).max() > 1e4
-    inputs = hidden, weight, targets, cotangents
-    found = run(inputs, transposed=False, implementation=implementation)
-    assert all(np.isfinite(x).all() for x in found)
-    wanted = exact(inputs, False)
-    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5)
-
-
-def compiled(implementation, num_tokens=2048, vocab=4096, **options):
-    def loss(hidden, weight, targets):
-        logprobs, _ = token_logprobs(
-            hidden, weight, targets,
-            transposed=False, vocab_size=vocab, implementation=implementation, **options,
-        )  # fmt: skip
-        return -jnp.mean(logprobs)
-
-    shapes = (
-        jax.ShapeDtypeStruct((num_tokens, D), jnp.float32),
-        jax.ShapeDtypeStruct((D, vocab), jnp.float32),
-        jax.ShapeDtypeStruct((num_tokens,), jnp.int32),
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", MESHES)
+def test_fused_on_a_mesh_equals_float64(name, transposed):
+    inputs = make_inputs(transposed=transposed)
+    found = value_and_gradients(
+        *inputs,
+        layout=make_layout(name),
+        transposed=transposed,
+        softcap=2.0,
+        implementation="fused",
+        chunk_tokens=3,
     )
-    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+    assert_close(found, numpy_value_and_gradients(*inputs, transposed, 2.0))
 
 
-def temporary_bytes(*args, **kwargs) -> int:
-    return compiled(*args, **kwargs).memory_analysis().temp_size_in_bytes
+@pytest.mark.parametrize("name", ["fsdp=4 zero=2", "fsdp=2 tensor=4 sequence"])
+def test_reference_on_a_mesh_equals_float64(name):
+    inputs = make_inputs()
+    found = value_and_gradients(
+        *inputs, layout=make_layout(name), transposed=False, implementation="reference"
+    )
+    assert_close(found, numpy_value_and_gradients(*inputs, False))
 
 
-def test_fused_never_holds_the_logits():
-    logits = 4 * 2048 * 4096
-    assert temporary_bytes("reference") > logits
-    assert temporary_bytes("fused", chunk_tokens=128) < logits / 4
+def test_a_device_of_padding_columns_alone():
+    hidden, weight, targets, _ = make_inputs()
+    with use_layout(Layout(make_mesh(MeshShape(tensor=8)), make_rules())):
+        run = jax.jit(
+            lambda h, w: fused_token_logprobs(h, w, targets % 6, transposed=False, vocab_size=6)
+        )
+        found = run(hidden, weight)
+    alone = fused_token_logprobs(hidden, weight[:, :6], targets % 6, transposed=False, vocab_size=6)
+    for a, b in zip(found, alone, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_size_chooses():
-    logits = 4 * 2048 * 4096
-    reference = temporary_bytes(None, max_logit_bytes=logits)
-    fused = temporary_bytes(None, max_logit_bytes=logits - 1, chunk_tokens=128)
-    assert reference > logits > 4 * fused
+def test_a_sequence_that_sequence_parallelism_does_not_divide():
+    hidden, weight, targets, cotangents = make_inputs(4, 7)
+    layout = make_layout("fsdp=2 tensor=4 sequence")
+
+    def run(hidden, weight):
+        with use_layout(layout):
+            return jax.vjp(
+                lambda h, w: fused_token_logprobs(
+                    h, w, targets, transposed=False, vocab_size=VOCAB
+                ),
+                hidden,
+                weight,
+            )[1](cotangents)
+
+    wanted = numpy_value_and_gradients(hidden, weight, targets, cotangents, False)[1]
+    for found, true in zip(jax.jit(run)(hidden, weight), wanted, strict=True):
+        np.testing.assert_allclose(found, true, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp=4 zero=3", "data=2 fsdp=2 tensor=2"])
+def test_flat_tokens_on_a_mesh(name):
+    hidden, weight, targets, cotangents = make_inputs()
+    layout = make_layout(name)
+
+    def run(hidden, weight):
+        with use_layout(layout):
+            outputs, pull = jax.vjp(
+                lambda h, w: fused_token_logprobs(
+                    h, w, targets.reshape(-1), transposed=False, vocab_size=VOCAB, chunk_tokens=3
+                ),
+                hidden,
+                weight,
+            )
+            return outputs, pull(tuple(c.reshape(-1) for c in cotangents))
+
+    outputs, (d_hidden, d_weight) = jax.jit(run)(hidden.reshape(-1, D), weight)
+    found = (
+        tuple(x.reshape(B, T) for x in outputs),
+        (d_hidden.reshape(B, T, D), d_weight),
+    )
+    assert_close(found, numpy_value_and_gradients(hidden, weight, targets, cotangents, False))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_the_weights_gradient_is_left_as_the_gradients_table_says(implementation):
+    inputs = make_inputs()
+    layout = make_layout("data=2 fsdp=2 tensor=2")
+    _, (_, d_weight) = value_and_gradients(
+        *inputs, layout=layout, transposed=False, implementation=implementation
+    )
+    wanted = named_sharding(layout.mesh, layout.rules.gradients, ("embed", "vocab"))
+    assert d_weight.sharding.is_equivalent_to(wanted, 2)
+
+
+def compiled_text(name, shape=(B, T), **options):
+    layout = make_layout(name)
+    hidden, weight, targets, cotangents = make_inputs(*shape)
+
+    def run(hidden, weight):
+        with use_layout(layout):
+            return jax.vjp(
+                lambda h, w: fused_token_logprobs(
+                    h, w, targets, transposed=False, vocab_size=VOCAB, **options
+                ),
+                hidden,
+                weight,
+            )[1](cotangents)
+
+    mesh, rules = layout.mesh, layout.rules
+    shardings = (
+        named_sharding(mesh, rules.activations, ("batch", "residual_sequence", None)),
+        named_sharding(mesh, rules.weights, ("embed", "vocab")),
+    )
+    return jax.jit(run, in_shardings=shardings).lower(hidden, weight).compile().as_text()
+
+
+def test_zero_3_scatters_the_gradient_and_sums_nothing_of_its_size_twice():
+    text = compiled_text("fsdp=4 zero=3")
+    assert len(re.findall(r" reduce-scatter\(", text)) == 1
+    assert " all-reduce(" not in text
+
+
+def test_accumulation_inside_a_scan():
+    hidden, weight, targets, _ = make_inputs(16, T)
+    layout = make_layout("data=2 fsdp=2 tensor=2")
+
+    def total(weight, hidden, targets, implementation):
+        logprobs, logsumexp = token_logprobs(
+            hidden, weight, targets, transposed=False, vocab_size=VOCAB, chunk_tokens=3,
+            implementation=implementation,
+        )  # fmt: skip
+        return -logprobs.sum() + 0.1 * (logsumexp**2).sum()
+
+    def accumulate(weight, hidden, targets):
+        with use_layout(layout):
+
+            def step(gradient, micro):
+                return gradient + jax.grad(total)(weight, *micro, "fused"), None
+
+            split = (hidden.reshape(4, 4, T, D), targets.reshape(4, 4, T))
+            return jax.lax.scan(step, jnp.zeros_like(weight), split)[0]
+
+    found = jax.jit(accumulate)(weight, hidden, targets)
+    np.testing.assert_allclose(
+        found, jax.grad(total)(weight, hidden, targets, "reference"), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_memory_is_that_of_a_chunk():
+    tokens, vocab = 1024, 4096
+
+    def bytes_held(implementation):
+        def loss(hidden, weight):
+            logprobs, _ = token_logprobs(
+                hidden, weight, jnp.zeros(tokens, jnp.int32), transposed=False, vocab_size=vocab,
+                implementation=implementation, chunk_tokens=64,
+            )  # fmt: skip
+            return -logprobs.mean()
+
+        shapes = (
+            jax.ShapeDtypeStruct((tokens, D), jnp.float32),
+            jax.ShapeDtypeStruct((D, vocab), jnp.float32),
+        )
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
+
+    whole = 4 * tokens * vocab
+    held, text = bytes_held("fused")
+    assert held < whole / 3, (held, whole)
+    assert f"{tokens},{vocab}]" not in text
+    held, text = bytes_held("reference")
+    assert held >= whole
+    assert f"{tokens},{vocab}]" in text
+
+
+def test_the_size_of_the_logits_chooses():
+    hidden, weight, targets, _ = make_inputs()
+
+    def chunked(max_logit_bytes, layout=None):
+        def run(hidden, weight):
+            with use_layout(layout):
+                return token_logprobs(
+                    hidden, weight, targets, transposed=False, vocab_size=VOCAB,
+                    max_logit_bytes=max_logit_bytes,
+                )  # fmt: skip
+
+        return "custom_vjp_call" in str(jax.make_jaxpr(run)(hidden, weight)) and "scan" in str(
+            jax.make_jaxpr(run)(hidden, weight)
+        )
+
+    whole = 4 * B * T * V
+    assert not chunked(whole)
+    assert chunked(whole - 1)
+    layout = make_layout("data=2 fsdp=2 tensor=2")  # an eighth of it on each device
+    assert not chunked(whole // 8, layout)
+    assert chunked(whole // 8 - 1, layout)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        ({"implementation": "magic"}, "'magic' is unknown; use reference, fused"),
-        ({"transposed": True}, "does not match an output weight"),
-        ({"vocab_size": 0}, r"vocab_size=0 is outside 1\.\.128"),
-        ({"vocab_size": 129}, "vocab_size=129 is outside"),
+        ({"implementation": "fast"}, "'fast' is unknown; use reference, fused"),
+        ({"transposed": True}, r"hidden size 8 does not match .*\[D, V\], transposed=False"),
+        ({"vocab_size": V + 1}, r"vocab_size=49 is outside 1..48"),
         ({"softcap": 0.0}, "softcap=0.0; use a positive number"),
         ({"chunk_tokens": 0}, "chunk_tokens=0; use a positive number"),
-        ({"targets": jnp.zeros((4, 7), int)}, r"targets \[4, 7\] do not match"),
     ],
 )
-def test_bad_arguments(change, message):
+def test_bad_options_are_named(changes, message):
     hidden, weight, targets, _ = make_inputs()
-    options = {"targets": targets, "transposed": False, "vocab_size": V} | change
+    options = {"transposed": False, "vocab_size": VOCAB} | changes
     with pytest.raises(ValueError, match=message):
-        token_logprobs(hidden, weight, **options)
+        token_logprobs(hidden, weight, targets, **options)
 
 
-def test_a_mesh_that_does_not_divide_is_named():
-    layout = Layout(make_mesh(MeshShape(tensor=3)), make_rules(3))
-    with (
-        pytest.raises(ValueError, match="'tensor'=3 does not divide vocab=128"),
-        use_layout(layout),
+def test_bad_shapes_are_named():
+    hidden, weight, targets, _ = make_inputs()
+    with pytest.raises(
+        ValueError, match=r"targets \[4, 7\] do not match hidden states \[4, 8, 8\]"
     ):
-        token_logprobs(*make_inputs()[:3], transposed=False, vocab_size=V)
+        token_logprobs(hidden, weight, targets[:, 1:], transposed=False, vocab_size=VOCAB)
+    with (
+        use_layout(Layout(make_mesh(MeshShape(tensor=5)), make_rules())),
+        pytest.raises(ValueError, match=r"'tensor'=5 does not divide vocab=48; use 1, 2, 3, 4"),
+    ):
+        token_logprobs(hidden, weight, targets, transposed=False, vocab_size=VOCAB)
+
+
+@pytest.mark.oracle
+def test_equals_torch_cross_entropy():
+    torch = pytest.importorskip("torch")
+    hidden, weight, targets, _ = make_inputs()
+
+    def loss(hidden, weight):
+        logprobs, _ = token_logprobs(
+            hidden, weight[:, :VOCAB], targets, transposed=False, vocab_size=VOCAB,
+            implementation="fused", chunk_tokens=5,
+        )  # fmt: skip
+        return -logprobs.mean()
+
+    value, gradients = jax.value_and_grad(loss, (0, 1))(hidden, weight)
+    leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in (hidden, weight)]
+    logits = (leaves[0] @ leaves[1][:, :VOCAB]).reshape(-1, VOCAB)
+    wanted = torch.nn.functional.cross_entropy(
+        logits, torch.tensor(np.asarray(targets)).reshape(-1).long()
+    )
+    wanted.backward()
+    assert float(value) == pytest.approx(wanted.item(), abs=1e-6)
+    for found, leaf in zip(gradients, leaves, strict=True):
+        np.testing.assert_allclose(found, leaf.grad, atol=1e-6)

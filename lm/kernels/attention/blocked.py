@@ -3,7 +3,8 @@
 The scores of one block are alive at a time and are computed again on the way back. Blocks of keys
 that a block of queries cannot see are never multiplied: half of the work without a window, more
 with one. Queries are laid out [B, K, G * block, h] and, on the way back, the scores transposed, so
-that matrix products read their operands in order (a CPU multiplies twice as fast that way).
+that matrix products read their operands in order (a CPU multiplies twice as fast that way); the one
+product that cannot, of the queries' gradient, reads a transposed copy there.
 
 Shape suffixes as in `reference`; t is a block of queries, s the keys it may see.
 """
@@ -60,14 +61,14 @@ def _blocks(T: int, static: Static) -> list[tuple[slice, slice]]:
 
 
 def _seen(view: View, queries: slice, keys: slice, window: int | None) -> jax.Array:
-    """bool [B, 1, s, 1, t]: the mask, transposed."""
-    distance = view.query_positions[:, None, queries] - view.key_positions[:, keys, None]
+    """bool [B, t, s]: the mask."""
+    distance = view.query_positions[:, queries, None] - view.key_positions[:, None, keys]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
     if view.query_segments is not None:
-        seen &= view.query_segments[:, None, queries] == view.key_segments[:, keys, None]
-    return seen[:, None, :, None, :]
+        seen &= view.query_segments[:, queries, None] == view.key_segments[:, None, keys]
+    return seen
 
 
 def _grouped(x_BTHh: jax.Array, K: int) -> jax.Array:
@@ -81,16 +82,35 @@ def _ungrouped(x_BKGTh: jax.Array) -> jax.Array:
     return x_BKGTh.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, h)
 
 
-def _scores(q_BKGth, k_BKsh, seen, static: Static) -> jax.Array:
-    """float32 [B, K, s, G * t], soft-capped, scaled, masked."""
+def _scores(q_BKGth, k_BKsh, seen_Bts, static: Static, transposed: bool) -> jax.Array:
+    """float32 [B, K, G * t, s], or [B, K, s, G * t]: soft-capped, scaled, masked."""
     B, K, G, t, h = q_BKGth.shape
+    s = k_BKsh.shape[2]
     q = q_BKGth.reshape(B, K, G * t, h)
-    scores = jnp.einsum("bksh,bkth->bkst", k_BKsh, q, preferred_element_type=jnp.float32)
+    if transposed:
+        equation, operands, shape = "bksh,bkth->bkst", (k_BKsh, q), (B, K, s, G, t)
+        seen = seen_Bts.swapaxes(1, 2)[:, None, :, None, :]
+    else:
+        equation, operands, shape = "bkth,bksh->bkts", (q, k_BKsh), (B, K, G, t, s)
+        seen = seen_Bts[:, None, None]
+    scores = jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
     scores *= static.scale
     if static.softcap is not None:
         scores = static.softcap * jnp.tanh(scores / static.softcap)
-    shape = (B, K, k_BKsh.shape[2], G, t)
     return jnp.where(seen, scores.reshape(shape), NEGATIVE).reshape(scores.shape)
+
+
+def _to_queries(dscores_BKst: jax.Array, k_BKsh: jax.Array) -> jax.Array:
+    """The gradient of the queries, float32 [B, K, t, h]."""
+
+    def plain(dscores: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.einsum("bkst,bksh->bkth", dscores, k, preferred_element_type=jnp.float32)
+
+    def cpu(dscores: jax.Array, k: jax.Array) -> jax.Array:
+        copied = jax.lax.optimization_barrier(dscores.swapaxes(2, 3))
+        return jnp.matmul(copied, k, preferred_element_type=jnp.float32)
+
+    return jax.lax.platform_dependent(dscores_BKst, k_BKsh, cpu=cpu, default=plain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -107,12 +127,12 @@ def _forward(q_BTHh, k_BTKh, v_BTKh, view, static):
     for queries, keys in _blocks(T, static):
         q_t, k_s, v_s = q[:, :, :, queries], k[:, :, keys], v[:, :, keys]
         t = q_t.shape[3]
-        scores = _scores(q_t, k_s, _seen(view, queries, keys, static.window), static)
-        top = jnp.max(scores, axis=2)
-        weights = jnp.exp(scores - top[:, :, None])
-        total = jnp.sum(weights, axis=2)
+        scores = _scores(q_t, k_s, _seen(view, queries, keys, static.window), static, False)
+        top = jnp.max(scores, axis=3)
+        weights = jnp.exp(scores - top[..., None])
+        total = jnp.sum(weights, axis=3)
         out = jnp.einsum(
-            "bkst,bksh->bkth", weights.astype(v.dtype), v_s, preferred_element_type=jnp.float32
+            "bkts,bksh->bkth", weights.astype(v.dtype), v_s, preferred_element_type=jnp.float32
         )
         out /= total[..., None]
         outs.append(out.astype(q.dtype).reshape(B, K, G, t, -1))
@@ -139,7 +159,7 @@ def _backward(static, saved, dout_BTHh):
         flat = (B, K, G * t)
         q_t, dout_t = q_t.reshape(*flat, h), dout[:, :, :, queries].reshape(*flat, -1)
         seen = _seen(view, queries, keys, static.window)
-        scores = _scores(q_t.reshape(B, K, G, t, h), k_s, seen, static)
+        scores = _scores(q_t.reshape(B, K, G, t, h), k_s, seen, static, True)
         weights = jnp.exp(scores - lse[..., queries].reshape(flat)[:, :, None])
         dweights = dot("bksh,bkth->bkst", v_s, dout_t)
         dscores = weights * (dweights - delta[..., queries].reshape(flat)[:, :, None])
@@ -148,7 +168,7 @@ def _backward(static, saved, dout_BTHh):
         dscores = (dscores * static.scale).astype(q.dtype)
         dv = dv.at[:, :, keys].add(dot("bkst,bkth->bksh", weights.astype(v.dtype), dout_t))
         dk = dk.at[:, :, keys].add(dot("bkst,bkth->bksh", dscores, q_t))
-        dq = dot("bkst,bksh->bkth", dscores, k_s)
+        dq = _to_queries(dscores, k_s)
         dqs.append(dq.astype(q.dtype).reshape(B, K, G, t, h))
     dq = _ungrouped(jnp.concatenate(dqs, axis=3))
     dk, dv = (d.swapaxes(1, 2).astype(k_BTKh.dtype) for d in (dk, dv))

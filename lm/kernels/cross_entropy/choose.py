@@ -11,10 +11,9 @@ from lm.kernels.cross_entropy.reference import reference_token_logprobs
 
 IMPLEMENTATIONS = ("reference", "fused")
 
-# Chunks compute the logits twice; below this size, holding them costs less than that.
-MAX_LOGIT_BYTES = 256 * 2**20
-# Every chunk reads and writes the weight's float32 gradient; fewer tokens do not hide that.
-MIN_CHUNK_TOKENS = 1024
+# On CPU chunks are faster from about here on, though they compute the logits twice; elsewhere the
+# memory decides.
+MAX_LOGIT_BYTES = 16 * 2**20
 
 
 def token_logprobs(
@@ -47,8 +46,7 @@ def token_logprobs(
       implementation: "reference" (all logits at once) or "fused" (a chunk of tokens at a time);
         None for the first unless it would hold more than `max_logit_bytes`.
       max_logit_bytes: bytes of float32 logits per device.
-      chunk_tokens: tokens per device and chunk of "fused"; None for `max_logit_bytes` of logits,
-        and at least `MIN_CHUNK_TOKENS` tokens.
+      chunk_tokens: tokens per device and chunk of "fused"; None for what suits the platform.
 
     Returns:
       (log-probability, log-sum-exp), both float32 [...].
@@ -59,16 +57,13 @@ def token_logprobs(
     padded_vocab = _check(hidden, weight, targets, transposed, vocab_size, softcap, chunk_tokens)
     options = {"transposed": transposed, "vocab_size": vocab_size, "softcap": softcap}
     at = make_placement(hidden.shape, weight.shape, transposed)
-    num_columns = padded_vocab // at.size(at.vocab)
     if implementation is None:
         num_tokens = targets.size // at.size(at.scatter + at.reduce)
-        large = 4 * num_tokens * num_columns > max_logit_bytes
+        large = 4 * num_tokens * padded_vocab // at.size(at.vocab) > max_logit_bytes
         implementation = "fused" if large else "reference"
     if implementation == "reference":
         return reference_token_logprobs(hidden, weight, targets, **options)
     if implementation == "fused":
-        if chunk_tokens is None:
-            chunk_tokens = max(MIN_CHUNK_TOKENS, max_logit_bytes // (4 * num_columns))
         return fused_token_logprobs(hidden, weight, targets, chunk_tokens=chunk_tokens, **options)
     raise ValueError(
         f"cross-entropy implementation {implementation!r} is unknown; "

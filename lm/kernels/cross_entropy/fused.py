@@ -208,10 +208,8 @@ def _local_forward(plan: _Plan, hidden: jax.Array, weight: jax.Array, targets: j
         target = jnp.sum(jnp.where(columns == targets_C[:, None], logits_CV, 0.0), axis=-1)
         return None, (logsumexp, target)
 
-    size = _chunk_size(plan, targets.size)
-    chunks = (_chunks(hidden, size, 1), _chunks(targets, size))
-    _, parts = jax.lax.scan(step, None, chunks)
-    logsumexp, target = (part.reshape(-1)[: targets.size] for part in parts)
+    rows = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    _, (logsumexp, target) = _scan_chunks(plan, step, None, rows)
     vocab = plan.placement.vocab
     if vocab:
         top = jax.lax.pmax(logsumexp, vocab)
@@ -247,12 +245,10 @@ def _local_backward(plan, hidden, weight, targets, logsumexp, d_logprobs, d_logs
         d_matrix += jnp.einsum(to_weight, d_CV, hidden_CD, preferred_element_type=jnp.float32)
         return d_matrix, d_hidden.astype(partial_dtype)
 
-    size = _chunk_size(plan, targets.size)
     per_token = (targets, logsumexp, d_logprobs, d_logsumexp)
-    chunks = (_chunks(whole, size, 1), *(_chunks(x, size) for x in per_token))
-    d_matrix, d_hidden = jax.lax.scan(step, jnp.zeros(matrix.shape, jnp.float32), chunks)
-
-    d_hidden = d_hidden.reshape(-1, whole.shape[-1])[: targets.size].reshape(whole.shape)
+    rows = (whole.reshape(-1, whole.shape[-1]), *(x.reshape(-1) for x in per_token))
+    d_matrix, d_hidden = _scan_chunks(plan, step, jnp.zeros(matrix.shape, jnp.float32), rows)
+    d_hidden = d_hidden.reshape(whole.shape)
     if at.sequence:
         d_hidden = jax.lax.psum_scatter(d_hidden, at.sequence, scatter_dimension=1, tiled=True)
     rest = tuple(axis for axis in at.vocab if axis not in at.sequence)
@@ -304,17 +300,30 @@ def _columns(plan: _Plan, matrix: jax.Array) -> jax.Array:
     return columns + size * jax.lax.axis_index(plan.placement.vocab)
 
 
-def _chunk_size(plan: _Plan, num_tokens: int) -> int:
-    """Tokens of a chunk: at most what was asked, evened out so that little is padded."""
-    num_chunks = max(1, -(-num_tokens // plan.chunk_tokens))
-    return max(1, -(-num_tokens // num_chunks))
+def _scan_chunks(plan: _Plan, step, carry: Any, rows: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    """`lax.scan` of `step` over chunks of arrays [N, ...]; its outputs are joined to [N, ...]."""
+    num_tokens = rows[0].shape[0]
+
+    def scan(chunk_tokens: int, carry: Any, *rows: jax.Array) -> tuple[Any, Any]:
+        num_chunks = -(-num_tokens // chunk_tokens)
+        size = -(-num_tokens // num_chunks)  # evened out, so that little is padded
+        chunks = tuple(_chunks(x, size) for x in rows)
+        carry, parts = jax.lax.scan(step, carry, chunks)
+        return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], parts)
+
+    if plan.chunk_tokens is not None or num_tokens <= CPU_CHUNK_TOKENS:
+        return scan(plan.chunk_tokens or CPU_CHUNK_TOKENS, carry, *rows)
+    return jax.lax.platform_dependent(
+        carry,
+        *rows,
+        cpu=functools.partial(scan, CPU_CHUNK_TOKENS),
+        default=functools.partial(scan, CHUNK_TOKENS),
+    )
 
 
-def _chunks(x: jax.Array, size: int, num_features: int = 0) -> jax.Array:
-    """[..., *features] -> [chunks, size, *features], filled up with zeros."""
-    features = x.shape[x.ndim - num_features :]
-    x = x.reshape(-1, *features)
+def _chunks(x: jax.Array, size: int) -> jax.Array:
+    """[N, ...] -> [chunks, size, ...], filled up with zeros."""
     padding = -x.shape[0] % size
     if padding:
-        x = jnp.pad(x, ((0, padding),) + ((0, 0),) * num_features)
-    return x.reshape(-1, size, *features)
+        x = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
+    return x.reshape(-1, size, *x.shape[1:])
