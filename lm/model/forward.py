@@ -45,7 +45,7 @@ class Tokens:
 
     Attributes:
       ids: int32 [B, T].
-      positions: int32 [B, T], from 0 in each document.
+      positions: int32 [B, T], from 0 in each document, in order and without gaps.
       segment_ids: int32 [B, T], or None for one document a row; tokens see their own segment only,
         and 0 marks padding.
     """

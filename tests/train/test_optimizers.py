@@ -100,9 +100,12 @@ def test_adamw_equals_optax():
 
 
 @pytest.mark.oracle
-def test_muon_equals_pytorch():
+def test_muon_equals_pytorch(monkeypatch):
     torch = pytest.importorskip("torch")
-    config = Muon(momentum=0.9, weight_decay=0.2, adam=AdamW(0.9, 0.95, 1e-8, 0.0))
+    # PyTorch iterates in bfloat16, whose roundings grow a hundredfold; in float32 equal is equal.
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    adam = AdamW(0.9, 0.95, 1e-8, 0.0)
+    config = Muon(momentum=0.9, weight_decay=0.2, dtype="float32", adam=adam)
 
     def make(params):
         hidden = [p for n, p in params.items() if n.startswith("stacks/")]
@@ -113,18 +116,9 @@ def test_muon_equals_pytorch():
         return [muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
 
     ours = trajectory(make_optimizer(config, schedule), random_tree(0), GRADIENTS)
-    before = flat(random_tree(0))
-    for rate, mine, theirs in zip(RATES, ours, torch_trajectory(make, GRADIENTS), strict=True):
+    for mine, theirs in zip(ours, torch_trajectory(make, GRADIENTS), strict=True):
         for name, x in flat(mine).items():
-            if name.startswith("stacks/"):
-                # Both iterate in bfloat16, but round at other places; a step moves each entry by
-                # 0.2 of the rate. Ten steps keep the sum of the differences below half a step.
-                step = 0.2 * rate * np.sqrt(max(x.shape)) / np.sqrt(max(x.shape))
-                assert np.sqrt(np.mean((x - theirs[name]) ** 2)) < 0.5 * step, name
-            else:
-                np.testing.assert_allclose(x, theirs[name], rtol=2e-5, atol=2e-6, err_msg=name)
-    moved = [np.sqrt(np.mean((flat(mine)[n] - before[n]) ** 2)) for n in before if "stacks" in n]
-    assert min(moved) > 0.005
+            np.testing.assert_allclose(x, theirs[name], rtol=2e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
@@ -194,7 +188,8 @@ def test_training_on_a_mesh_equals_one_device(config):
     found, many = train(Case(mesh, 2, True, 2, config=TIED))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert expected[2] < expected[0] and expected[3] < expected[1]
-    for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
+    one, many = (jax.tree.leaves(jax.device_get(state.params)) for state in (one, many))
+    for x, y in zip(one, many, strict=True):
         # Adam divides by the root of moments that may be rounding errors of zero.
         assert np.mean(np.abs(x - y)) < 1e-5
 

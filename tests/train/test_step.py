@@ -26,6 +26,10 @@ from tests.train.tiny import (
 )
 
 
+def norm_of(tree):
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
+
+
 def plain(config, objective: NextToken) -> Result:
     """The step as a textbook has it: one loss, differentiated."""
     batch = jax.tree.map(jnp.asarray, make_batch())
@@ -42,7 +46,7 @@ def plain(config, objective: NextToken) -> Result:
 
     params = jax.jit(lambda: initialize(param_specs(config), jax.random.key(0)))()
     gradients, metrics = jax.jit(jax.grad(loss, has_aux=True))(params)
-    metrics |= {"grad_norm": optax.global_norm(gradients), "tokens": jnp.sum(batch["weights"])}
+    metrics |= {"grad_norm": norm_of(gradients), "tokens": jnp.sum(batch["weights"])}
     return Result(*jax.device_get((metrics, gradients)))
 
 
@@ -170,7 +174,7 @@ def test_clipping_scales_to_the_norm_and_reports_it_before():
     state, metrics = step(state, make_batch())
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     assert norm > 1
-    np.testing.assert_allclose(optax.global_norm(state.opt_state), 0.25, rtol=1e-4)
+    np.testing.assert_allclose(norm_of(state.opt_state), 0.25, rtol=1e-4)
 
 
 def test_a_batch_in_which_nothing_counts_moves_nothing():
