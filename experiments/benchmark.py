@@ -4,11 +4,12 @@
     python -m experiments.benchmark train --sizes=small --precisions=bfloat16 --rounds=20
     python -m experiments.benchmark train --format=json
 
-On CPU: this project's step against `LlamaForCausalLM` of `transformers` on PyTorch, eager and, where
-a C++ compiler is found, compiled (`pip install 'lm-lifecycle[peers]'`; without it, ours alone). Same
-shapes, token ids, precision (bfloat16: PyTorch under autocast, ours with bfloat16 compute, both over
-float32 weights), AdamW and clipping. Every contender is a process of its own, so that its peak
-memory is its own; they take turns of one step, so that load of the machine falls on all alike.
+On CPU: this project's step against `LlamaForCausalLM` of `transformers` on PyTorch, eager and,
+where a C++ compiler is found, compiled (`pip install 'lm-lifecycle[peers]'`; without it, ours
+alone). Same shapes, token ids, precision (bfloat16: PyTorch under autocast, ours with bfloat16
+compute, both over float32 weights), AdamW and clipping. Every contender is a process of its own, so
+that its peak memory is its own (compilation included); they take turns of one step, so that load of
+the machine falls on all alike.
 About 15 minutes on two cores.
 
 On a GPU or TPU: tokens/s, TFLOP/s and MFU of one step of `--model` on one device. FLOPs are

@@ -156,7 +156,7 @@ def demo() -> Pretrain:
         quicktest(),
         model=llama(4096, 192, 5, 6, 3, 512, max_length=512),
         data=Data(max_megabytes=20.0),
-        train=Train(num_steps=320, batch_size=16, sequence_length=256),
+        train=Train(num_steps=360, batch_size=16, sequence_length=256),
         learning_rate=LearningRate(peak=1e-2, warmup_steps=20),
-        intervals=Intervals(log=10, evaluate=80, save=32),
+        intervals=Intervals(log=10, evaluate=90, save=36),
     )

@@ -74,7 +74,8 @@ def test_zero_2_accumulates_an_eighth_of_the_gradients():
         (carried[zero],) = loop_carries(compiled.as_text())
     shapes = abstract_state(SPECS, optax.identity(), Case().layout).trainable
     matrices = sum(4 * x.size for x in jax.tree.leaves(shapes)) - 5 * 4 * UNTIED.embed_dim
-    assert carried[0] - carried[2] == matrices * 7 // 8
+    # Loops also carry scalars, one more or less.
+    assert abs(carried[0] - carried[2] - matrices * 7 // 8) <= 64
     assert carried[2] <= carried[1] <= carried[0]
 
 

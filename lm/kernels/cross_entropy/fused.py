@@ -167,16 +167,16 @@ class _Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(plan: _Plan, hidden: jax.Array, weight: jax.Array, targets: jax.Array):
+def _fused(plan: _Plan, hidden: jax.Array, weight: jax.Array, targets: jax.Array) -> Any:
+    return _fused_forward(plan, hidden, weight, targets)[0]
+
+
+def _fused_forward(plan, hidden, weight, targets):
     at = plan.placement
     forward = plan.over_mesh(
         _local_forward, (at.hidden, at.weight, at.tokens), (at.tokens, at.tokens)
     )
-    return forward(hidden, weight, targets)
-
-
-def _fused_forward(plan, hidden, weight, targets):
-    logprobs, logsumexp = _fused(plan, hidden, weight, targets)
+    logprobs, logsumexp = forward(hidden, weight, targets)
     return (logprobs, logsumexp), (hidden, weight, targets, logsumexp)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ def reference_token_logprobs(
     tokens = token_axes(hidden.ndim - 1, "sequence")
     hidden = constrain(hidden, *tokens, None)
     matrix = _whole(weight.astype(hidden.dtype), transposed)
-    logits = _project(hidden, matrix, transposed)
-    logits = constrain(logits, *tokens, "vocab")
+    projected: Any = _project(hidden, matrix, transposed)
+    logits = constrain(projected, *tokens, "vocab")
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     columns = jnp.arange(logits.shape[-1])
