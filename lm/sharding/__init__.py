@@ -5,6 +5,7 @@ from lm.sharding.layout import (
     constrain,
     current_layout,
     named_sharding,
+    reshard,
     use_layout,
 )
 from lm.sharding.mesh import AXES, MeshShape, make_mesh, pretend_cpu_devices
@@ -23,5 +24,6 @@ __all__ = [
     "named_sharding",
     "partition_spec",
     "pretend_cpu_devices",
+    "reshard",
     "use_layout",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -53,3 +54,20 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
         return x
     sharding = named_sharding(layout.mesh, layout.rules.activations, logical_axes, x.shape)
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def reshard(x: jax.Array, forward: NamedSharding, backward: NamedSharding) -> jax.Array:
+    """x laid out as `forward`; its gradient as `backward`, which need not be the same."""
+    return jax.lax.with_sharding_constraint(x, forward)
+
+
+def _reshard_forward(x, forward, backward):
+    return reshard(x, forward, backward), None
+
+
+def _reshard_backward(forward, backward, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, backward),)
+
+
+reshard.defvjp(_reshard_forward, _reshard_backward)

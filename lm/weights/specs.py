@@ -8,16 +8,15 @@ changes no other.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import zlib
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from lm.sharding import Rules, current_layout, named_sharding
+from lm.sharding import Rules, current_layout, named_sharding, reshard
 from lm.weights.leaf import Leaf
 
 Tree = Any
@@ -148,25 +147,9 @@ def gather(params: Tree, specs: Tree) -> Tree:
             return weight
         forward = named_sharding(mesh, used, spec.axes)
         backward = named_sharding(mesh, rules.gradients, spec.axes)
-        return _reshard(weight, forward, backward)
+        return reshard(weight, forward, backward)
 
     return map_specs(leaf, specs, params)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _reshard(x: jax.Array, forward: NamedSharding, backward: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, forward)
-
-
-def _reshard_forward(x, forward, backward):
-    return _reshard(x, forward, backward), None
-
-
-def _reshard_backward(forward, backward, _, gradient):
-    return (jax.lax.with_sharding_constraint(gradient, backward),)
-
-
-_reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
 def shard_like(tree: Tree, specs: Tree, kind: str) -> Tree:

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from lm.kernels.matmul import dot
-from lm.sharding import constrain, current_layout, named_sharding
+from lm.sharding import constrain, current_layout, named_sharding, reshard
 
 # Finite, so that a device that holds nothing but padding columns makes no NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -81,20 +80,4 @@ def _whole(weight: jax.Array, transposed: bool) -> jax.Array:
     mesh, rules, axes = layout.mesh, layout.rules, weight_axes(transposed)
     columns = {"vocab": rules.weights.get("vocab", ())}
     used = named_sharding(mesh, columns, axes, weight.shape)
-    return _reshard(weight, used, named_sharding(mesh, rules.gradients, axes, weight.shape))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _reshard(x: jax.Array, forward: NamedSharding, backward: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, forward)
-
-
-def _reshard_forward(x, forward, backward):
-    return _reshard(x, forward, backward), None
-
-
-def _reshard_backward(forward, backward, _, gradient):
-    return (jax.lax.with_sharding_constraint(gradient, backward),)
-
-
-_reshard.defvjp(_reshard_forward, _reshard_backward)
+    return reshard(weight, used, named_sharding(mesh, rules.gradients, axes, weight.shape))
