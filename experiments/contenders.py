@@ -88,12 +88,13 @@ def make_jax_step(
     from lm.train.step import Accumulation, make_train_step
 
     layout = Layout(make_mesh(MeshShape()), make_rules())
-    optimizer = make_optimizer(
-        AdamW(B1, B2, EPS, WEIGHT_DECAY), lambda step: jnp.float32(LEARNING_RATE)
-    )
+    optimizer = make_optimizer(AdamW(B1, B2, EPS, WEIGHT_DECAY))
     function = None if attention is None else functools.partial(attend, implementation=attention)
     gradient = Accumulation(config, 1, jnp.dtype(precision), remat, attention=function)
-    step = make_train_step(NextToken(), optimizer, layout, gradient, max_grad_norm=MAX_GRAD_NORM)
+    step = make_train_step(
+        NextToken(), optimizer, lambda step: jnp.float32(LEARNING_RATE), layout, gradient,
+        max_grad_norm=MAX_GRAD_NORM,
+    )  # fmt: skip
     state = init_state(param_specs(config), optimizer, jax.random.key(0), layout)
     rows, length = ids.shape
     weights = np.ones((rows, length), np.float32)

@@ -90,14 +90,14 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
 
     # The step.
     schedule = make_schedule(config)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer)
     objective = NextToken(config.train.z_loss)
     gradient = Accumulation(
         config.model, config.train.num_micro_batches, jnp.dtype(config.train.dtype),
         config.train.remat, attention=named_attention(config),
     )  # fmt: skip
     step = make_train_step(
-        objective, optimizer, layout, gradient,
+        objective, optimizer, schedule, layout, gradient,
         max_grad_norm=config.train.max_grad_norm, seed=config.train.seed,
     )  # fmt: skip
     evaluate = make_evaluation(make_eval_step(objective, layout, gradient), held_out, rows)
@@ -129,8 +129,7 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
             ):
                 state = train(
                     state, compiled, stream, config.train.num_steps, fit_intervals(config),
-                    writer=writer, progress=progress, learning_rate=schedule,
-                    evaluate=evaluate, save=save,
+                    writer=writer, progress=progress, evaluate=evaluate, save=save,
                 )  # fmt: skip
     checkpoints.close()
     summarize(config, workdir, state, text, tokenizer)

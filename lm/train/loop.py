@@ -60,15 +60,14 @@ def train(
     *,
     writer: MetricsWriter,
     progress: Progress,
-    learning_rate: Callable[[int], Any],
     evaluate: Callable[[TrainState], Mapping[str, float]],
     save: Callable[[TrainState, int], None],
 ) -> TrainState:
     """Step until `num_steps` have been done.
 
     Metrics are read one step late, so that the device always has a step to do. A row holds `step`
-    (steps done), the step's metrics in full precision, `learning_rate`, and `tokens_per_second`
-    since the row before, evaluation and checkpoints left out.
+    (steps done), the step's metrics in full precision, and `tokens_per_second` since the row
+    before, evaluation and checkpoints left out.
 
     Args:
       state: `state.step` steps are done already; donated.
@@ -77,7 +76,6 @@ def train(
       num_steps: when to stop.
       intervals: of the rest.
       writer, progress: where metrics go.
-      learning_rate: of a step, for the row.
       evaluate: state -> metrics to add to the row.
       save: writes a checkpoint.
 
@@ -98,7 +96,6 @@ def train(
         progress.update(done, loss=values["loss"], num_tokens=int(values["tokens"]))
         if done % intervals.log == 0 or done == num_steps or extra:
             rate = {"tokens_per_second": throughput.read()}
-            rate["learning_rate"] = float(learning_rate(done - 1))
             writer.write(done, values | rate | dict(extra))
 
     done = int(state.step)

@@ -75,23 +75,22 @@ def _mask(predicate: Callable[[str], Any]) -> Callable[[Tree], Tree]:
     )
 
 
-def make_optimizer(
-    config: AdamW | Muon, schedule: Callable[[Any], Any]
-) -> optax.GradientTransformation:
-    """The optimizer of a configuration; its state is float32."""
+def make_optimizer(config: AdamW | Muon) -> optax.GradientTransformation:
+    """The direction of a configuration's optimizer; its state is float32.
+
+    The step multiplies it by minus the learning rate and adds it to the weights.
+    """
     if isinstance(config, Muon):
         matrices = optax.chain(
             scale_by_muon(config.momentum, config.steps, jnp.dtype(config.dtype)),
             optax.add_decayed_weights(config.weight_decay),
         )
         others = _adam(config.adam)
-        direction = optax.partition(
+        return optax.partition(
             {"muon": matrices, "adam": others},
             _mask(lambda path: "muon" if is_hidden_matrix(path) else "adam"),
         )
-    else:
-        direction = _adam(config)
-    return optax.chain(direction, optax.scale_by_learning_rate(schedule))
+    return _adam(config)
 
 
 def _adam(config: AdamW) -> optax.GradientTransformation:

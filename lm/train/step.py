@@ -25,6 +25,7 @@ from lm.weights.specs import map_specs
 Tree = Any
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Schedule = Callable[[Any], Any]  # the learning rate of a step, counted from 0
 
 
 class Gradient(Protocol):
@@ -141,6 +142,7 @@ def _specs_of(config: ModelConfig, trainable: Tree) -> Tree:
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
+    schedule: Schedule,
     layout: Layout,
     gradient: Gradient,
     *,
@@ -152,15 +154,17 @@ def make_train_step(
 
     Args:
       objective: what to minimize.
-      optimizer: of the weights that train.
+      optimizer: the direction of the weights that train; it is multiplied by minus the learning
+        rate and added.
+      schedule: the learning rate of a step.
       layout: mesh and rules; a ZeRO stage is nothing but a choice of rules.
       gradient: accumulation, or a pipeline's schedule.
       max_grad_norm: gradients are scaled down to this global norm; None for never.
       seed: of the random key the objective is given; folded with the step.
       trains: which weights train, as in `init_state`.
 
-    Metrics, float32 scalars: each term's mean under its name, `grad_norm` (before clipping), and
-    `tokens`, the count of the first term.
+    Metrics, float32 scalars: each term's mean under its name, `grad_norm` (before clipping),
+    `learning_rate` (this step's), and `tokens`, the count of the first term.
     """
     specs = param_specs(gradient.config)
     wanted = state_shardings(specs, optimizer, layout, trains)
@@ -173,10 +177,13 @@ def make_train_step(
             gradients = shard_like(gradients, train_specs, "optimizer")
             gradients, norm = clip_by_global_norm(gradients, max_grad_norm)
             weights = shard_like(state.trainable, train_specs, "optimizer")
-            updates, opt_state = optimizer.update(gradients, state.opt_state, weights)
+            directions, opt_state = optimizer.update(gradients, state.opt_state, weights)
+            rate = jnp.asarray(schedule(state.step), jnp.float32)
+            updates = jax.tree.map(lambda direction: -rate * direction, directions)
             trainable = optax.apply_updates(weights, updates)
             metrics = {name: term.sum / term.count for name, term in terms.items()}
-            metrics |= {"grad_norm": norm, "tokens": next(iter(terms.values())).count}
+            metrics |= {"grad_norm": norm, "learning_rate": rate}
+            metrics["tokens"] = next(iter(terms.values())).count
             state = TrainState(state.step + 1, trainable, state.frozen, opt_state)
             return state, metrics
 

@@ -23,6 +23,7 @@ class Run:
         self.batches.append(batch)
         done = state.step + 1
         metrics = {"loss": jnp.float32(self.losses.get(done, 1 / done)), "tokens": jnp.float32(10)}
+        metrics["learning_rate"] = jnp.float32(0.5 * state.step)
         return types.SimpleNamespace(step=done), metrics
 
     def evaluate(self, state):
@@ -42,8 +43,7 @@ class Run:
         ):
             state = train(
                 types.SimpleNamespace(step=start), self.step, batches, num_steps, intervals,
-                writer=writer, progress=progress, learning_rate=lambda step: 0.5 * step,
-                evaluate=self.evaluate, save=self.save,
+                writer=writer, progress=progress, evaluate=self.evaluate, save=self.save,
             )  # fmt: skip
         return state
 

@@ -30,6 +30,10 @@ def schedule(step):
     return jnp.asarray(RATES)[step]
 
 
+def scheduled(direction):
+    return optax.chain(direction, optax.scale_by_learning_rate(schedule))
+
+
 def trajectory(optimizer, params, gradients):
     """Weights after each step."""
     state = optimizer.init(params)
@@ -82,7 +86,7 @@ def test_adamw_equals_pytorch():
         ]
         return [torch.optim.AdamW(groups, betas=(0.8, 0.97), eps=1e-5, weight_decay=0.3)]
 
-    ours = trajectory(make_optimizer(config, schedule), random_tree(0), GRADIENTS)
+    ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
     for mine, theirs in zip(ours, torch_trajectory(make, GRADIENTS), strict=True):
         for name, x in flat(mine).items():
             np.testing.assert_allclose(x, theirs[name], rtol=2e-5, atol=2e-6, err_msg=name)
@@ -93,7 +97,7 @@ def test_adamw_equals_optax():
     mask = {"stacks": {"up": True, "down": True, "square": True}, "embed": True}
     mask |= {"norm": {"scale": False}, "up_bias": False}
     other = optax.adamw(schedule, 0.8, 0.97, 1e-6, weight_decay=0.3, mask=mask)
-    ours = trajectory(make_optimizer(config, schedule), random_tree(0), GRADIENTS)
+    ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
     theirs = trajectory(other, random_tree(0), GRADIENTS)
     for mine, yours in zip(ours, theirs, strict=True):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), mine, yours)
@@ -115,7 +119,7 @@ def test_muon_equals_pytorch(monkeypatch):
         )
         return [muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
 
-    ours = trajectory(make_optimizer(config, schedule), random_tree(0), GRADIENTS)
+    ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
     for mine, theirs in zip(ours, torch_trajectory(make, GRADIENTS), strict=True):
         for name, x in flat(mine).items():
             np.testing.assert_allclose(x, theirs[name], rtol=2e-5, atol=1e-5, err_msg=name)
@@ -172,10 +176,10 @@ def test_which_weights_are_matrices():
     "config", [AdamW(weight_decay=0.5), Muon(dtype="float32")], ids=["adamw", "muon"]
 )
 def test_training_on_a_mesh_equals_one_device(config):
-    optimizer = make_optimizer(config, lambda step: 3e-3)
+    optimizer = make_optimizer(config)
 
     def train(case):
-        step = make_train_step(OBJECTIVE, optimizer, case.layout, case.gradient)
+        step = make_train_step(OBJECTIVE, optimizer, lambda step: 3e-3, case.layout, case.gradient)
         state = init_state(param_specs(TIED), optimizer, jax.random.key(0), case.layout)
         losses = []
         for i in range(4):

@@ -81,7 +81,7 @@ def test_zero_2_accumulates_an_eighth_of_the_gradients():
 
 def test_muon_state_lies_as_the_weights_do():
     layout = Case(MeshShape(fsdp=4, tensor=2)).layout
-    optimizer = make_optimizer(Muon(), lambda step: 1e-3)
+    optimizer = make_optimizer(Muon())
     shardings = state_shardings(SPECS, optimizer, layout)
     weights = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(shardings.trainable)}
     state = jax.tree_util.tree_leaves_with_path(shardings.opt_state)

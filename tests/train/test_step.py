@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from lm.model import Tokens, forward, make_head, param_specs
 from lm.train.objective import NextToken, Term
+from lm.train.optimizers import AdamW, make_optimizer
 from lm.train.state import init_state
 from lm.train.step import make_eval_step, make_train_step
 from lm.weights import initialize, path_name
@@ -20,6 +20,7 @@ from tests.train.tiny import (
     Case,
     Result,
     assert_same,
+    constant_rate,
     keep_gradients,
     make_batch,
     run,
@@ -102,7 +103,7 @@ class TwoTerms:
 def two_terms(num_micro_batches: int) -> Result:
     case = Case(num_micro_batches=num_micro_batches)
     step = make_train_step(
-        TwoTerms(), keep_gradients(), case.layout, case.gradient, max_grad_norm=None
+        TwoTerms(), keep_gradients(), constant_rate, case.layout, case.gradient, max_grad_norm=None
     )
     state = init_state(param_specs(UNTIED), keep_gradients(), jax.random.key(0), case.layout)
     state, metrics = step(state, make_batch())
@@ -131,9 +132,11 @@ def test_frozen_weights_stay_and_have_no_optimizer_state(frozen):
     def trains(path: str) -> bool:
         return frozen not in path.split("/")
 
-    optimizer = optax.adamw(1e-2)
+    optimizer = make_optimizer(AdamW())
     state = init_state(param_specs(UNTIED), optimizer, jax.random.key(0), case.layout, trains)
-    step = make_train_step(OBJECTIVE, optimizer, case.layout, case.gradient, trains=trains)
+    step = make_train_step(
+        OBJECTIVE, optimizer, constant_rate, case.layout, case.gradient, trains=trains
+    )
     paths = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
     assert any("norm" in path for path in paths)
     assert not any(frozen in path.split("/") for path in paths)
@@ -155,7 +158,13 @@ def test_frozen_weights_leave_the_gradients_of_the_others_alone():
 
     state = init_state(specs, keep_gradients(), jax.random.key(0), case.layout, trains)
     step = make_train_step(
-        OBJECTIVE, keep_gradients(), case.layout, case.gradient, max_grad_norm=None, trains=trains
+        OBJECTIVE,
+        keep_gradients(),
+        constant_rate,
+        case.layout,
+        case.gradient,
+        max_grad_norm=None,
+        trains=trains,
     )
     state, _ = step(state, make_batch())
     found = jax.tree.leaves(jax.device_get(state.opt_state))
@@ -168,7 +177,7 @@ def test_clipping_scales_to_the_norm_and_reports_it_before():
     case = Case()
     norm = run(case).metrics["grad_norm"]
     step = make_train_step(
-        OBJECTIVE, keep_gradients(), case.layout, case.gradient, max_grad_norm=0.25
+        OBJECTIVE, keep_gradients(), constant_rate, case.layout, case.gradient, max_grad_norm=0.25
     )
     state = init_state(param_specs(UNTIED), keep_gradients(), jax.random.key(0), case.layout)
     state, metrics = step(state, make_batch())
@@ -180,7 +189,7 @@ def test_clipping_scales_to_the_norm_and_reports_it_before():
 def test_a_batch_in_which_nothing_counts_moves_nothing():
     case = Case()
     state = init_state(param_specs(UNTIED), keep_gradients(), jax.random.key(0), case.layout)
-    step = make_train_step(OBJECTIVE, keep_gradients(), case.layout, case.gradient)
+    step = make_train_step(OBJECTIVE, keep_gradients(), constant_rate, case.layout, case.gradient)
     batch = make_batch()
     state, metrics = step(state, batch | {"weights": np.zeros_like(batch["weights"])})
     assert float(metrics["loss"]) == 0.0
@@ -201,9 +210,9 @@ def test_the_eval_step_gives_the_sums_of_the_train_step():
 
 def test_steps_count_and_train():
     case = Case()
-    optimizer = optax.adamw(1e-2)
+    optimizer = make_optimizer(AdamW())
     state = init_state(param_specs(UNTIED), optimizer, jax.random.key(0), case.layout)
-    step = make_train_step(NextToken(), optimizer, case.layout, case.gradient)
+    step = make_train_step(NextToken(), optimizer, constant_rate, case.layout, case.gradient)
     losses = []
     for _ in range(8):
         state, metrics = step(state, make_batch())

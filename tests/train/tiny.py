@@ -14,6 +14,7 @@ import optax
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, param_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.train.objective import NextToken
+from lm.train.optimizers import AdamW, make_optimizer
 from lm.train.state import TrainState, abstract_state, init_state
 from lm.train.step import Accumulation, make_train_step
 
@@ -21,6 +22,11 @@ LAYER = Layer(Attention(8, 8, 4), FeedForward(64))
 UNTIED = ModelConfig(500, 32, (Stack((LAYER,), 2),))
 TIED = dataclasses.replace(UNTIED, tied=True, logit_softcap=5.0)
 OBJECTIVE = NextToken(z_loss=0.1)
+
+
+def constant_rate(step: Any) -> float:
+    """A learning rate that never changes."""
+    return 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +110,9 @@ class Result(NamedTuple):
 @functools.cache
 def compiled_step(case: Case, optimizer: str = "keep") -> Any:
     """The compiled step of a case, without clipping."""
-    transformation = keep_gradients() if optimizer == "keep" else optax.adamw(1e-2)
+    transformation = keep_gradients() if optimizer == "keep" else make_optimizer(AdamW())
     step = make_train_step(
-        OBJECTIVE, transformation, case.layout, case.gradient, max_grad_norm=None
+        OBJECTIVE, transformation, constant_rate, case.layout, case.gradient, max_grad_norm=None
     )
     state = abstract_state(param_specs(case.config), transformation, case.layout)
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in make_batch().items()}
