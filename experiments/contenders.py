@@ -90,7 +90,10 @@ def make_jax_step(
     layout = Layout(make_mesh(MeshShape()), make_rules())
     optimizer = make_optimizer(AdamW(B1, B2, EPS, WEIGHT_DECAY))
     function = None if attention is None else functools.partial(attend, implementation=attention)
-    gradient = Accumulation(config, 1, jnp.dtype(precision), remat, attention=function)
+    gradient = Accumulation(
+        config, 1, jnp.dtype(precision), remat, attention=function,
+        unroll=jax.default_backend() == "cpu",
+    )  # fmt: skip
     step = make_train_step(
         NextToken(), optimizer, lambda step: jnp.float32(LEARNING_RATE), layout, gradient,
         max_grad_norm=MAX_GRAD_NORM,

@@ -16,8 +16,10 @@ import optax
 
 from lm.model import ModelConfig, forward, make_head, param_specs
 from lm.sharding import Layout, constrain, named_sharding, use_layout
-from lm.train.objective import Batch, Objective, Term
+from lm.train.ema import Ema, num_updates
+from lm.train.objective import Batch, Objective, Term, total_loss
 from lm.train.optimizers import clip_by_global_norm
+from lm.train.stability import Stability, learning_rate
 from lm.train.state import TrainState, everything, merge, partition, state_shardings
 from lm.weights import cast, shard_like
 from lm.weights.specs import map_specs
@@ -52,6 +54,7 @@ class Accumulation:
       remat: see `lm.model.remat`.
       loss: implementation of the cross-entropy; None lets the size of the logits decide.
       attention: implementation of attention; None for the default.
+      unroll: write the layers out instead of looping over them; see `lm.model.forward`.
     """
 
     config: ModelConfig
@@ -60,6 +63,7 @@ class Accumulation:
     remat: str = "none"
     loss: str | None = None
     attention: Callable[..., jax.Array] | None = None
+    unroll: bool = False
 
     def __call__(
         self, objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
@@ -91,7 +95,7 @@ class Accumulation:
         params = merge(weights, frozen)
         output = forward(
             params, objective.inputs(batch), self.config,
-            attention=self.attention, dtype=self.dtype, remat=self.remat,
+            attention=self.attention, dtype=self.dtype, remat=self.remat, unroll=self.unroll,
         )  # fmt: skip
         head = make_head(params, self.config, self.loss)
         return objective.loss(head, output.hidden, batch, key)
@@ -147,6 +151,8 @@ def make_train_step(
     gradient: Gradient,
     *,
     max_grad_norm: float | None = 1.0,
+    stability: Stability | None = None,
+    ema: Ema | None = None,
     seed: int = 0,
     trains: Callable[[str], bool] = everything,
 ) -> TrainStep:
@@ -160,14 +166,17 @@ def make_train_step(
       layout: mesh and rules; a ZeRO stage is nothing but a choice of rules.
       gradient: accumulation, or a pipeline's schedule.
       max_grad_norm: gradients are scaled down to this global norm; None for never.
+      stability: which steps are skipped; the state then needs `health`. None: every step is taken.
+      ema: an average of the weights; the state then needs `ema`. None: there is none.
       seed: of the random key the objective is given; folded with the step.
       trains: which weights train, as in `init_state`.
 
     Metrics, float32 scalars: each term's mean under its name, `grad_norm` (before clipping),
-    `learning_rate` (this step's), and `tokens`, the count of the first term.
+    `learning_rate` (this step's), `tokens`, the count of the first term, and `Stability.guard`'s.
     """
     specs = param_specs(gradient.config)
-    wanted = state_shardings(specs, optimizer, layout, trains)
+    parts = {"ema": ema is not None, "health": stability is not None}
+    wanted = state_shardings(specs, optimizer, layout, trains, **parts)
     train_specs, _ = partition(specs, trains)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -178,14 +187,20 @@ def make_train_step(
             gradients, norm = clip_by_global_norm(gradients, max_grad_norm)
             weights = shard_like(state.trainable, train_specs, "optimizer")
             directions, opt_state = optimizer.update(gradients, state.opt_state, weights)
-            rate = jnp.asarray(schedule(state.step), jnp.float32)
+            rate = learning_rate(schedule, state)
             updates = jax.tree.map(lambda direction: -rate * direction, directions)
             trainable = optax.apply_updates(weights, updates)
+            after = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+            if ema is not None:
+                after = after.replace(ema=ema.update(state.ema, trainable, num_updates(state)))
             metrics = {name: term.sum / term.count for name, term in terms.items()}
             metrics |= {"grad_norm": norm, "learning_rate": rate}
             metrics["tokens"] = next(iter(terms.values())).count
-            state = TrainState(state.step + 1, trainable, state.frozen, opt_state)
-            return state, metrics
+            if stability is not None:
+                before = state.replace(trainable=weights)
+                after, found = stability.guard(before, after, total_loss(terms), norm)
+                metrics |= found
+            return after, metrics
 
     batch_sharding = named_sharding(layout.mesh, layout.rules.activations, ("batch", "sequence"))
     return jax.jit(

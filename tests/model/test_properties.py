@@ -83,12 +83,12 @@ def hidden_states(params, tokens, config, remat="none"):
     return forward(params, tokens, config, remat=remat).hidden
 
 
-@functools.partial(jax.jit, static_argnames=("config", "remat"))
-def loss_and_gradients(params, tokens, targets, counted, config, remat="none"):
+@functools.partial(jax.jit, static_argnames=("config", "remat", "unroll"))
+def loss_and_gradients(params, tokens, targets, counted, config, remat="none", unroll=False):
     """Sum of the cross-entropy of the targets that count."""
 
     def loss(params):
-        hidden = forward(params, tokens, config, remat=remat).hidden
+        hidden = forward(params, tokens, config, remat=remat, unroll=unroll).hidden
         logprobs, _ = make_head(params, config).logprobs(hidden, targets)
         return -jnp.sum(logprobs * counted)
 
@@ -189,6 +189,23 @@ def test_remat_changes_memory_alone(config, form, policies):
         again = loss_and_gradients(params, tokens, targets, counted, config, remat)
         np.testing.assert_allclose(again[0], loss, rtol=1e-6)
         assert_trees_close(again[1], gradients, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_unrolled_layers_are_the_same_layers(remat):
+    """Also that a layer's second computation is not merged with its first where there is no loop."""
+    config = neox_like()
+    params, tokens = weights(config), Tokens.of(jnp.asarray(random_ids(2, 12)))
+    arguments = params, tokens, random_ids(2, 12, seed=1), np.ones((2, 12), np.float32), config
+    loss, gradients = loss_and_gradients(*arguments)
+    compiled = loss_and_gradients.lower(*arguments, remat, unroll=True).compile()
+    again = compiled(*arguments[:-1])
+    np.testing.assert_allclose(again[0], loss, rtol=1e-6)
+    assert_trees_close(again[1], gradients, 1e-4, 1e-4)
+    assert "while" not in compiled.as_text()
+    merged = loss_and_gradients.lower(*arguments, "none", unroll=True).compile()
+    more_work = compiled.cost_analysis()["flops"] / merged.cost_analysis()["flops"]
+    assert (more_work > 1.1) == (remat == "full")
 
 
 @pytest.mark.parametrize("form", ["stacked", "unstacked"])
