@@ -193,7 +193,7 @@ def test_remat_changes_memory_alone(config, form, policies):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_unrolled_layers_are_the_same_layers(remat):
-    """Also that a layer's second computation is not merged with its first where there is no loop."""
+    """Also that remat is not undone by merging both computations where there is no loop."""
     config = neox_like()
     params, tokens = weights(config), Tokens.of(jnp.asarray(random_ids(2, 12)))
     arguments = params, tokens, random_ids(2, 12, seed=1), np.ones((2, 12), np.float32), config
