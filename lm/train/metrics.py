@@ -12,13 +12,16 @@ import json
 import math
 import os
 import pathlib
+import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from lm.train.goodput import Hardware
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -70,13 +73,21 @@ class MetricsWriter:
             writer.add_text(name, "    " + text.replace("\n", "\n    "), int(step))
 
     def truncate_after(self, step: int) -> int:
-        """Drops rows of later steps, in TensorBoard too; returns how many rows were dropped."""
+        """Drops rows of later steps, in TensorBoard too, and marks events of later steps as undone.
+
+        For going on from an earlier step, after a kill or in a rewind. The file is replaced as a
+        whole. Returns how many rows were dropped.
+        """
         if not self.enabled:
             return 0
         self.flush()
         rows = read(self.path)
-        kept = [row for row in rows if row.get("step", 0) <= step]
-        if len(kept) < len(rows):
+        kept = [
+            row | {"undone": True} if row.get("step", 0) > step else row
+            for row in rows
+            if "event" in row or row.get("step", 0) <= step
+        ]
+        if kept != rows:
             assert self._file is not None
             part = self.path.with_name(self.path.name + ".part")
             part.write_text("".join(_line(row) for row in kept), "utf-8")
@@ -194,11 +205,40 @@ def _tensorboardx() -> Any:
         del sys.modules["torch"]
 
 
+def memory(devices: Iterable[Any]) -> dict[str, int]:
+    """Bytes of memory in use, under a name that says which.
+
+    Args:
+      devices: `jax.local_devices()`.
+
+    Returns:
+      `device_memory_bytes` and `device_memory_peak_bytes`, of the fullest device, where the backend
+      tells (GPU, TPU); else `host_memory_bytes`, the process's resident set, or
+      `host_memory_peak_bytes` where the system tells no more.
+    """
+    told = [stats for device in devices if (stats := device.memory_stats())]
+    if told:
+        names = {"device_memory_bytes": "bytes_in_use"}
+        names["device_memory_peak_bytes"] = "peak_bytes_in_use"
+        return {name: max(int(stats.get(key, 0)) for stats in told) for name, key in names.items()}
+    try:
+        resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])  # proc(5), in pages
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"host_memory_peak_bytes": peak * (1 if sys.platform == "darwin" else 1024)}
+    return {"host_memory_bytes": resident * resource.getpagesize()}
+
+
 class Progress:
-    """Shows step, loss, tokens/s and the time left: a bar on a terminal, else a line now and then.
+    """Shows how training goes in one line of at most the terminal's width, or 100 columns.
+
+    A bar on a terminal, else a line now and then: step, loss, gradient norm, learning rate, tokens
+    a second (of all devices and of one), MFU, memory, steps skipped, and the time left. Where they
+    do not all fit, the ones that matter least are left out.
 
     The first `num_warmup` (at least 1) updates, which compile, and what runs inside `pause()`
-    (evaluation, checkpoints) count neither for the throughput nor for the time left.
+    count neither for the throughput nor for the time left. With `Goodput.step_clock` for its clock
+    nothing but steps counts, without any pause.
     """
 
     def __init__(
@@ -211,9 +251,11 @@ class Progress:
         enabled: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        hardware: Hardware | None = None,
     ):
         self.num_steps, self.step = num_steps, start
         self._enabled, self._stream, self._clock = enabled, stream or sys.stderr, clock
+        self._hardware = hardware or Hardware()
         self._seconds_between_lines = seconds_between_lines
         self._num_warmup = num_warmup
         self._last_line = -math.inf
@@ -221,39 +263,73 @@ class Progress:
         # (time, step, tokens so far) at the last updates; the rate is over this window.
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=50)
         self._tokens = 0
+        self._values: dict[str, float] = {}
         self._bar: tqdm | None = None
         if enabled and self._stream.isatty():
             self._bar = tqdm(
                 total=num_steps,
                 initial=start,
                 file=self._stream,
-                dynamic_ncols=True,
+                ncols=self._columns(),
                 bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
 
-    def update(self, step: int, *, loss: float, num_tokens: int) -> None:
-        """Tells that `step` is done, with `num_tokens` more tokens since the last update."""
+    def update(self, step: int, *, loss: float, num_tokens: int, **values: float) -> None:
+        """Tells that `step` is done, with `num_tokens` more tokens since the last update.
+
+        Of `values`, those named as in a metrics row are shown: `grad_norm`, `learning_rate`,
+        `skipped_steps`, and what `memory` returns. One that is not given again stays.
+        """
         now = self._clock() - self._paused
         self._tokens += num_tokens
+        self._values |= values
         self.step = step
         if self._num_warmup > 1:
             self._num_warmup -= 1
         else:
             self._marks.append((now, step, self._tokens))
-        parts = [f"loss {float(loss):.4f}"]
-        if self.tokens_per_second is not None:
-            parts.append(f"{self.tokens_per_second:,.0f} tok/s")
-        if self.seconds_left is not None:
-            parts.append(f"{_duration(self.seconds_left)} left")
         if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(parts), refresh=False)
+            self._bar.ncols = self._columns()
+            room = self._bar.ncols - len(f"100% |{' ' * 10}| {step}/{self.num_steps}, ")
+            self._bar.set_postfix_str(_fit(self._parts(loss), room), refresh=False)
             self._bar.update(step - self._bar.n)
         elif self._enabled:
             due = now - self._last_line >= self._seconds_between_lines
             if due or step >= self.num_steps:
                 self._last_line = now
-                line = "  ".join([f"step {step}/{self.num_steps}", *parts])
+                start = f"step {step}/{self.num_steps}  "
+                line = start + _fit(self._parts(loss), 100 - len(start))
                 print(line, file=self._stream, flush=True)
+
+    def _parts(self, loss: float) -> list[tuple[int, str]]:
+        """(rank, text) from left to right; rank 0 is never left out, the highest goes first."""
+        values, parts = self._values, [(0, f"loss {float(loss):.4f}")]
+        if "grad_norm" in values:
+            parts.append((2, f"grad {values['grad_norm']:.3g}"))
+        if "learning_rate" in values:
+            parts.append((3, f"lr {values['learning_rate']:.2e}".replace("e-0", "e-")))
+        if self.tokens_per_second is not None:
+            rates = self._hardware.rates(self.tokens_per_second)
+            parts.append((0, f"{_rate(self.tokens_per_second)} tok/s"))
+            if self._hardware.num_devices > 1:
+                parts.append((5, f"{_rate(rates['tokens_per_second_per_device'])}/device"))
+            if "mfu" in rates:
+                parts.append((1, f"MFU {rates['mfu']:.1%}"))
+        for name, words in _MEMORY.items():
+            if name in values:
+                parts.append((4, f"{words}{values[name] / 1e9:.3g} GB"))
+                break
+        if values.get("skipped_steps"):
+            parts.append((0, f"{values['skipped_steps']:.0f} skipped"))
+        if self.seconds_left is not None:
+            parts.append((0, f"{_duration(self.seconds_left)} left"))
+        return parts
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 100
+        except (OSError, ValueError):
+            return 100
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -296,6 +372,24 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_MEMORY = {
+    "device_memory_peak_bytes": "",
+    "host_memory_bytes": "host ",
+    "host_memory_peak_bytes": "host ",
+}
+
+
+def _fit(parts: list[tuple[int, str]], width: int) -> str:
+    """The parts side by side, those of the highest ranks left out until `width` holds the rest."""
+    while sum(len(text) + 2 for _, text in parts) - 2 > width and any(rank for rank, _ in parts):
+        parts = [part for part in parts if part != max(parts, key=lambda part: part[0])]
+    return "  ".join(text for _, text in parts)
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second < 1e7 else f"{per_second / 1e6:,.4g}M"
 
 
 def _duration(seconds: float) -> str:

@@ -4,17 +4,20 @@ import contextlib
 import io
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.train.metrics import MetricsWriter, Progress, read
+from lm.train.goodput import Hardware
+from lm.train.metrics import MetricsWriter, Progress, memory, read
 
 
 def lines(workdir):
@@ -119,6 +122,68 @@ def test_resuming_repeats_no_step(tmp_path):
     assert lines(tmp_path) == after
 
 
+def test_events_outlive_the_steps_they_belong_to(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 9):
+            writer.write(step, {"loss": 1.0})
+        writer.event("save_failed", step=6, reason="disk full")
+        writer.event("rewound", step=4, lost=4)
+        assert writer.truncate_after(4) == 4
+        writer.write(5, {"loss": 2.0})
+        assert writer.truncate_after(4) == 1
+        assert writer.truncate_after(3) == 1
+    rows = read(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3]
+    assert [row for row in rows if "event" in row] == [
+        {"event": "save_failed", "step": 6, "reason": "disk full", "undone": True},
+        {"event": "rewound", "step": 4, "lost": 4, "undone": True},
+    ]
+
+
+KILLED = """
+import itertools, sys
+from lm.train.metrics import MetricsWriter
+start = int(sys.argv[2])
+with MetricsWriter(sys.argv[1]) as writer:
+    for step in itertools.count(start + 1):
+        writer.write(step, {"loss": 1 / step, "padding": 0.1 * step})
+        if step % 10 == 0:
+            writer.event("note", step, text="x" * (step % 700))
+            writer.flush()
+        if step == start + 200:
+            print("going", flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_rows(tmp_path):
+    """In a row or in a TensorBoard record; the run goes on, and no step is there twice."""
+    for start, target in ((0, 150), (150, 300), (300, 450)):
+        command = [sys.executable, "-c", KILLED, str(tmp_path), str(start)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        with process.stdout:
+            assert process.stdout.readline() == b"going\n"
+            process.kill()
+        process.wait(60)
+        with MetricsWriter(tmp_path) as writer:
+            assert writer.truncate_after(target) >= 50
+            writer.event("resumed", target)
+    rows = [row for row in read(tmp_path / "metrics.jsonl") if "event" not in row]
+    assert [row["step"] for row in rows] == list(range(1, 451))
+    assert all(row["loss"] == 1 / row["step"] for row in rows)
+    with MetricsWriter(tmp_path) as writer:
+        writer.truncate_after(450)
+        writer.write(451, {"loss": 0.5})
+    shown = {
+        event.step: value.simple_value
+        for event in tensorboard_events(tmp_path)
+        for value in event.summary.value
+        if value.tag == "loss"
+    }
+    assert set(range(1, 452)) <= set(shown)
+    assert shown[451] == 0.5
+
+
 def test_other_hosts_write_nothing(tmp_path):
     with MetricsWriter(tmp_path / "run", enabled=False) as writer:
         writer.write(1, {"loss": 1.0})
@@ -135,8 +200,10 @@ def tensorboard_events(workdir):
     events = []
     for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.name.split(".")[-1]):
         data = path.read_bytes()
-        while data:
+        while len(data) >= 8:
             (length,) = struct.unpack_from("<Q", data)
+            if len(data) < 16 + length:  # torn by a kill
+                break
             event = event_pb2.Event()
             event.ParseFromString(data[12 : 12 + length])
             events.append(event)
@@ -230,6 +297,71 @@ def test_bar_on_a_terminal_shows_loss_rate_and_time_left():
     shown = stream.getvalue()
     assert "103/4000" in shown
     assert "loss 2.5000  1,234 tok/s  1:04:57 left" in shown
+
+
+EVERYTHING = {
+    "grad_norm": 123.456789,
+    "learning_rate": 1.2345e-4,
+    "skipped_steps": 12,
+    "device_memory_bytes": 1,
+    "device_memory_peak_bytes": 123.4e9,
+    "held_out_loss": 3.0,
+}
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_the_line_stays_one_line_of_100_columns(stream, scale):
+    clock = Clock()
+    hardware = Hardware(4096, 5e11, 459e12)
+    with Progress(10**6, stream=stream, clock=clock, hardware=hardware) as progress:
+        for step in range(123_450, 123_456):
+            clock.now += 20.0
+            tokens = 4_000_000 * scale
+            progress.update(step, loss=3.14159, num_tokens=tokens, **EVERYTHING)
+    (*_, last) = [line for line in re.split(r"[\r\n]+", stream.getvalue()) if line.strip()]
+    assert len(last) <= 100
+    wanted = ["loss 3.1416", " tok/s", "MFU ", "12 skipped", " left"]
+    assert all(words in last for words in wanted)
+    assert ("|" in last) == stream.isatty()
+
+
+def test_the_line_shows_what_there_is_room_for():
+    clock, stream = Clock(), io.StringIO()
+    hardware = Hardware(8, 3e6, 1e9)
+    with Progress(20, stream=stream, clock=clock, hardware=hardware) as progress:
+        for step in (1, 2):
+            clock.now += 20.0
+            progress.update(
+                step, loss=3.0, num_tokens=16_000, grad_norm=0.5, learning_rate=3e-4,
+                device_memory_peak_bytes=12.3e9, skipped_steps=0,
+            )  # fmt: skip
+    # 800 tokens/s are 100 a device: 3e8 operations a second of 1e9.
+    assert stream.getvalue().splitlines()[1] == (
+        "step 2/20  loss 3.0000  grad 0.5  lr 3.00e-4  800 tok/s  100/device  MFU 30.0%  "
+        "12.3 GB  6:00 left"
+    )
+
+
+class Device:
+    def __init__(self, stats):
+        self.memory_stats = lambda: stats
+
+
+def test_memory_is_the_fullest_devices_where_the_backend_tells():
+    devices = [
+        Device({"bytes_in_use": 5, "peak_bytes_in_use": 9, "bytes_limit": 16}),
+        Device({"bytes_in_use": 7, "peak_bytes_in_use": 8, "bytes_limit": 16}),
+    ]
+    assert memory(devices) == {"device_memory_bytes": 7, "device_memory_peak_bytes": 9}
+
+
+def test_memory_is_the_hosts_where_the_backend_is_silent():
+    before = memory([Device(None)])
+    block = np.ones(100_000_000, np.uint8)
+    after = memory(jax.local_devices())
+    assert before.keys() == after.keys() == {"host_memory_bytes"}
+    assert after["host_memory_bytes"] - before["host_memory_bytes"] > 0.8 * block.nbytes
 
 
 def test_a_disabled_progress_is_silent_but_measures():

@@ -1,0 +1,71 @@
+"""What accelerators can do, by the names JAX gives them. No JAX.
+
+Peaks are dense bfloat16 with float32 accumulation, as the vendors state them: for TPUs the tables
+at docs.cloud.google.com/tpu/docs (v2 ... v6e, tpu7x), for GPUs NVIDIA's data sheets, whose larger
+figures "with sparsity" are twice these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """An accelerator chip.
+
+    Attributes:
+      name: what people call it.
+      kinds: beginnings of `jax.Device.device_kind`.
+      flops: peak operations a second of the chip.
+      num_devices: how many devices JAX counts for one chip: v2, v3 and TPU7x show each of their two
+        cores; v4 and v5p join theirs (megacore).
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    num_devices: int = 1
+
+
+CHIPS = (
+    Chip("TPU v2", ("TPU v2",), 45e12, num_devices=2),
+    Chip("TPU v3", ("TPU v3",), 123e12, num_devices=2),
+    Chip("TPU v4", ("TPU v4",), 275e12),
+    Chip("TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12),
+    Chip("TPU v5p", ("TPU v5", "TPU v5p"), 459e12),
+    Chip("TPU v6e", ("TPU v6 lite", "TPU v6e"), 918e12),
+    Chip("TPU7x", ("TPU7x", "TPU v7x"), 2307e12, num_devices=2),
+    Chip("A100", ("NVIDIA A100",), 312e12),
+    Chip("L4", ("NVIDIA L4",), 121e12),
+    Chip("H100 PCIe", ("NVIDIA H100 PCIe",), 756e12),
+    Chip("H100", ("NVIDIA H100 80GB HBM3",), 989e12),
+    Chip("H200", ("NVIDIA H200",), 989e12),
+    Chip("H100 and H200 NVL", ("NVIDIA H100 NVL", "NVIDIA H200 NVL"), 835e12),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`, e.g. "TPU v5 lite"; None for one not in the table.
+
+    A TPU's name must be the whole of it ("TPU v4 lite" is not a v4); a GPU's may go on
+    ("NVIDIA A100-SXM4-40GB"), and the longest beginning counts.
+    """
+    found = [
+        (len(kind), chip)
+        for chip in CHIPS
+        for kind in chip.kinds
+        if device_kind == kind or (kind.startswith("NVIDIA") and _begins(device_kind, kind))
+    ]
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _begins(device_kind: str, kind: str) -> bool:
+    """Whether a whole word ends there: "NVIDIA L40S" is no L4."""
+    return device_kind.startswith(kind) and not device_kind[len(kind) :][:1].isalnum()
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak operations a second of one device as JAX counts them; None where it is not known."""
+    chip = chip_of(device_kind)
+    return None if chip is None else chip.flops / chip.num_devices
