@@ -1,0 +1,158 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lm.sharding import current_layout
+from lm.train.optimizers.adamw import AdamW, adam_direction
+from lm.train.optimizers.base import PathRule, Slots, is_hidden_matrix, refuse_rules
+from lm.weights import ParamSpec
+
+SIDES = ("left", "right")
+
+
+@dataclasses.dataclass(frozen=True)
+class Soap:
+    """Adam in Shampoo's eigenbasis (arXiv:2409.11321) for the matrices of the layers.
+
+    A matrix G [in, out] of gradients has the statistics L of G G^T and R of G^T G, and Adam's
+    second moment is kept of Q_L^T G Q_R, where Q_L and Q_R are their eigenvectors. The first update
+    finds them by `eigh` and moves nothing; afterwards one step of power iteration and a QR
+    decomposition refresh them. A dimension above `max_precond_dim` is not rotated; a matrix with
+    both above, and every other weight, has AdamW.
+
+    Attributes:
+      b1, b2: decay of the first and second moments.
+      eps: added to the root of the second moment.
+      stats_decay: of L and R.
+      frequency: updates between refreshes of the eigenvectors.
+      max_precond_dim: the largest dimension to rotate.
+      weight_decay: of matrices, times learning rate and weight.
+      adam: for embedding, output, norms and biases.
+      rules: by path, see `PathRule`; the first that fits holds.
+
+    Raises:
+      ValueError: a frequency below 1, or rules within `adam`.
+    """
+
+    b1: float = 0.95
+    b2: float = 0.95
+    eps: float = 1e-8
+    stats_decay: float = 0.95
+    frequency: int = 10
+    max_precond_dim: int = 10_000
+    weight_decay: float = 0.1
+    adam: AdamW = AdamW()
+    rules: tuple[PathRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        refuse_rules(self.adam)
+        if self.frequency < 1:
+            raise ValueError(f"frequency={self.frequency} must be at least 1")
+
+    def method(self, path: str, shape: tuple[int, ...]) -> Soap | AdamW:
+        return self if is_hidden_matrix(path) and self.sides(shape) else self.adam
+
+    def decay(self, path: str) -> float:
+        return self.weight_decay if is_hidden_matrix(path) else self.adam.decay(path)
+
+    def sides(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The sides of a matrix [*stack, in, out] that are rotated."""
+        pairs = zip(SIDES, shape[-2:], strict=True)
+        return tuple(side for side, size in pairs if size <= self.max_precond_dim)
+
+    def slots(self, weight: ParamSpec) -> dict[str, ParamSpec]:
+        stack, (rows, columns) = weight.axes[:-2], weight.axes[-2:]
+        moment = ParamSpec(weight.shape, weight.axes, "zeros")
+        slots = {"mu": moment, "nu": moment}
+        for side in self.sides(weight.shape):
+            # Split in as many parts as the weight, whichever of its axes the mesh splits.
+            size = weight.shape[-2 if side == "left" else -1]
+            axes = (rows, columns) if side == "left" else (columns, rows)
+            square = ParamSpec((*weight.shape[:-2], size, size), (*stack, *axes), "zeros")
+            slots |= {f"{side}_stats": square, f"{side}_basis": square}
+        return slots
+
+    def update(
+        self, gradient: jax.Array, slots: Slots, weight: jax.Array, count: jax.Array
+    ) -> tuple[jax.Array, Slots]:
+        first = count == 0
+        bases = {side: slots[f"{side}_basis"] for side in self.sides(gradient.shape)}
+        rotated = rotate(gradient, bases)
+        mu = self.b1 * slots["mu"] + (1 - self.b1) * jnp.where(first, 0.0, gradient)
+        nu = self.b2 * slots["nu"] + (1 - self.b2) * jnp.square(rotated)
+        updates = jnp.maximum(count, 1)
+        direction = adam_direction(rotate(mu, bases), nu, self.b1, self.b2, self.eps, updates)
+        new = {"mu": mu, "nu": nu}
+        for side, basis in bases.items():
+            stats = self._stats(side, slots[f"{side}_stats"], gradient)
+            new |= {f"{side}_stats": stats, f"{side}_basis": self._refresh(stats, basis, count)}
+        return rotate_back(direction, bases), new
+
+    def _stats(self, side: str, stats: jax.Array, gradient: jax.Array) -> jax.Array:
+        g = gradient if side == "left" else gradient.swapaxes(-1, -2)
+        gram = jnp.matmul(g, g.swapaxes(-1, -2), precision="highest")
+        return self.stats_decay * stats + (1 - self.stats_decay) * gram
+
+    def _refresh(self, stats: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
+        due = (count % self.frequency == 0).astype(jnp.int32)
+        branches = [
+            lambda stats, basis: basis,
+            lambda stats, basis: spread_over_devices(power_iteration, stats, basis),
+            lambda stats, basis: spread_over_devices(eigenvectors, stats, basis),
+        ]
+        return jax.lax.switch(jnp.where(count == 0, 2, due), branches, stats, basis)
+
+
+def rotate(x: jax.Array, bases: Slots) -> jax.Array:
+    """Q_L^T x Q_R, [*stack, in, out]; a side without a basis stays."""
+    if "left" in bases:
+        x = bases["left"].swapaxes(-1, -2) @ x
+    return x @ bases["right"] if "right" in bases else x
+
+
+def rotate_back(x: jax.Array, bases: Slots) -> jax.Array:
+    """Q_L x Q_R^T: what `rotate` undoes."""
+    if "left" in bases:
+        x = bases["left"] @ x
+    return x @ bases["right"].swapaxes(-1, -2) if "right" in bases else x
+
+
+def eigenvectors(stats: jax.Array, basis: jax.Array) -> jax.Array:
+    """Eigenvectors of symmetric matrices, in columns, the largest eigenvalue's first."""
+    del basis
+    return jnp.linalg.eigh(stats)[1][..., ::-1]
+
+
+def power_iteration(stats: jax.Array, basis: jax.Array) -> jax.Array:
+    """One step of orthogonal iteration from `basis` (arXiv:2409.11321, algorithm 4)."""
+    return jnp.linalg.qr(jnp.matmul(stats, basis, precision="highest"))[0]
+
+
+def spread_over_devices(
+    function: Callable[[jax.Array, jax.Array], jax.Array], stats: jax.Array, basis: jax.Array
+) -> jax.Array:
+    """`function` of stacks of square matrices, the matrices dealt out among all devices.
+
+    XLA does not split a decomposition, so that each device decomposes whole matrices: of a stack of
+    S on N devices, ceil(S / N), which are all that a device holds of it meanwhile.
+    """
+    layout = current_layout()
+    if layout is None:
+        return function(stats, basis)
+    size, num_devices = stats.shape[-1], layout.mesh.size
+    num_matrices = math.prod(stats.shape[:-2])
+    padding = ((0, -num_matrices % num_devices), (0, 0), (0, 0))
+    dealt = PartitionSpec(layout.mesh.axis_names)
+    result = jax.shard_map(function, mesh=layout.mesh, in_specs=dealt, out_specs=dealt)(
+        jnp.pad(stats.reshape(-1, size, size), padding),
+        jnp.pad(basis.reshape(-1, size, size), padding),
+    )
+    return result[:num_matrices].reshape(stats.shape)
