@@ -36,6 +36,12 @@ class Term:
     coefficient: float = flax.struct.field(pytree_node=False, default=1.0)
 
 
+def total_loss(terms: Mapping[str, Term]) -> jax.Array:
+    """What is minimized, of terms of the whole batch: each mean times its coefficient, summed."""
+    parts = [t.coefficient * t.sum / t.count for t in terms.values() if t.coefficient]
+    return jnp.sum(jnp.stack(parts))
+
+
 class Objective(Protocol):
     """Something to minimize."""
 

@@ -12,9 +12,39 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.sharding import Layout, named_sharding
-from lm.weights import Leaf, abstract, initialize, is_spec, path_name, shardings
+from lm.weights import Leaf, abstract, cast, initialize, is_spec, path_name, shardings
 
 Tree = Any
+
+
+@flax.struct.dataclass
+class Health:
+    """What `lm.train.stability` knows of the steps so far; replicated scalars.
+
+    Attributes:
+      count: int32, steps in the statistics.
+      loss_mean, loss_variance, grad_norm_mean, grad_norm_variance: float32, of steps taken.
+      skipped: int32, steps skipped in all.
+      in_a_row: int32, steps skipped since the last one taken.
+      recovery_scale: float32, of the learning rate while it recovers.
+      recovery_until: int32, first step that has the schedule's rate again.
+    """
+
+    count: Any
+    loss_mean: Any
+    loss_variance: Any
+    grad_norm_mean: Any
+    grad_norm_variance: Any
+    skipped: Any
+    in_a_row: Any
+    recovery_scale: Any
+    recovery_until: Any
+
+    @classmethod
+    def new(cls) -> Health:
+        """Of a run about to begin."""
+        whole, real = (jnp.zeros((), dtype) for dtype in (jnp.int32, jnp.float32))
+        return cls(whole, real, real, real, real, whole, whole, jnp.ones_like(real), whole)
 
 
 @flax.struct.dataclass
@@ -26,12 +56,16 @@ class TrainState:
       trainable: weights that train; None where a weight is frozen.
       frozen: the other weights, of any leaf type; None where a weight trains.
       opt_state: of the optimizer, for `trainable`.
+      ema: float32 average of `trainable`, laid out as the optimizer's state; or None.
+      health: `Health`, or None.
     """
 
     step: Any
     trainable: Tree
     frozen: Tree
     opt_state: Tree
+    ema: Tree = None
+    health: Any = None
 
     @property
     def params(self) -> Tree:
@@ -67,11 +101,16 @@ def everything(path: str) -> bool:
 
 
 def state_specs(specs: Tree, optimizer: optax.GradientTransformation) -> Tree:
-    """Spec, or None, of every leaf of the optimizer's state.
+    """The optimizer's state, with a spec for every leaf that lies by the `optimizer` table.
 
-    A leaf of the state whose path ends in a weight's path, and whose shape is the weight's, lies as
-    the weight does; anything else (counts) is replicated.
+    An optimizer that has a method `specs(specs)`, of the weights' specs, answers for itself: a tree
+    like its state, of ParamSpecs and, for what is replicated, ShapeDtypeStructs. Of any other, a
+    leaf whose path ends in a weight's path, and whose shape is the weight's, lies as the weight
+    does; anything else (counts) is replicated.
     """
+    own = getattr(optimizer, "specs", None)
+    if own is not None:
+        return own(specs)
     by_path = {
         path_name(path): spec
         for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
@@ -94,8 +133,11 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     layout: Layout,
     trains: Callable[[str], bool] = everything,
+    *,
+    ema: bool = False,
+    health: bool = False,
 ) -> TrainState:
-    """NamedShardings of a TrainState of the model with these specs.
+    """NamedShardings of a TrainState of the model with these specs. Arguments as `init_state`.
 
     Raises:
       ValueError: a mesh axis does not divide a weight; the message names both.
@@ -114,6 +156,8 @@ def state_shardings(
         trainable=shardings(trainable, rules, mesh),
         frozen=shardings(frozen, rules, mesh),
         opt_state=jax.tree.map(of_state, state_specs(trainable, optimizer), is_leaf=is_spec),
+        ema=shardings(trainable, rules, mesh, kind="optimizer") if ema else None,
+        health=jax.tree.map(lambda _: replicated, Health.new()) if health else None,
     )
 
 
@@ -123,6 +167,9 @@ def init_state(
     key: jax.Array,
     layout: Layout,
     trains: Callable[[str], bool] = everything,
+    *,
+    ema: bool = False,
+    health: bool = False,
 ) -> TrainState:
     """A new model and its optimizer, every shard made where it lies.
 
@@ -132,9 +179,11 @@ def init_state(
       key: random key of the initial weights.
       layout: mesh and rules.
       trains: which weights train, by path.
+      ema: with an average of the weights, as the step's `ema` needs.
+      health: with what the step's `stability` needs.
     """
-    wanted = state_shardings(specs, optimizer, layout, trains)
-    return jax.jit(_maker(specs, optimizer, trains), out_shardings=wanted)(key)
+    wanted = state_shardings(specs, optimizer, layout, trains, ema=ema, health=health)
+    return jax.jit(_maker(specs, optimizer, trains, ema, health), out_shardings=wanted)(key)
 
 
 def abstract_state(
@@ -142,10 +191,13 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     layout: Layout,
     trains: Callable[[str], bool] = everything,
+    *,
+    ema: bool = False,
+    health: bool = False,
 ) -> TrainState:
     """The TrainState as ShapeDtypeStructs with shardings: to restore into, or to compile with."""
-    shapes = jax.eval_shape(_maker(specs, optimizer, trains), jax.random.key(0))
-    wanted = state_shardings(specs, optimizer, layout, trains)
+    shapes = jax.eval_shape(_maker(specs, optimizer, trains, ema, health), jax.random.key(0))
+    wanted = state_shardings(specs, optimizer, layout, trains, ema=ema, health=health)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -154,11 +206,22 @@ def abstract_state(
 
 
 def _maker(
-    specs: Tree, optimizer: optax.GradientTransformation, trains: Callable[[str], bool]
+    specs: Tree,
+    optimizer: optax.GradientTransformation,
+    trains: Callable[[str], bool],
+    ema: bool,
+    health: bool,
 ) -> Callable[[jax.Array], TrainState]:
     def make(key: jax.Array) -> TrainState:
         trainable, frozen = partition(initialize(specs, key), trains)
-        return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            frozen=frozen,
+            opt_state=optimizer.init(trainable),
+            ema=cast(trainable, jnp.float32) if ema else None,
+            health=Health.new() if health else None,
+        )
 
     return make
 

@@ -190,14 +190,18 @@ def make_train_step(
             rate = learning_rate(schedule, state)
             updates = jax.tree.map(lambda direction: -rate * direction, directions)
             trainable = optax.apply_updates(weights, updates)
-            after = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+            after = dataclasses.replace(
+                state, step=state.step + 1, trainable=trainable, opt_state=opt_state
+            )
             if ema is not None:
-                after = after.replace(ema=ema.update(state.ema, trainable, num_updates(state)))
+                after = dataclasses.replace(
+                    after, ema=ema.update(state.ema, trainable, num_updates(state))
+                )
             metrics = {name: term.sum / term.count for name, term in terms.items()}
             metrics |= {"grad_norm": norm, "learning_rate": rate}
             metrics["tokens"] = next(iter(terms.values())).count
             if stability is not None:
-                before = state.replace(trainable=weights)
+                before = dataclasses.replace(state, trainable=weights)
                 after, found = stability.guard(before, after, total_loss(terms), norm)
                 metrics |= found
             return after, metrics
