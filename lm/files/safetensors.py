@@ -1,0 +1,326 @@
+"""safetensors, read and written: one file, or a directory of shards with their index.
+
+Opening reads the headers only; tensors are views of the mapped files. The reader is as strict as
+the format: names are unique, tensors lie one behind the other and fill the file. Source:
+https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lm.files.base import FileFormatError, Path, forget_pages, map_file
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# As in the reference implementation.
+MAX_HEADER = 100_000_000
+# As in numpy.
+MAX_DIMS = 64
+
+# In the order in which the reference implementation writes tensors: wide ones first, so that each
+# is aligned.
+DTYPES: Mapping[str, np.dtype] = MappingProxyType(
+    {
+        "U64": np.dtype("<u8"),
+        "I64": np.dtype("<i8"),
+        "F64": np.dtype("<f8"),
+        "C64": np.dtype("<c8"),
+        "F32": np.dtype("<f4"),
+        "U32": np.dtype("<u4"),
+        "I32": np.dtype("<i4"),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F16": np.dtype("<f2"),
+        "U16": np.dtype("<u2"),
+        "I16": np.dtype("<i2"),
+        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+        "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "I8": np.dtype("i1"),
+        "U8": np.dtype("u1"),
+        "BOOL": np.dtype("?"),
+    }
+)
+# Several numbers share a byte, which a numpy array cannot say.
+PACKED = ("F4", "F6_E2M3", "F6_E3M2")
+CODES: Mapping[np.dtype, str] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is.
+
+    Attributes:
+      name: of the tensor.
+      dtype: the format's code, as `BF16`.
+      shape: row-major.
+      offset: of its first byte in its file.
+      nbytes: how many bytes it has.
+      file: which of the files it is in.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    file: int = 0
+
+
+class Safetensors:
+    """A safetensors model, open for reading.
+
+    Attributes:
+      paths: the files.
+      metadata: of each file.
+      tensors: by name, file by file in the order of their bytes.
+    """
+
+    def __init__(
+        self,
+        paths: tuple[Path, ...],
+        metadata: tuple[Mapping[str, str], ...],
+        tensors: Mapping[str, TensorInfo],
+        mappings: tuple[mmap.mmap, ...],
+    ) -> None:
+        self.paths, self.metadata, self.tensors = paths, metadata, tensors
+        self._mappings = mappings
+
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor: uint8 [nbytes], a view of the file that cannot be written to."""
+        info = self.tensors[name]
+        return np.frombuffer(self._mappings[info.file], np.uint8, info.nbytes, info.offset)
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor, a view of the file; bfloat16 and float8 in the dtypes of ml_dtypes."""
+        info = self.tensors[name]
+        return self.raw(name).view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def release(self, name: str) -> None:
+        """Take a tensor's pages out of memory. Views stay valid, and read the file again."""
+        info = self.tensors[name]
+        forget_pages(self._mappings[info.file], info.offset, info.nbytes)
+
+    def stream(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Names and tensors in the order of the files, each released when the next is asked for."""
+        for name in self.tensors:
+            yield name, self.array(name)
+            self.release(name)
+
+
+def open_safetensors(path: Path) -> Safetensors:
+    """Open a file, or a directory with `model.safetensors` or its shards and their index.
+
+    Raises:
+      FileFormatError: a file is not as the format says, has numbers of less than a byte (F4, F6),
+        or the index names a file outside the directory, a tensor its file does not hold, or one
+        that two files hold.
+      OSError: a file cannot be opened.
+    """
+    place = pathlib.Path(path)
+    if not place.is_dir():
+        return _join((path,), None)
+    index = place / INDEX
+    if not index.exists():
+        if not (place / SINGLE).exists():
+            raise FileNotFoundError(
+                f"{place} has no {SINGLE}; a model's directory holds it, or {INDEX} and the files "
+                "it names"
+            )
+        return _join((place / SINGLE,), None)
+    weight_map = _read_index(index)
+    names = sorted(set(weight_map.values()))
+    files = tuple(_inside(index, name) for name in names)
+    return _join(files, {name: names.index(file) for name, file in weight_map.items()}, index)
+
+
+def _join(
+    paths: tuple[Path, ...], placed: Mapping[str, int] | None, index: Path = ""
+) -> Safetensors:
+    """The tensors of some files; `placed` is the number of the file each should be in."""
+    tensors: dict[str, TensorInfo] = {}
+    metadata, mappings = [], []
+    for number, path in enumerate(paths):
+        mapping = map_file(path)
+        mappings.append(mapping)
+        found, extra = _read_header(path, mapping, number)
+        metadata.append(extra)
+        for info in found:
+            if info.name in tensors:
+                other = paths[tensors[info.name].file]
+                raise FileFormatError(
+                    path, "tensor name", info.name, f"expected one that {other} does not have"
+                )
+            tensors[info.name] = info
+    for name, number in (placed or {}).items():
+        if name not in tensors or tensors[name].file != number:
+            raise FileFormatError(
+                index,
+                f"weight_map file of {name!r}",
+                os.fspath(paths[number]),
+                "expected a file that holds that tensor",
+            )
+    return Safetensors(paths, tuple(metadata), tensors, tuple(mappings))
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    data = path.read_bytes()
+    if len(data) > MAX_HEADER:
+        raise FileFormatError(path, "size", len(data), f"expected {MAX_HEADER} at most")
+    content = _json(path, "index", data, floats=True)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise FileFormatError(
+            path, "weight_map", weight_map, "expected an object of file names by tensor"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise FileFormatError(path, f"weight_map file of {name!r}", file, "expected a string")
+    return weight_map
+
+
+def _inside(index: pathlib.Path, name: str) -> pathlib.Path:
+    """The file an index names, which lies in its directory.
+
+    A link may lead to another file of the directory, or to the `blobs` of a Hugging Face cache,
+    where the directory is one of its `snapshots`.
+    """
+    directory = index.parent.resolve()
+    field, file = "weight_map file", index.parent / name
+    if not name or name in (".", "..") or "\0" in name or "/" in name or os.sep in name:
+        raise FileFormatError(index, field, name, "expected a file's name, without a directory")
+    allowed = [directory]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.parent.parent / "blobs")
+    if file.resolve().parent not in allowed:
+        raise FileFormatError(
+            index, field, name, f"expected no link out of {directory} (to {file.resolve()})"
+        )
+    if not file.is_file():
+        raise FileFormatError(index, field, name, "expected a file that exists")
+    return file
+
+
+def _read_header(
+    path: Path, mapping: mmap.mmap, number: int
+) -> tuple[list[TensorInfo], dict[str, str]]:
+    """The tensors of a file in the order of their bytes, and its metadata."""
+    size = len(mapping)
+    if size < 8:
+        raise FileFormatError(path, "size", size, "expected 8 bytes at least, a header's length")
+    length = int.from_bytes(mapping[:8], "little")
+    most = min(size - 8, MAX_HEADER)
+    if not 2 <= length <= most:
+        raise FileFormatError(path, "header length", length, f"expected 2 to {most}")
+    header = _json(path, "header", mapping[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise FileFormatError(path, "header", header, "expected an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileFormatError(path, "__metadata__", metadata, "expected an object of strings")
+    found = [_read_tensor(path, name, entry, number) for name, entry in header.items()]
+    found.sort(key=lambda info: (info.offset, info.nbytes))
+    end = 0
+    for info in found:
+        if info.offset != end:
+            raise FileFormatError(
+                path,
+                f"tensor {info.name!r} data_offsets[0]",
+                info.offset,
+                f"expected {end}, the end of the tensor before it",
+            )
+        end += info.nbytes
+    if end != size - 8 - length:
+        raise FileFormatError(
+            path,
+            "bytes of tensors",
+            size - 8 - length,
+            f"expected {end}, as the header says (is the file whole?)",
+        )
+    start = 8 + length
+    return [dataclasses.replace(info, offset=start + info.offset) for info in found], metadata
+
+
+def _read_tensor(path: Path, name: str, entry: Any, number: int) -> TensorInfo:
+    """One entry of a header; its offset is still the one behind the header."""
+
+    def wrong(field: str, value: Any, expected: str) -> FileFormatError:
+        return FileFormatError(path, f"tensor {name!r}{field}", value, expected)
+
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or entry.keys() != keys:
+        raise wrong("", entry, f"expected an object of {', '.join(sorted(keys))}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        known = f"expected one of {', '.join(DTYPES)}"
+        raise wrong(
+            " dtype", dtype, f"numbers of less than a byte; {known}" if dtype in PACKED else known
+        )
+    for field, values in (("shape", shape), ("data_offsets", offsets)):
+        # A bool is an int to Python.
+        if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+            raise wrong(f" {field}", values, "expected a list of whole numbers, none negative")
+    itemsize = DTYPES[dtype].itemsize
+    # Numpy multiplies the other dimensions even where one is 0.
+    if len(shape) > MAX_DIMS or math.prod(d or 1 for d in shape) * itemsize >= 1 << 63:
+        raise wrong(
+            " shape", shape, f"expected {MAX_DIMS} dimensions at most and less than 2**63 bytes"
+        )
+    nbytes = math.prod(shape) * itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+        raise wrong(
+            " data_offsets", offsets, f"expected two, {nbytes} bytes apart ({dtype} {shape})"
+        )
+    return TensorInfo(name, dtype, tuple(shape), offsets[0], nbytes, number)
+
+
+def _json(path: Path, field: str, data: bytes, floats: bool = False) -> Any:
+    """JSON without what readers disagree on: repeated keys, NaN, numbers beyond 64 bits."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            names = [name for name, _ in items]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FileFormatError(path, f"{field} key", twice, "expected it once")
+        return result
+
+    def whole(text: str) -> int:
+        if len(text) > 20:
+            raise FileFormatError(path, f"{field} number", text, "expected 64 bits at most")
+        return int(text)
+
+    def refuse(text: str) -> float:
+        raise FileFormatError(path, f"{field} number", text, "expected a whole number")
+
+    hooks: dict[str, Any] = {"parse_constant": refuse}
+    if not floats:
+        hooks["parse_float"] = refuse
+    if data[:1] != b"{":
+        raise FileFormatError(path, f"{field} start", data[:1], "expected b'{'")
+    try:
+        text = data.decode()
+        result = json.loads(text, object_pairs_hook=pairs, parse_int=whole, **hooks)
+        # A lone surrogate is no text, but JSON can spell it.
+        if "\\u" in text:
+            json.dumps(result, ensure_ascii=False).encode()
+    except RecursionError:
+        raise FileFormatError(path, field, data[:40], "expected less nesting") from None
+    except FileFormatError:
+        raise
+    except ValueError as error:
+        raise FileFormatError(path, field, data[:40], f"expected JSON in UTF-8: {error}") from None
+    return result
