@@ -4,51 +4,46 @@
 
 Makes a tokenizer and a packed data set from text (Python's own documentation and source, or
 --config.data.files='dir/**/*.txt'), trains, evaluates on held-out text in bits per byte, samples,
-and writes a report. The same command resumes. The workdir receives `config.json`, `metrics.jsonl`,
-`tensorboard/`, `checkpoints/<step>`, `data/`, `summary.json` and `report.html`.
+and writes a report. The same command resumes, on as many hosts as it is started on (see
+`lm.sharding.distributed` for how they find each other). The workdir receives `config.json`,
+`metrics.jsonl`, `tensorboard/`, `checkpoints/<step>`, `data/`, `summary.json` and `report.html`.
+
+SIGTERM saves and ends the run; `--profile_steps=10:15` traces steps into `<workdir>/profile`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
 import pathlib
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from absl import logging
+from absl import flags, logging
 
-from data_pipelines import local_text
 from experiments import config as config_lib
+from experiments.assemble import Run, assemble
 from experiments.config import ConfigError, input_errors
 from experiments.configs import pretrain as configs
 from experiments.configs.pretrain import Pretrain
-from experiments.summary import say, summarize
-from lm.checkpoints.store import Checkpoints
-from lm.data.batches import Batches, HeldOut, PackedSource
-from lm.data.packing import make_plan
-from lm.kernels.attention import IMPLEMENTATIONS, attention
-from lm.model import check_mesh, num_params, param_specs
-from lm.sharding import (
-    Layout,
-    check_divides,
-    make_mesh,
-    make_rules,
-    named_sharding,
-    pretend_cpu_devices,
-)
+from experiments.summary import summarize
+from lm.data.batches import Batches
+from lm.model import num_params, train_flops
+from lm.sharding import distributed
+from lm.sharding.chips import peak_flops
+from lm.sharding.distributed import is_first_process, say
+from lm.train.ema import ema_params
+from lm.train.goodput import Goodput, Hardware, Throughput, process_age, table
 from lm.train.host import keep_freed_memory
-from lm.train.loop import Intervals, train
+from lm.train.loop import Instruments, Intervals, Outcome, train
 from lm.train.metrics import MetricsWriter, Progress
-from lm.train.objective import NextToken
-from lm.train.optimizers import make_optimizer
-from lm.train.schedules import Schedule
-from lm.train.state import TrainState, abstract_state, init_state
-from lm.train.step import Accumulation, make_eval_step, make_train_step
+from lm.train.metrics import read as read_metrics
+from lm.train.profile import Profiler, parse_steps
+from lm.train.stability import begin_recovery
+from lm.train.state import TrainState
 
 # What may differ between the first start of a run and a later one.
 MAY_CHANGE = (
@@ -56,94 +51,213 @@ MAY_CHANGE = (
     "sharding.",
     "intervals.",
     "sampling.",
+    "rewind.",
     "data.directory",
     "train.num_steps",
+    "train.batch_size",
     "train.num_micro_batches",
     "train.remat",
+    "train.unroll",
     "train.attention",
     "train.keep",
 )
 
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps to trace, such as 10:15.")
+
 
 def main(config: Pretrain, workdir: pathlib.Path) -> None:
-    resuming = claim_workdir(config, workdir)
+    goodput = Goodput(already=process_age())
+    keep_freed_memory()
     if logging.get_verbosity() == logging.INFO:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
-    keep_freed_memory()
-    pretend_cpu_devices(config.mesh)
-    with input_errors():
-        layout = make_layout(config)
-        text = build_corpus(config, workdir)
-        tokenizer = text.tokenizer()
-        check_vocabulary(config, tokenizer.vocab_size, text.directory)
-        workdir.mkdir(parents=True, exist_ok=True)
-        config_lib.save(config, workdir / "config.json")
+    with distributed.start(), goodput.watch_compilation():
+        changes = claim_workdir(config, workdir)
+        run = assemble(config, workdir)
+        if is_first_process():
+            workdir.mkdir(parents=True, exist_ok=True)
+            config_lib.save(config, workdir / "config.json")
+        outcome = Training(run, goodput)(changes)
+        if outcome.reason == "finished" and is_first_process():
+            summarize(run, outcome.state)
+    if outcome.reason == "preempted":
+        sys.exit(distributed.PreemptionNotice.EXIT)
 
-    # Data: the stream is a function of the pack plan, the seed and the step.
-    length, seed = config.train.sequence_length, config.data.seed
-    packed = PackedSource(text.source("train"), text.plan("train", length), "train")
-    batches = Batches([packed], config.train.batch_size, seed=seed)
-    held_out_text = text.source("validation")
-    small = held_out_text.head(config.data.max_held_out_tokens)
-    held_out = HeldOut(PackedSource(small, make_plan(small, length)), config.train.batch_size)
-    rows = named_sharding(layout.mesh, layout.rules.activations, ("batch", "sequence"))
 
-    # The step.
-    schedule = make_schedule(config)
-    optimizer = make_optimizer(config.optimizer)
-    objective = NextToken(config.train.z_loss)
-    gradient = Accumulation(
-        config.model, config.train.num_micro_batches, jnp.dtype(config.train.dtype),
-        config.train.remat, attention=named_attention(config),
-    )  # fmt: skip
-    step = make_train_step(
-        objective, optimizer, schedule, layout, gradient,
-        max_grad_norm=config.train.max_grad_norm, seed=config.train.seed,
-    )  # fmt: skip
-    evaluate = make_evaluation(make_eval_step(objective, layout, gradient), held_out, rows)
+class Training:
+    """A run under way: its state, its data from here on, and the way back."""
 
-    # The state: from the last checkpoint, or new.
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
-    specs = param_specs(config.model)
-    state = restore(checkpoints, abstract_state(specs, optimizer, layout), batches)
-    with MetricsWriter(workdir) as writer:
+    def __init__(self, run: Run, goodput: Goodput) -> None:
+        self.run, self.goodput = run, goodput
+        self.stream = run.stream
+        self.compiled = CompiledStep(run, goodput)
+        self.preemption = distributed.PreemptionNotice()
+        self.steps = parse_profile(run.config)
+
+    def __call__(self, changes: list[str]) -> Outcome:
+        """Train to the end of the run, or until the machine goes away.
+
+        Args:
+          changes: of the configuration since the run was last started, to be recorded.
+
+        Raises:
+          FloatingPointError: the loss is not finite, or training has gone back too often.
+        """
+        run, config = self.run, self.run.config
+        with MetricsWriter(run.workdir, enabled=is_first_process()) as self.writer:
+            state = self.start(changes)
+            say(describe(run, self.stream))
+            self.preemption.install()
+            while True:
+                outcome = self.train(state)
+                if outcome.reason != "spikes":
+                    break
+                state = self.go_back(outcome)
+            with self.goodput.spend("checkpoint"):
+                run.checkpoints.close()
+            self.tell_failures()
+            if outcome.reason == "preempted":
+                self.writer.event("preempted", step=outcome.done)
+                say(f"saved at step {outcome.done} of {config.train.num_steps} before the machine "
+                    "goes away; the same command goes on from there")  # fmt: skip
+            self.writer.event("goodput", step=outcome.done, **self.goodput.event())
+            say(table(self.goodput.seconds))
+        return outcome
+
+    def start(self, changes: list[str]) -> TrainState:
+        """The state to begin with, of the last good checkpoint or new, and the stream from there."""
+        state, recorded = self.restore()
+        if recorded is not None:
+            with input_errors():
+                self.stream = self.stream.resume(recorded)
+        rows = read_metrics(self.writer.path) if self.writer.path.exists() else []
+        done = 0 if state is None else int(state.step)
+        if rows:
+            self.goodput.resume(rows, done)
+        self.writer.truncate_after(done if done else -1)
         if state is None:
-            writer.truncate_after(-1)
-            state = init_state(specs, optimizer, jax.random.key(config.train.seed), layout)
-        done = int(state.step)
-        if resuming and done:
-            writer.truncate_after(done)
-            writer.event("resumed", step=done)
-            say(f"resumed from step {done} of {config.train.num_steps}")
-        say(describe(config, layout, text, batches))
+            return self.run.new_state()
+        self.writer.event("resumed", step=done)
+        if changes:
+            self.writer.event("changed", step=done, changes=changes)
+        say(f"resumed from step {done} of {self.run.config.train.num_steps}")
+        return state
 
-        def save(state: TrainState, done: int) -> None:
-            checkpoints.save(done, state, {"data": batches.state(done)})
+    def restore(self) -> tuple[TrainState | None, Any]:
+        """State and data order of the last good checkpoint; (None, None) where there is none."""
+        with self.goodput.spend("restore"), input_errors():
+            restored = self.run.checkpoints.restore_last(self.run.abstract_state(), report=say)
+            return (None, None) if restored is None else (restored.state, restored.metadata["data"])
 
-        remaining = config.train.num_steps - done
-        if remaining > 0:
-            compiled = compile_step(step, state, batches.device_batch(done, rows))
-            with (
-                batches.prefetch(done, remaining, sharding=rows) as stream,
-                Progress(config.train.num_steps, start=done) as progress,
-            ):
-                state = train(
-                    state, compiled, stream, config.train.num_steps, fit_intervals(config),
-                    writer=writer, progress=progress, evaluate=evaluate, save=save,
-                )  # fmt: skip
-    checkpoints.close()
-    summarize(config, workdir, state, text, tokenizer)
+    def train(self, state: TrainState) -> Outcome:
+        """Train until the loop has a reason to stop."""
+        run, config = self.run, self.run.config
+        done, num_steps = int(state.step), config.train.num_steps
+        intervals, rewind = fit_intervals(config), config.rewind
+        devices = run.layout.mesh.devices.flat
+        hardware = Hardware(
+            len(devices),
+            train_flops(config.model, config.train.sequence_length),
+            peak_flops(devices[0].device_kind),
+        )
+        due = SaveDue(intervals)
+        clock = self.goodput.step_clock
+        with (
+            self.stream.prefetch(done, max(num_steps - done, 0), sharding=run.rows) as batches,
+            Progress(
+                num_steps, start=done, clock=clock, hardware=hardware, enabled=is_first_process()
+            ) as progress,
+            Profiler(run.workdir / "profile", self.steps, say) as profiler,
+        ):
+            return train(
+                state, self.compiled, batches, num_steps, intervals,
+                Instruments(
+                    self.writer, progress, self.goodput, Throughput(clock, hardware), profiler
+                ),
+                evaluate=self.evaluate, save=self.save, save_due=due,
+                preempted=self.preemption.agreed,
+                patience=rewind.patience if rewind and config.stability else None,
+            )  # fmt: skip
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Held-out figures of the weights, and as `ema_...` of their average."""
+        found = self.run.evaluate(state.params)
+        if state.ema is not None:
+            averaged = self.run.evaluate(ema_params(state))
+            found |= {f"ema_{name}": value for name, value in averaged.items()}
+        return found
+
+    def save(self, state: TrainState, done: int) -> None:
+        self.tell_failures()
+        self.run.checkpoints.save(done, state, {"data": self.stream.state(done)})
+
+    def go_back(self, outcome: Outcome) -> TrainState:
+        """To the last checkpoint before the steps that were skipped, and past their data.
+
+        Raises:
+          FloatingPointError: training has gone back as often as the configuration allows.
+        """
+        rewind = self.run.config.rewind
+        assert rewind is not None
+        self.run.checkpoints.wait()
+        state, _ = self.restore()  # the stream has skips since then, which stay
+        state = self.run.new_state() if state is None else state
+        target = int(state.step)
+        if len(self.stream.skips) >= rewind.limit:
+            raise FloatingPointError(
+                f"{rewind.patience} steps in a row were skipped before step {outcome.done}, and "
+                f"training has gone back {rewind.limit} times (rewind.limit) already; lower the "
+                "learning rate or look at the data with python -m experiments.replay"
+            )
+        rows = sum(self.stream.batch_size(step) for step in range(target, outcome.done))
+        rows += rewind.skip_steps * self.stream.batch_size(target)
+        self.stream = self.stream.skipped(target, rows)
+        if rewind.learning_rate < 1:
+            state = begin_recovery(state, rewind.learning_rate, rewind.recovery_steps)
+        self.goodput.rewind(target)
+        self.writer.truncate_after(target if target else -1)
+        self.writer.event(
+            "rewound", step=target, from_step=outcome.done, skipped_rows=rows,
+            learning_rate=rewind.learning_rate,
+        )  # fmt: skip
+        say(f"{rewind.patience} steps in a row were skipped: back from step {outcome.done} to "
+            f"{target}, and on with {rows} rows of data skipped")  # fmt: skip
+        return state
+
+    def tell_failures(self) -> None:
+        """Report checkpoints that could not be written; training has gone on."""
+        for failure in self.run.checkpoints.failures():
+            say(f"checkpoint of step {failure.step} not written, training goes on: {failure.error}")
+            self.writer.event("save_failed", step=failure.step, error=str(failure.error))
 
 
-def claim_workdir(config: Pretrain, workdir: pathlib.Path) -> bool:
-    """Check that the run begun here, if any, is this one. True if there is one.
+class CompiledStep:
+    """The step, compiled for each shape of batch before the clock of its first use starts."""
+
+    def __init__(self, run: Run, goodput: Goodput) -> None:
+        self.step, self.goodput = run.step(), goodput
+        self.programs: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        shape = batch["ids"].shape
+        if shape not in self.programs:
+            before = time.perf_counter()
+            with self.goodput.spend("compile"):
+                self.programs[shape] = self.step.lower(state, batch).compile()
+            rows, length = shape
+            say(f"compiled the step for {rows} rows of {length} tokens in "
+                f"{time.perf_counter() - before:.1f} s")  # fmt: skip
+        return self.programs[shape](state, batch)
+
+
+def claim_workdir(config: Pretrain, workdir: pathlib.Path) -> list[str]:
+    """Check that the run begun here, if any, is this one. What changed since, of what may.
 
     Raises:
       ConfigError: the folder holds a run with another configuration; every difference is named.
     """
     path = workdir / "config.json"
     if not any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-        return False
+        return []
     if not path.exists():
         raise ConfigError(
             f"{workdir} holds metrics or checkpoints but no config.json, so it is not known "
@@ -156,116 +270,14 @@ def claim_workdir(config: Pretrain, workdir: pathlib.Path) -> bool:
             f"{workdir} holds another run: {'; '.join(other[:8])}. Give another --workdir, "
             "or the configuration it began with"
         )
-    return True
+    return changed
 
 
-def make_layout(config: Pretrain) -> Layout:
-    """Mesh and rules, with every size they must divide checked before anything is computed."""
-    mesh = make_mesh(config.mesh)
-    rules = make_rules(config.sharding.zero, config.sharding.sequence_parallel)
-    check_mesh(config.model, mesh)
-    t = config.train
-    if t.num_micro_batches < 1 or t.batch_size % t.num_micro_batches:
-        raise ValueError(
-            f"train.num_micro_batches={t.num_micro_batches} does not divide "
-            f"train.batch_size={t.batch_size}"
-        )
-    per_micro_batch = t.batch_size // t.num_micro_batches
-    check_divides(
-        mesh, rules.activations["batch"], "batch_size / num_micro_batches", per_micro_batch
-    )
-    check_divides(
-        mesh, rules.activations["residual_sequence"], "sequence_length", t.sequence_length
-    )
-    if t.sequence_length > config.model.max_length:
-        raise ValueError(
-            f"train.sequence_length={t.sequence_length} is beyond model.max_length="
-            f"{config.model.max_length}; shorten the rows or raise the model's length"
-        )
-    return Layout(mesh, rules)
-
-
-def build_corpus(config: Pretrain, workdir: pathlib.Path) -> local_text.LocalText:
-    """Tokenizer and data set, made the first time."""
-    data = config.data
-    directory = pathlib.Path(data.directory).expanduser() if data.directory else workdir / "data"
-    return local_text.build(
-        directory,
-        data.files.replace(",", " ").split() or None,
-        vocab_size=config.model.vocab_size,
-        max_bytes=int(data.max_megabytes * 1e6) or None,
-        held_out=data.held_out,
-    )
-
-
-def check_vocabulary(config: Pretrain, vocab_size: int, directory: pathlib.Path) -> None:
-    """Raises ConfigError unless model and tokenizer agree."""
-    if vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}, but the tokenizer in {directory} has "
-            f"{vocab_size}; set --config.model.vocab_size={vocab_size}, or another data.directory"
-        )
-
-
-def make_schedule(config: Pretrain) -> Any:
-    """The learning rate as a function of the step."""
-    rate = config.learning_rate
+def parse_profile(config: Pretrain) -> range | None:
+    """The steps that `--profile_steps` names."""
+    text = PROFILE_STEPS.value if flags.FLAGS.is_parsed() else None
     with input_errors():
-        return Schedule(
-            rate.decay, rate.peak, min(rate.warmup_steps, config.train.num_steps // 2),
-            config.train.num_steps, rate.final_fraction, rate.decay_fraction,
-        )  # fmt: skip
-
-
-def named_attention(config: Pretrain) -> Any:
-    """The attention implementation asked for; None for the default.
-
-    Raises:
-      ConfigError: there is none of that name.
-    """
-    name = config.train.attention
-    if name is None:
-        return None
-    if name not in IMPLEMENTATIONS:
-        raise ConfigError(
-            f"train.attention={name!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
-        )
-    return functools.partial(attention, implementation=name)
-
-
-def restore(checkpoints: Checkpoints, like: TrainState, batches: Batches) -> TrainState | None:
-    """The last checkpoint, laid out like `like`; None where there is none."""
-    last = checkpoints.latest()
-    if last is None:
-        return None
-    with input_errors():
-        batches.check(checkpoints.metadata(last)["data"])
-        return checkpoints.restore(last, like)
-
-
-def make_evaluation(eval_step: Any, held_out: HeldOut, rows: Any) -> Any:
-    """state -> held-out loss in nats a token, and bits per byte of text."""
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        terms = [
-            eval_step(state.params, held_out.device_batch(i, rows))["loss"]
-            for i in range(len(held_out))
-        ]
-        nats = math.fsum(float(term.sum) for term in terms)
-        return {
-            "held_out_loss": nats / held_out.num_pairs,
-            "held_out_bits_per_byte": nats / math.log(2) / held_out.num_bytes,
-        }
-
-    return evaluate
-
-
-def compile_step(step: Any, state: TrainState, batch: Any) -> Any:
-    """The step, compiled before the clock of the first one starts."""
-    before = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
-    say(f"compiled the step in {time.perf_counter() - before:.1f} s")
-    return compiled
+        return None if text is None else parse_steps(text, config.train.num_steps)
 
 
 def fit_intervals(config: Pretrain) -> Intervals:
@@ -278,19 +290,19 @@ def fit_intervals(config: Pretrain) -> Intervals:
     )
 
 
-def describe(config: Pretrain, layout: Layout, text: local_text.LocalText, batches: Batches) -> str:
+def describe(run: Run, stream: Batches) -> str:
     """What is about to happen, in three lines."""
-    t = config.train
-    devices = layout.mesh.devices.flat
-    axes = " x ".join(f"{axis}={n}" for axis, n in layout.mesh.shape.items() if n > 1)
-    tokens = t.num_steps * t.batch_size * batches.pairs_per_row
+    config, t = run.config, run.config.train
+    devices = run.layout.mesh.devices.flat
+    axes = " x ".join(f"{axis}={n}" for axis, n in run.layout.mesh.shape.items() if n > 1)
+    epochs = ", ".join(f"{epochs:.2f}" for epochs in stream.epochs(t.num_steps))
     return "\n".join(
         [
             f"model: {num_params(config.model):,} weights, {config.model.num_layers} layers, "
             f"vocabulary {config.model.vocab_size:,}",
-            f"data: {text.directory}, {batches.num_rows:,} rows of {t.sequence_length} tokens; "
-            f"{tokens:,.0f} tokens in {t.num_steps} steps, "
-            f"{batches.epochs(t.num_steps)[0]:.2f} epochs",
+            f"data: {run.text.directory}, {stream.num_rows:,} rows of {t.sequence_length} tokens; "
+            f"{stream.num_tokens(t.num_steps):,.0f} tokens in {t.num_steps} steps, "
+            f"{epochs} epochs",
             f"devices: {len(devices)} x {devices[0].device_kind}"
             + (f", mesh {axes}, ZeRO-{config.sharding.zero}" if axes else ""),
         ]

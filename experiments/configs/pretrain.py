@@ -10,8 +10,10 @@ from typing import Literal
 
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Norm, Rope, Stack
 from lm.sharding import MeshShape
-from lm.train.loop import Intervals
-from lm.train.optimizers import AdamW, Muon
+from lm.train.ema import Ema
+from lm.train.loop import Intervals, Rewind
+from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
+from lm.train.stability import Stability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +56,19 @@ class LearningRate:
     """Linear warm-up to `peak`, then a decay to `final_fraction` of it at the last step.
 
     Attributes:
-      decay: "cosine"; "wsd", stable and then falling over the last `decay_fraction` of the steps;
-        or "constant".
+      decay: the kind of `lm.train.schedules.Schedule`.
+      decay_fraction: of the steps, for the cool-down of "wsd" and "inverse_sqrt".
+      cooldown: its shape.
+      time_scale: of "inverse_sqrt", in steps.
     """
 
     peak: float = 1e-3
     warmup_steps: int = 20
-    decay: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
     final_fraction: float = 0.1
     decay_fraction: float = 0.2
+    cooldown: Literal["linear", "1-sqrt"] = "linear"
+    time_scale: float = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Train:
       dtype: of compute; weights and their updates are float32.
       remat: what the backward pass computes again: none, full, matmuls, or save:NAME,...
       attention: implementation; none for the default.
+      unroll: write the layers out instead of looping over them: faster on CPU, slow to compile.
       z_loss: coefficient of the squared log-sum-exp of the logits.
       max_grad_norm: gradients are scaled down to this norm.
       keep: checkpoints to keep; none for all.
@@ -90,6 +97,7 @@ class Train:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: str = "none"
     attention: str | None = None
+    unroll: bool = False
     z_loss: float = 0.0
     max_grad_norm: float = 1.0
     keep: int | None = None
@@ -113,9 +121,12 @@ class Pretrain:
     data: Data = Data()
     mesh: MeshShape = MeshShape(fsdp=-1)
     sharding: Sharding = Sharding()
-    optimizer: AdamW | Muon = AdamW()
+    optimizer: AdamW | Muon | Adafactor | Lion | Soap = AdamW()
     learning_rate: LearningRate = LearningRate()
     train: Train = Train()
+    stability: Stability | None = Stability()
+    rewind: Rewind | None = Rewind()
+    ema: Ema | None = None
     intervals: Intervals = Intervals()
     sampling: Sampling = Sampling()
 
@@ -141,7 +152,7 @@ def quicktest() -> Pretrain:
         model=llama(2048, 128, 4, 4, 2, 384, max_length=256),
         data=Data(max_megabytes=6.0),
         optimizer=Muon(),
-        train=Train(num_steps=400, batch_size=16, sequence_length=128),
+        train=Train(num_steps=400, batch_size=16, sequence_length=128, unroll=True),
         learning_rate=LearningRate(peak=1e-2, warmup_steps=20),
         intervals=Intervals(log=10, evaluate=100, save=40),
     )
@@ -156,7 +167,7 @@ def demo() -> Pretrain:
         quicktest(),
         model=llama(4096, 192, 5, 6, 3, 512, max_length=512),
         data=Data(max_megabytes=20.0),
-        train=Train(num_steps=360, batch_size=16, sequence_length=256),
+        train=Train(num_steps=340, batch_size=16, sequence_length=256, unroll=True),
         learning_rate=LearningRate(peak=1e-2, warmup_steps=20),
         intervals=Intervals(log=10, evaluate=90, save=36),
     )

@@ -1,0 +1,259 @@
+"""The parts of a pre-training run, made from its configuration: what `experiments.pretrain` trains
+with, and what other commands open a workdir with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from data_pipelines import local_text
+from experiments import config as config_lib
+from experiments.config import ConfigError, input_errors
+from experiments.configs.pretrain import Pretrain
+from lm.checkpoints.store import Checkpoints
+from lm.data.batches import Batches, HeldOut, PackedSource
+from lm.data.packing import make_plan
+from lm.kernels.attention import IMPLEMENTATIONS, attention
+from lm.model import check_mesh, param_specs
+from lm.sharding import (
+    Layout,
+    check_divides,
+    make_mesh,
+    make_rules,
+    named_sharding,
+    pretend_cpu_devices,
+)
+from lm.tokenizers.base import Tokenizer
+from lm.train.objective import NextToken
+from lm.train.optimizers import Optimizer, make_optimizer
+from lm.train.schedules import Schedule
+from lm.train.state import TrainState, abstract_state, init_state
+from lm.train.step import Accumulation, TrainStep, make_eval_step, make_train_step
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything a run is made of but its state.
+
+    Attributes:
+      config, workdir: what it was made from.
+      layout: mesh and rules.
+      text: the corpus on disk.
+      tokenizer: of the corpus.
+      stream: batches by step.
+      held_out: held-out sets by name.
+      objective, optimizer, schedule, gradient: of the step.
+      specs: of the model's weights.
+      checkpoints: of the workdir.
+    """
+
+    config: Pretrain
+    workdir: pathlib.Path
+    layout: Layout
+    text: local_text.LocalText
+    tokenizer: Tokenizer
+    stream: Batches
+    held_out: Mapping[str, HeldOut]
+    objective: NextToken
+    optimizer: Optimizer
+    schedule: Schedule
+    gradient: Accumulation
+    specs: Tree
+    checkpoints: Checkpoints
+
+    @property
+    def rows(self) -> NamedSharding:
+        """How a batch lies on the mesh."""
+        return named_sharding(
+            self.layout.mesh, self.layout.rules.activations, ("batch", "sequence")
+        )
+
+    def step(self) -> TrainStep:
+        """The jitted training step."""
+        t = self.config.train
+        return make_train_step(
+            self.objective, self.optimizer, self.schedule, self.layout, self.gradient,
+            max_grad_norm=t.max_grad_norm, seed=t.seed,
+            stability=self.config.stability, ema=self.config.ema,
+        )  # fmt: skip
+
+    def new_state(self) -> TrainState:
+        """The state of step 0."""
+        key = jax.random.key(self.config.train.seed)
+        return init_state(self.specs, self.optimizer, key, self.layout, **self._extras)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state, to restore into."""
+        return abstract_state(self.specs, self.optimizer, self.layout, **self._extras)
+
+    @property
+    def _extras(self) -> dict[str, bool]:
+        return {
+            "ema": self.config.ema is not None,
+            "health": self.config.stability is not None,
+        }
+
+    @functools.cached_property
+    def _eval_step(self) -> Callable[..., Any]:
+        return make_eval_step(self.objective, self.layout, self.gradient)
+
+    def evaluate(self, params: Tree) -> dict[str, float]:
+        """`held_out_loss` in nats a token and `held_out_bits_per_byte` of text.
+
+        Of every held-out set after the first, under its name: `held_out_loss/books`.
+        """
+        found = {}
+        for i, (name, held_out) in enumerate(self.held_out.items()):
+            terms = [
+                self._eval_step(params, held_out.device_batch(j, self.rows))["loss"]
+                for j in range(len(held_out))
+            ]
+            nats = math.fsum(float(term.sum) for term in terms)
+            suffix = f"/{name}" if i else ""
+            found[f"held_out_loss{suffix}"] = nats / held_out.num_pairs
+            bits = nats / math.log(2) / held_out.num_bytes
+            found[f"held_out_bits_per_byte{suffix}"] = bits
+        return found
+
+
+def open_run(workdir: str | pathlib.Path, edits: Mapping[str, str] | None = None) -> Run:
+    """The run that a workdir holds, with its own configuration and edits of it.
+
+    Raises:
+      ConfigError: there is no run in `workdir`, or its files do not fit together.
+    """
+    workdir = pathlib.Path(workdir).expanduser()
+    if not (workdir / "config.json").exists():
+        raise ConfigError(
+            f"{workdir} has no config.json, so it is not the folder of a run; give one that "
+            "experiments.pretrain was given as --workdir"
+        )
+    config = config_lib.load(workdir / "config.json", Pretrain)
+    return assemble(config_lib.override(config, edits or {}), workdir)
+
+
+def assemble(config: Pretrain, workdir: pathlib.Path) -> Run:
+    """The parts of a run; the corpus is built the first time.
+
+    Raises:
+      ConfigError: sizes that do not divide, a corpus that is empty or does not fit the model.
+    """
+    pretend_cpu_devices(config.mesh)
+    with input_errors():
+        layout = make_layout(config)
+        text = build_corpus(config, workdir)
+        tokenizer = text.tokenizer()
+        check_vocabulary(config, tokenizer.vocab_size, text.directory)
+        t = config.train
+        stream = make_stream(config, text)
+        small = text.source("validation").head(config.data.max_held_out_tokens)
+        held_out = HeldOut(PackedSource(small, make_plan(small, t.sequence_length)), t.batch_size)
+        return Run(
+            config=config,
+            workdir=workdir,
+            layout=layout,
+            text=text,
+            tokenizer=tokenizer,
+            stream=stream,
+            held_out={"validation": held_out},
+            objective=NextToken(t.z_loss),
+            optimizer=make_optimizer(config.optimizer),
+            schedule=make_schedule(config),
+            gradient=Accumulation(
+                config.model, t.num_micro_batches, jnp.dtype(t.dtype), t.remat,
+                attention=named_attention(config), unroll=t.unroll,
+            ),
+            specs=param_specs(config.model),
+            checkpoints=Checkpoints(workdir / "checkpoints", t.keep),
+        )  # fmt: skip
+
+
+def make_layout(config: Pretrain) -> Layout:
+    """Mesh and rules, with every size they must divide checked before anything is computed."""
+    mesh = make_mesh(config.mesh)
+    rules = make_rules(config.sharding.zero, config.sharding.sequence_parallel)
+    check_mesh(config.model, mesh)
+    t = config.train
+    if t.num_micro_batches < 1 or t.batch_size % t.num_micro_batches:
+        raise ValueError(
+            f"train.num_micro_batches={t.num_micro_batches} does not divide "
+            f"train.batch_size={t.batch_size}"
+        )
+    per_micro_batch = t.batch_size // t.num_micro_batches
+    check_divides(
+        mesh, rules.activations["batch"], "batch_size / num_micro_batches", per_micro_batch
+    )
+    check_divides(
+        mesh, rules.activations["residual_sequence"], "sequence_length", t.sequence_length
+    )
+    if t.sequence_length > config.model.max_length:
+        raise ValueError(
+            f"train.sequence_length={t.sequence_length} is beyond model.max_length="
+            f"{config.model.max_length}; shorten the rows or raise the model's length"
+        )
+    return Layout(mesh, rules)
+
+
+def build_corpus(config: Pretrain, workdir: pathlib.Path) -> local_text.LocalText:
+    """Tokenizer and data set, made the first time."""
+    data = config.data
+    directory = pathlib.Path(data.directory).expanduser() if data.directory else workdir / "data"
+    return local_text.build(
+        directory,
+        data.files.replace(",", " ").split() or None,
+        vocab_size=config.model.vocab_size,
+        max_bytes=int(data.max_megabytes * 1e6) or None,
+        held_out=data.held_out,
+    )
+
+
+def make_stream(config: Pretrain, text: local_text.LocalText) -> Batches:
+    """The batches of every step: a function of the pack plan, the seed and the step."""
+    t = config.train
+    packed = PackedSource(text.source("train"), text.plan("train", t.sequence_length), "train")
+    return Batches([packed], t.batch_size, seed=config.data.seed)
+
+
+def check_vocabulary(config: Pretrain, vocab_size: int, directory: pathlib.Path) -> None:
+    """Raises ConfigError unless model and tokenizer agree."""
+    if vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer in {directory} has "
+            f"{vocab_size}; set --config.model.vocab_size={vocab_size}, or another data.directory"
+        )
+
+
+def make_schedule(config: Pretrain) -> Schedule:
+    """The learning rate as a function of the step."""
+    rate, num_steps = config.learning_rate, config.train.num_steps
+    return Schedule(
+        rate.decay, rate.peak, min(rate.warmup_steps, num_steps // 2), num_steps,
+        rate.final_fraction, rate.decay_fraction, rate.cooldown, rate.time_scale,
+    )  # fmt: skip
+
+
+def named_attention(config: Pretrain) -> Any:
+    """The attention implementation asked for; None for the default.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    name = config.train.attention
+    if name is None:
+        return None
+    if name not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"train.attention={name!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
+        )
+    return functools.partial(attention, implementation=name)
