@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.checkpoints.store import Checkpoints
 from lm.model import param_specs
 from lm.sharding import MeshShape
 from lm.train.ema import Ema, ema_params
 from lm.train.objective import NextToken
 from lm.train.optimizers import AdamW, make_optimizer
 from lm.train.stability import Stability, begin_recovery, restart_statistics
-from lm.train.state import Health, init_state
+from lm.train.state import Health, abstract_state, init_state
 from lm.train.step import Accumulation, make_train_step
 from lm.weights import path_name
 from tests.train.tiny import OBJECTIVE, UNTIED, Case, make_batch
@@ -281,6 +282,34 @@ def test_recovery_scales_the_rate_for_so_many_steps():
         *map(jax.tree.leaves, (after[0].opt_state, jax.device_get(plain.opt_state))), strict=True
     ):
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_checkpoint_holds_all_that_decides(tmp_path):
+    """Saved in recovery, after spikes, and restored: the same bits, the same decisions."""
+    state = new_state(ONE)
+    for i in range(11):
+        state, _ = take(ONE, state, batch_of(i, **FAULTS.get(i, {})))
+    state = begin_recovery(state, 0.5, 3)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(11, state, {})
+    other = abstract_state(
+        param_specs(UNTIED), make_optimizer(AdamW()), MESH.layout, ema=True, health=True
+    )
+    elsewhere = checkpoints.restore(11, other)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(elsewhere), strict=True):
+        np.testing.assert_array_equal(x, y)
+    restored = checkpoints.restore(11, jax.tree.map(as_abstract, state))
+    for i in range(11, 16):
+        batch = batch_of(i, **FAULTS.get(i, {}))
+        state, metrics = take(ONE, state, batch)
+        restored, found = take(ONE, restored, batch)
+        assert str(found) == str(metrics)  # NaN is not equal to itself
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def as_abstract(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def test_statistics_begin_anew():

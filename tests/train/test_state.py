@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.model import param_specs
 from lm.sharding import MeshShape
@@ -17,7 +18,7 @@ from lm.train.state import (
     partition,
     state_shardings,
 )
-from lm.weights import path_name
+from lm.weights import ParamSpec, is_spec, path_name
 from tests.train.hlo import loop_carries
 from tests.train.tiny import UNTIED, Case, compiled_step
 
@@ -36,7 +37,8 @@ def is_norm(path: str) -> bool:
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_zero_divides_the_bytes_of_each_device(zero):
-    state = init_state(SPECS, ADAM, jax.random.key(0), Case(MeshShape(fsdp=8), zero).layout)
+    layout = Case(MeshShape(fsdp=8), zero).layout
+    state = init_state(SPECS, ADAM, jax.random.key(0), layout, ema=True)
     norms = num_bytes(state.params, is_norm)
     weights = num_bytes(state.params, lambda path: not is_norm(path))
     assert 0 < norms < 0.02 * weights
@@ -48,6 +50,7 @@ def test_zero_divides_the_bytes_of_each_device(zero):
     count = 4
     parts = 8 if zero >= 1 else 1
     assert set(held.values()) == {2 * (norms + weights // parts) + count}
+    assert set(bytes_per_device(state.ema).values()) == {norms + weights // parts}
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
@@ -96,10 +99,35 @@ def test_muon_state_lies_as_the_weights_do():
     assert all(a.spec == b.spec for a, b in matched)
 
 
+def test_an_optimizer_may_say_how_its_state_lies():
+    """Sums over rows have no weight's shape: left to itself, such a state is replicated."""
+
+    class RowSums(optax.GradientTransformation):
+        def specs(self, specs):
+            return jax.tree.map(
+                lambda s: ParamSpec(s.shape[:-1], s.axes[:-1]), specs, is_leaf=is_spec
+            )
+
+    init = lambda params: jax.tree.map(lambda x: jnp.zeros(x.shape[:-1]), params)  # noqa: E731
+    update = lambda updates, state, params=None: (updates, state)  # noqa: E731
+    layout = Case(MeshShape(fsdp=4, tensor=2)).layout
+    state = state_shardings(SPECS, RowSums(init, update), layout)
+    for sums, weight, spec in zip(
+        *map(jax.tree.leaves, (state.opt_state, state.trainable, SPECS)), strict=True
+    ):
+        axes = (*weight.spec, *(None,) * (len(spec.shape) - len(weight.spec)))[:-1]
+        expected = NamedSharding(layout.mesh, PartitionSpec(*axes))
+        assert sums.is_equivalent_to(expected, len(spec.shape) - 1)
+    assert sum(not x.is_fully_replicated for x in jax.tree.leaves(state.opt_state)) >= 7
+    plain = state_shardings(SPECS, optax.GradientTransformation(init, update), layout)
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(plain.opt_state))
+
+
 def test_abstract_state_is_the_state():
     layout = Case(MeshShape(fsdp=8), 2).layout
-    state = init_state(SPECS, ADAM, jax.random.key(0), layout)
-    expected = abstract_state(SPECS, ADAM, layout)
+    parts = {"ema": True, "health": True}
+    state = init_state(SPECS, ADAM, jax.random.key(0), layout, **parts)
+    expected = abstract_state(SPECS, ADAM, layout, **parts)
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
