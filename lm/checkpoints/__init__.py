@@ -1,5 +1,6 @@
 """Weights on disk: training checkpoints, and the formats of others."""
 
+from lm.checkpoints.checksums import CheckpointError, DamagedError
 from lm.checkpoints.huggingface import (
     from_tensors,
     load,
@@ -8,18 +9,28 @@ from lm.checkpoints.huggingface import (
     to_tensors,
 )
 from lm.checkpoints.huggingface_config import from_huggingface, to_huggingface
-from lm.checkpoints.store import CheckpointError, Checkpoints, from_names, to_names
+from lm.checkpoints.model_json import register
+from lm.checkpoints.opening import open_model, read_weights, weight_names
+from lm.checkpoints.reference import Reference
+from lm.checkpoints.store import Checkpoints, Failure, Restored, SaveInterval
 
 __all__ = [
     "CheckpointError",
     "Checkpoints",
+    "DamagedError",
+    "Failure",
+    "Reference",
+    "Restored",
+    "SaveInterval",
     "from_huggingface",
-    "from_names",
     "from_tensors",
     "load",
+    "open_model",
     "read_config",
+    "read_weights",
+    "register",
     "save",
     "to_huggingface",
-    "to_names",
     "to_tensors",
+    "weight_names",
 ]

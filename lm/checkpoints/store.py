@@ -1,154 +1,505 @@
-"""Training checkpoints: Orbax on disk, leaves named by path.
+"""Training checkpoints: written by Orbax in the background, checked by checksums when read.
 
-`<directory>/<step>/state` holds the arrays; `<directory>/<step>/metadata` a version and what the
-caller wants kept beside them (configuration, place in the data). Arrays are read straight into the
-shardings of the tree asked for, so a run may go on with another mesh or ZeRO stage.
+`<directory>/<step>/` holds the arrays (`weights/`, `ema/`, `state/`), `model.json`,
+`metadata.json` (what the caller wants kept: its place in the data) and `checksums`. A directory
+appears under its step's name once complete; arrays are read straight into the shardings of the
+tree asked for, so a run may go on with another mesh, ZeRO stage or number of processes.
 """
 
 from __future__ import annotations
 
-import pathlib
-from typing import Any
+import dataclasses
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
 
-from lm.weights import path_name
+from lm.checkpoints import arrays, checksums, model_json, opening
+from lm.checkpoints.checksums import CheckpointError, DamagedError
+from lm.checkpoints.local import LocalTier, to_host
+from lm.checkpoints.names import check_fit, describe, flatten, matches, unflatten
+from lm.checkpoints.reference import Reference
+from lm.model import ModelConfig
 
-VERSION = 1
 Tree = Any
+PROBE_BYTES = 1 << 16
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, or that does not hold what was asked for."""
+@dataclasses.dataclass(frozen=True)
+class SaveInterval:
+    """When to save: every so many steps, or minutes after the last save, whichever is first.
+
+    Attributes:
+      steps: None for never.
+      minutes: None for never.
+      ask_every: with several processes, the minutes are looked at only every so many steps: all
+        follow the clock of process 0, and asking it makes them wait for each other.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    ask_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and value <= 0:
+                raise ValueError(f"the interval of {name}={value} must be positive, or None")
+
+    def due(self, step: int, now: float, last: float) -> bool:
+        """Whether to save after `step` steps. All processes must call it at the same steps.
+
+        Args:
+          step: steps done.
+          now: a monotonic clock, in seconds.
+          last: the same clock at the last save, or at the start.
+        """
+        if self.steps is not None and step % self.steps == 0:
+            return True
+        if self.minutes is None:
+            return False
+        late = now - last >= 60 * self.minutes
+        if jax.process_count() == 1:
+            return late
+        return step % self.ask_every == 0 and bool(_of_first(int(late)))
 
 
-def to_names(tree: Tree) -> dict[str, Any]:
-    """The tree as nested dictionaries keyed by the parts of each leaf's path."""
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        *parents, last = path_name(path).split("/")
-        node = named
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return named
+class Failure(NamedTuple):
+    """A save that came to nothing."""
+
+    step: int
+    error: str
 
 
-def from_names(named: dict[str, Any], like: Tree) -> Tree:
-    """The inverse of `to_names`, for a tree shaped like `like`."""
+class Restored(NamedTuple):
+    """What `restore_last` found.
 
-    def leaf(path: tuple[Any, ...], _: Any) -> Any:
-        node: Any = named
-        for part in path_name(path).split("/"):
-            node = node[part]
-        return node
+    Attributes:
+      step: of the checkpoint.
+      state: the tree asked for.
+      metadata: kept beside it.
+      skipped: newer checkpoints that were no good, and why.
+      source: its directory.
+    """
 
-    return jax.tree_util.tree_map_with_path(leaf, like)
+    step: int
+    state: Tree
+    metadata: dict[str, Any]
+    skipped: tuple[str, ...]
+    source: str
+
+
+def _of_first(value: int) -> int:
+    """Process 0's value, on every process."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _by_all(value: bool) -> bool:
+    """Whether it holds on every process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.int32(value))))
+
+
+def _arrays(state: Tree) -> dict[str, Any]:
+    return {
+        name: leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        for name, leaf in flatten(state).items()
+    }
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving is synchronous and atomic."""
+    """The checkpoints of one run. Every process of the run makes one and calls the same methods."""
 
-    def __init__(self, directory: str | pathlib.Path, keep: int | None = None) -> None:
-        """Open, or make, `directory`; keep the last `keep` checkpoints (None: all)."""
-        self.directory = pathlib.Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=True
+    def __init__(
+        self,
+        directory: Any,
+        keep: int | None = None,
+        *,
+        config: ModelConfig | None = None,
+        keep_every: int | None = None,
+        local: Any = None,
+        keep_local: int = 2,
+        timeout: float = 600.0,
+    ) -> None:
+        """Nothing is written, and nothing cleaned up, before the first save.
+
+        Args:
+          directory: of the checkpoints; with several processes, on a file system all share.
+          keep: the last so many are kept (None: all).
+          config: of the model, which makes the checkpoints readable by `open_model`.
+          keep_every: a step divisible by this is kept for ever.
+          local: directory on the host's own disk for `save_local`.
+          keep_local: how many of those.
+          timeout: seconds after which a background write has failed.
+        """
+        self.directory = epath.Path(directory).expanduser().resolve()
+        self.config, self.keep, self.keep_every = config, keep, keep_every
+        self.local = None if local is None else LocalTier(local, str(self.directory), keep_local)
+        self._handler = arrays.Handler(timeout)
+        self._writer = arrays.make_writer(self._handler)
+        self._thread: threading.Thread | None = None
+        self._local_thread: threading.Thread | None = None
+        self._failures: list[Failure] = []
+        self._current: set[int] = set()  # steps this run has written or gone on from
+        self._damaged: set[int] = set()
+        self._clean = False
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # Writing.
+
+    def save(
+        self,
+        step: int,
+        state: Tree,
+        metadata: dict[str, Any],
+        *,
+        wait: bool = False,
+        frozen: Reference | None = None,
+    ) -> None:
+        """Write `state` as the checkpoint of `step`, in the background.
+
+        Returns once the arrays are copied to the host: they may be donated. A save under way is
+        waited for first. An error of the storage is never raised here: see `failures`. A step this
+        run has already saved, or gone on from, is left as it is.
+
+        Args:
+          step: steps done.
+          state: a tree of arrays; of a TrainState, the model's tree goes into `model.json`.
+          metadata: of JSON's types.
+          wait: return only when it is on disk, or has failed.
+          frozen: where the leaves below `frozen/` are, which are then not written.
+
+        Raises:
+          TypeError: `metadata` is not of JSON's types.
+          CheckpointError: a class in the tree of weights is not known; see `register`.
+        """
+        self.wait()
+        if step in self._current:
+            return
+        leaves = _arrays(state)
+        if frozen is not None:
+            leaves = {name: x for name, x in leaves.items() if not matches(name, ("frozen",))}
+        self._handler.files = self._sidecars(state, leaves, metadata, frozen)
+        try:
+            self._prepare(step)
+            arrays.start(self._writer, self.directory / str(step), leaves)
+        except Exception as error:
+            self._fail(step, error)
+            return
+        self._thread = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def save_local(self, step: int, state: Tree, metadata: dict[str, Any]) -> None:
+        """Write this process's shards to its own disk, in the background; as `save` otherwise."""
+        if self.local is None:
+            raise ValueError("Checkpoints was made without a `local` directory")
+        self._wait_local()
+        leaves = _arrays(state)
+        described = {name: describe(leaf) for name, leaf in leaves.items()}
+        index = {"version": model_json.VERSION, "metadata": metadata, "arrays": described}
+        arrays.to_json(index)
+        self._local_thread = threading.Thread(
+            target=self._write_local, args=(step, to_host(leaves), index), name="local checkpoint"
         )
-        self.manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "metadata": ocp.JsonCheckpointHandler(),
-            },
-        )
+        self._local_thread.start()
+
+    def _write_local(self, step: int, shards: Any, index: dict[str, Any]) -> None:
+        assert self.local is not None
+        try:
+            self.local.write(step, shards, index)
+        except Exception as error:
+            self._fail(step, error, str(self.local.root))
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._wait_local()
+
+    def _wait_local(self) -> None:
+        if self._local_thread is not None:
+            self._local_thread.join()
+            self._local_thread = None
+
+    def failures(self) -> list[Failure]:
+        """Saves that have failed since the last call. Older checkpoints are as they were."""
+        failed, self._failures = self._failures, []
+        return failed
+
+    def close(self) -> None:
+        """Wait, and release Orbax's threads."""
+        self.wait()
+        self._writer.close()
+
+    def discard_after(self, step: int) -> None:
+        """Remove later checkpoints: those of a course that is given up for another from `step`."""
+        self.wait()
+        for later in [s for s in opening.all_steps(self.directory) if s > step]:
+            self._current.discard(later)
+            if jax.process_index() == 0:
+                self._remove(later)
+        if self.local is not None:
+            self.local.discard_after(step)
+        _by_all(True)
+
+    def _sidecars(
+        self, state: Tree, leaves: dict[str, Any], metadata: Any, frozen: Reference | None
+    ) -> dict[str, bytes]:
+        weights = getattr(state, "params", None) if self.config is not None else None
+        reference = None if frozen is None else dataclasses.asdict(frozen)
+        model = model_json.to_dict(self.config, weights, leaves, reference)
+        return {
+            model_json.FILE: arrays.to_json(model),
+            "metadata.json": arrays.to_json(metadata),
+        }
+
+    def _prepare(self, step: int) -> None:
+        """Process 0 makes room for `step`; all learn whether the disk takes anything at all."""
+        error: Exception | None = None
+        if jax.process_index() == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                if not self._clean:
+                    self._remove_partial()
+                if (self.directory / str(step)).exists():
+                    self._remove(step)
+                probe = self.directory / f"probe{arrays.PARTIAL}"
+                try:
+                    probe.write_bytes(bytes(PROBE_BYTES))
+                finally:
+                    probe.unlink(missing_ok=True)
+            except Exception as caught:
+                error = caught
+        if not _of_first(int(error is None)):
+            raise error or OSError("process 0 cannot write there")
+        self._clean = True
+        self._damaged.discard(step)
+
+    def _finish(self, step: int) -> None:
+        """In the background: wait for Orbax, then forget old checkpoints or the failed one."""
+        directory = self.directory / str(step)
+        try:
+            self._writer.wait_until_finished()
+            if not (directory / checksums.FILE).exists():
+                raise self._handler.error or OSError("another process failed to write its part")
+        except Exception as error:
+            self._fail(step, error)
+            return
+        self._current.add(step)
+        if jax.process_index() == 0:
+            try:
+                for old in self._superfluous(step):
+                    self._remove(old)
+            except Exception as error:
+                self._fail(step, error, "old checkpoints")
+
+    def _superfluous(self, step: int) -> list[int]:
+        if self.keep is None:
+            return []
+        earlier = [s for s in opening.all_steps(self.directory) if s <= step]
+        sound = [s for s in earlier if s not in self._damaged]
+        last = set(sound[-self.keep :])
+        every = self.keep_every
+        return [s for s in sound if s not in last and not (every and s % every == 0)]
+
+    def _fail(self, step: int, error: Exception, what: str = "") -> None:
+        message = f"{what or self.directory / str(step)}: {type(error).__name__}: {error}"
+        logging.error("checkpoint of step %d failed: %s", step, message)
+        self._failures.append(Failure(step, message))
+        if what or jax.process_index() != 0:
+            return
+        try:
+            self._remove_partial()
+            directory = self.directory / str(step)
+            if directory.exists() and not (directory / checksums.FILE).exists():
+                self._remove(step)
+        except OSError as again:
+            self._clean = False
+            logging.error("and what it left cannot be removed: %s", again)
+
+    def _remove(self, step: int) -> None:
+        removed = self.directory / f"{step}.removed{arrays.PARTIAL}"
+        if removed.exists():
+            removed.rmtree()
+        (self.directory / str(step)).rename(removed)
+        removed.rmtree()
+
+    def _remove_partial(self) -> None:
+        if not self.directory.is_dir():
+            return
+        for path in self.directory.iterdir():
+            if path.name.endswith(arrays.PARTIAL):
+                path.rmtree() if path.is_dir() else path.unlink()
+
+    # Reading.
 
     def steps(self) -> list[int]:
-        """Steps that have a complete checkpoint, in order."""
-        return sorted(self.manager.all_steps())
+        """Steps with a complete checkpoint, in order, but for those found damaged."""
+        return [s for s in opening.all_steps(self.directory) if s not in self._damaged]
 
     def latest(self) -> int | None:
         """The last of them, or None."""
-        return self.manager.latest_step()
-
-    def save(self, step: int, state: Tree, metadata: dict[str, Any]) -> None:
-        """Write `state` and JSON-like `metadata` as the checkpoint of `step`."""
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(to_names(state)),
-                metadata=ocp.args.JsonSave({"version": VERSION, **metadata}),
-            ),
-            force=True,
-        )
-        self.manager.wait_until_finished()
+        return max(self.steps(), default=None)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What was kept beside the arrays.
 
         Raises:
-          CheckpointError: there is none, or a version this code does not read wrote it.
+          CheckpointError: there is no such checkpoint, or it is damaged.
         """
-        self._check_step(step)
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        )
-        metadata = dict(restored["metadata"])
-        if metadata.get("version") != VERSION:
-            raise CheckpointError(
-                f"{self.directory}/{step} has format version {metadata.get('version')}; "
-                f"this code reads version {VERSION}"
-            )
-        return metadata
+        directory = self._directory(step)
+        checksums.verify(directory, under=opening.SIDECARS)
+        return json.loads((directory / "metadata.json").read_text())
 
-    def restore(self, step: int, like: Tree) -> Tree:
-        """The state of `step`, shaped, typed and laid out like `like` (ShapeDtypeStructs).
+    def restore(
+        self, step: int, like: Tree, *, ignore: Sequence[str] = (), frozen: Any = None
+    ) -> Tree:
+        """The state of `step`, shaped, typed and laid out like `like`.
+
+        Args:
+          step: of the checkpoint.
+          like: a tree of ShapeDtypeStructs (with shardings) or arrays.
+          ignore: names, such as `ema`, that need be neither here nor there: leaves of `like` below
+            them come back as they are in `like`.
+          frozen: where weights kept elsewhere are now: a path, or their tree itself (its digest is
+            checked). By default the path in the checkpoint.
 
         Raises:
-          CheckpointError: there is none, or leaves are missing, surplus or of another shape.
+          DamagedError: a file is missing or not what was written; the message names it.
+          CheckpointError: there is none, or leaves are missing, surplus or of another type.
         """
-        self._check_step(step)
-        wanted = to_names(like)
-        self._check(step, wanted)
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        )
-        return from_names(restored["state"], like)
+        self.wait()
+        directory = self._directory(step)
+        self._verify(directory)
+        state = self._read(directory, like, tuple(ignore), frozen)
+        self._current = {s for s in self._current if s < step} | {step}
+        return state
 
-    def _check_step(self, step: int) -> None:
-        steps = self.steps()
+    def restore_last(
+        self, like: Tree, *, ignore: Sequence[str] = (), frozen: Any = None
+    ) -> Restored | None:
+        """The newest sound checkpoint, durable or local; None where there has never been one.
+
+        Arguments as for `restore`. Damaged ones are passed over, with a message that names the
+        file at fault.
+
+        Raises:
+          CheckpointError: none is sound, or the newest sound one does not fit `like`.
+        """
+        self.wait()
+        skipped: list[str] = []
+        tried: set[tuple[int, bool]] = set()
+        while (candidate := self._newest(tried)) is not None:
+            step, local = candidate
+            try:
+                if local:
+                    found = self._read_local(step, like, tuple(ignore))
+                    self._current = {step}
+                    return Restored(
+                        step, *found, tuple(skipped), str(self.local and self.local.root)
+                    )
+                state = self.restore(step, like, ignore=ignore, frozen=frozen)
+                directory = self.directory / str(step)
+                return Restored(step, state, self.metadata(step), tuple(skipped), str(directory))
+            except DamagedError as error:
+                tried.add(candidate)
+                if not local:
+                    self._damaged.add(step)
+                skipped.append(f"checkpoint of step {step} passed over: {error}")
+                logging.warning("%s", skipped[-1])
+        if skipped:
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} is sound: {'; '.join(skipped)}. To start anew, "
+                "move the directory away"
+            )
+        return None
+
+    def _newest(self, tried: set[tuple[int, bool]]) -> tuple[int, bool] | None:
+        """Step, and whether local, of the next candidate, as process 0 sees it."""
+        durable = [(step, False) for step in opening.all_steps(self.directory)]
+        local = [(step, True) for step in self.local.steps()] if self.local is not None else []
+        step, is_local = max(set(durable + local) - tried, default=(-1, False))
+        code = _of_first(2 * step + int(is_local))
+        return None if code < 0 else (code // 2, bool(code % 2))
+
+    def _verify(self, directory: epath.Path) -> None:
+        """Each process reads its share of the files; all raise if one finds a fault."""
+        fault: DamagedError | None = None
+        try:
+            checksums.verify(directory, (jax.process_index(), jax.process_count()))
+        except DamagedError as error:
+            fault = error
+        if not _by_all(fault is None):
+            raise fault or DamagedError(f"{directory}: another process found a damaged file")
+
+    def _read(
+        self, directory: epath.Path, like: Tree, ignore: tuple[str, ...], frozen: Any
+    ) -> Tree:
+        model = opening.model_of(directory)
+        leaves = flatten(like)
+        wanted = {name: leaf for name, leaf in leaves.items() if not matches(name, ignore)}
+        elsewhere = {}
+        if model.frozen is not None:
+            elsewhere = {n: leaf for n, leaf in wanted.items() if matches(n, ("frozen",))}
+        here = {name: leaf for name, leaf in wanted.items() if name not in elsewhere}
+        have = {name: x for name, x in model.arrays.items() if not matches(name, ignore)}
+        check_fit(directory, have, {name: describe(leaf) for name, leaf in here.items()})
+        leaves |= arrays.read(directory, here)
+        if elsewhere:
+            leaves |= _frozen(directory, model, elsewhere, frozen)
+        return unflatten(leaves, like)
+
+    def _read_local(
+        self, step: int, like: Tree, ignore: tuple[str, ...]
+    ) -> tuple[Tree, dict[str, Any]]:
+        assert self.local is not None
+        leaves, index, fault = flatten(like), {}, None
+        try:
+            read, index = self.local.read(step, leaves, ignore)
+            leaves |= read
+        except (CheckpointError, OSError) as error:
+            fault = DamagedError(str(error))
+        if not _by_all(fault is None):
+            raise fault or DamagedError(f"another process has no sound local copy of step {step}")
+        return unflatten(leaves, like), index["metadata"]
+
+    def _directory(self, step: int) -> epath.Path:
+        steps = opening.all_steps(self.directory)
         if step not in steps:
             have = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(
                 f"{self.directory} has no checkpoint of step {step}; it has {have}"
             )
+        return self.directory / str(step)
 
-    def _check(self, step: int, wanted: dict[str, Any]) -> None:
-        stored = self.manager.item_metadata(step)["state"]
-        stored = getattr(stored, "tree", stored)
-        have = {
-            path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(stored)
-        }
-        want = {
-            path_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(wanted)
-        }
-        faults = [f"{name} is missing" for name in sorted(want.keys() - have.keys())]
-        faults += [
-            f"{name} is {list(have[name])}, the model wants {list(want[name])}"
-            for name in sorted(want.keys() & have.keys())
-            if want[name] != have[name]
-        ]
-        faults += [f"{name} is not in this model" for name in sorted(have.keys() - want.keys())]
-        if faults:
-            shown = "; ".join(faults[:8])
-            more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-            raise CheckpointError(
-                f"checkpoint {self.directory}/{step} does not fit this model: {shown}{more}. "
-                "Use the configuration it was written with, or another workdir"
-            )
 
-    def close(self) -> None:
-        """Release the manager."""
-        self.manager.close()
+def _frozen(
+    directory: epath.Path, model: model_json.ModelJson, wanted: dict[str, Any], frozen: Any
+) -> dict[str, Any]:
+    """The leaves `frozen/...`, from the path or the tree given, or from where the model says."""
+    strip = {name: name.removeprefix("frozen/") for name in wanted}
+    if frozen is None or isinstance(frozen, str) or hasattr(frozen, "__fspath__"):
+        shardings = {strip[name]: leaf.sharding for name, leaf in wanted.items()}
+        found = opening.read_frozen(directory, model, shardings, frozen)
+    else:
+        found = flatten(frozen)
+        opening.check_digest(directory, model, found, "the tree given")
+    have = {name: describe(found[strip[name]]) for name in wanted if strip[name] in found}
+    check_fit(directory, have, {name: describe(leaf) for name, leaf in wanted.items()})
+    return {name: found[strip[name]] for name in wanted}

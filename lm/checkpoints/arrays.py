@@ -1,0 +1,198 @@
+"""Arrays of a checkpoint's directory, written and read by Orbax.
+
+A directory holds up to three Orbax trees, so that weights can be read, checked and copied alone:
+`weights/` (trainable and frozen), `ema/`, and `state/` (all else). All processes write together;
+each computes the checksums of its own files, and process 0 adds the rest just before Orbax renames
+the finished directory into place.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+
+from lm.checkpoints import checksums
+from lm.checkpoints.names import nest
+
+PARTIAL = ".orbax-checkpoint-tmp"  # Orbax's suffix of what is being written
+ITEMS = {"trainable": "weights", "frozen": "weights", "ema": "ema"}
+# TensorStore has the signed types of these widths only; the bits are the same.
+STORED_AS = {"uint4": "int4", "uint2": "int2"}
+
+
+def item_of(name: str) -> str:
+    """The Orbax tree that holds the leaf of this name."""
+    return ITEMS.get(name.split("/")[0], "state")
+
+
+def _same_bits(array: Any, dtype: Any) -> Any:
+    if isinstance(array, jax.Array):
+        return jax.jit(lambda x: jax.lax.bitcast_convert_type(x, dtype))(array)
+    return np.asarray(array).view(dtype)
+
+
+class _Writing:
+    """This process's part of a save: a future that keeps an error for later instead of raising.
+
+    A process that left by an exception would leave the others at Orbax's barriers.
+    """
+
+    def __init__(self, handler: Handler, directory: Any, futures: Sequence[Any]) -> None:
+        self.handler, self.directory, self.futures = handler, directory, futures
+
+    def result(self, timeout: float | None = None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            for future in self.futures:
+                future.result(None if deadline is None else deadline - time.monotonic())
+            if jax.process_count() > 1:
+                self.handler.write_own_checksums(self.directory)
+        except Exception as error:
+            self.handler.error = error
+            if jax.process_count() == 1:
+                raise
+
+    def cancel(self) -> None:
+        for future in self.futures:
+            future.cancel()
+
+
+class Handler(ocp.CompositeCheckpointHandler):
+    """Orbax's handler of several trees, which adds small files and checksums to the directory."""
+
+    def __init__(self, timeout: float) -> None:
+        trees: dict[str, Any] = {
+            name: ocp.PyTreeCheckpointHandler(use_compression=False)
+            for name in ("weights", "ema", "state")
+        }
+        super().__init__(**trees)
+        self.timeout = timeout
+        self.files: dict[str, bytes] = {}
+        self.error: Exception | None = None
+
+    async def async_save(self, directory: Any, args: Any) -> Any:
+        self.error = None
+        futures = await super().async_save(directory, args)
+        return [_Writing(self, directory, list(futures or ()))]
+
+    def write_own_checksums(self, directory: Any) -> None:
+        """Checksums of the files only this process has written, in a file of their own."""
+        directory, process = epath.Path(directory), jax.process_index()
+        own = [path for path in checksums.files(directory) if f"/ocdbt.process_{process}/" in path]
+        sums = checksums.compute(directory, own)
+        final = {path.replace(PARTIAL, ""): entry for path, entry in sums.items()}
+        (directory / f"{checksums.FILE}.{process}").write_bytes(checksums.dump(final))
+
+    def finalize(self, directory: epath.Path) -> None:
+        """On process 0: join the parts, then checksums of everything, the sign of completeness."""
+        try:
+            if self.error is None:
+                self._seal(directory)
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            self.error = error
+
+    def _seal(self, directory: epath.Path) -> None:
+        sums: checksums.Sums = {}
+        for process in range(jax.process_count() if jax.process_count() > 1 else 0):
+            part = directory / f"{checksums.FILE}.{process}"
+            if not part.exists():
+                raise OSError(f"process {process} has not written its part")
+            sums |= checksums.load(directory, part.name)
+            part.unlink()
+        super().finalize(directory)
+        for name, content in self.files.items():
+            (directory / name).write_bytes(content)
+        rest = [path for path in checksums.files(directory) if path not in sums]
+        sums |= checksums.compute(directory, rest)
+        (directory / checksums.FILE).write_bytes(checksums.dump(sums))
+
+
+@ocp.args.register_with_handler(Handler, for_save=True, for_restore=True)
+class _Trees(ocp.args.Composite):
+    pass
+
+
+def make_writer(handler: Handler) -> ocp.AsyncCheckpointer:
+    """Orbax's writer, without the metadata of its own that would change after the checksums."""
+    return ocp.AsyncCheckpointer(
+        handler,
+        async_options=ocp.AsyncOptions(timeout_secs=int(handler.timeout)),
+        checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False),
+    )
+
+
+def start(writer: ocp.AsyncCheckpointer, directory: epath.Path, leaves: Mapping[str, Any]) -> None:
+    """Copy the arrays to the host and begin to write them; they may be donated afterwards."""
+    trees: dict[str, dict[str, Any]] = {}
+    for name, leaf in leaves.items():
+        stored = STORED_AS.get(leaf.dtype.name)
+        leaf = _same_bits(leaf, jnp.dtype(stored)) if stored else leaf
+        trees.setdefault(item_of(name), {})[name] = leaf
+    writer.save(
+        directory,
+        args=_Trees(**{item: ocp.args.PyTreeSave(nest(tree)) for item, tree in trees.items()}),
+    )
+
+
+def read(directory: epath.Path, like: Mapping[str, Any], host: bool = False) -> dict[str, Any]:
+    """Arrays of a checkpoint by name, and nothing else of it.
+
+    Args:
+      directory: of one step.
+      like: name -> an array or ShapeDtypeStruct; its sharding, or by default the first device.
+      host: NumPy arrays instead.
+    """
+    trees: dict[str, dict[str, Any]] = {}
+    for name, leaf in like.items():
+        trees.setdefault(item_of(name), {})[name] = leaf
+    found: dict[str, Any] = {}
+    for item, wanted in trees.items():
+        structs = {name: _stored(leaf) for name, leaf in wanted.items()}
+        arguments = {name: _restore_args(leaf, host) for name, leaf in structs.items()}
+        tree = ocp.PyTreeCheckpointHandler(use_compression=False).restore(
+            directory / item,
+            args=ocp.args.PyTreeRestore(
+                item=nest(structs), restore_args=nest(arguments), partial_restore=True
+            ),
+        )
+        for name, leaf in wanted.items():
+            node = tree
+            for part in name.split("/"):
+                node = node[part]
+            again = leaf.dtype.name in STORED_AS
+            found[name] = _same_bits(node, leaf.dtype) if again else node
+    return found
+
+
+def _stored(leaf: Any) -> jax.ShapeDtypeStruct:
+    dtype = jnp.dtype(STORED_AS.get(leaf.dtype.name, leaf.dtype))
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _restore_args(leaf: jax.ShapeDtypeStruct, host: bool) -> ocp.RestoreArgs:
+    if host:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    return ocp.ArrayRestoreArgs(
+        sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
+    )
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON.
+
+    Raises:
+      TypeError: the value holds something else than JSON's types.
+    """
+    return (json.dumps(value, indent=1, allow_nan=True) + "\n").encode()

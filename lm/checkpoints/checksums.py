@@ -1,0 +1,110 @@
+"""CRC-32 of every file of a directory, kept in a file beside them.
+
+`checksums` has one line a file, `<crc32> <bytes> <path>`, below a line with the CRC-32 of those
+lines. CRC-32 finds every error within 32 consecutive bits, and any other but for one in 2^32; zlib
+computes 3 GB/s a core, five times what blake2b does.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import zlib
+from collections.abc import Iterable
+
+from etils import epath
+
+FILE = "checksums"
+CHUNK = 1 << 22
+Sums = dict[str, tuple[int, int]]  # path -> (crc32, bytes)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, or that does not hold what was asked for."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint with a file that is missing or is not what was written."""
+
+
+def crc32(path: epath.Path) -> tuple[int, int]:
+    """CRC-32 and bytes of a file."""
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return crc, size
+
+
+def files(directory: epath.Path) -> list[str]:
+    """Paths of the files below `directory`, in order, the checksums left out."""
+    found: list[str] = []
+    pending = [("", directory)]
+    while pending:
+        prefix, folder = pending.pop()
+        for path in folder.iterdir():
+            if path.is_dir():
+                pending.append((f"{prefix}{path.name}/", path))
+            else:
+                found.append(prefix + path.name)
+    return sorted(path for path in found if path != FILE)
+
+
+def compute(directory: epath.Path, paths: Iterable[str]) -> Sums:
+    """Checksums of files of `directory`, several at once (zlib lets other threads run)."""
+    paths = list(paths)
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return dict(zip(paths, pool.map(lambda path: crc32(directory / path), paths), strict=True))
+
+
+def dump(sums: Sums) -> bytes:
+    """The text of a checksums file."""
+    lines = [f"{crc:08x} {size} {path}\n" for path, (crc, size) in sorted(sums.items())]
+    body = "".join(lines).encode()
+    return f"{zlib.crc32(body):08x}\n".encode() + body
+
+
+def load(directory: epath.Path, name: str = FILE) -> Sums:
+    """What `directory`'s checksums file says.
+
+    Raises:
+      DamagedError: it is missing, or is not what was written.
+    """
+    path = directory / name
+    if not path.exists():
+        raise DamagedError(f"{path} is missing")
+    head, newline, body = path.read_bytes().partition(b"\n")
+    if not newline or head != f"{zlib.crc32(body):08x}".encode():
+        raise DamagedError(f"{path} is damaged: its own checksum does not match")
+    sums: Sums = {}
+    for line in body.decode().splitlines():
+        crc, size, file = line.split(" ", 2)
+        sums[file] = (int(crc, 16), int(size))
+    return sums
+
+
+def verify(
+    directory: epath.Path, share: tuple[int, int] = (0, 1), under: tuple[str, ...] = ("",)
+) -> None:
+    """Read the files of `directory` and compare them with its checksums.
+
+    Args:
+      directory: of a checkpoint.
+      share: (index, count): only every count-th file, so that processes can divide the reading.
+      under: only files whose paths begin with one of these.
+
+    Raises:
+      DamagedError: the message names the first file at fault.
+    """
+    sums = load(directory)
+    index, count = share
+    largest_first = sorted(sums, key=lambda path: (-sums[path][1], path))
+    mine = [path for path in largest_first[index::count] if path.startswith(under)]
+    present = [path for path in mine if (directory / path).exists()]
+    for path in sorted(set(mine) - set(present)):
+        raise DamagedError(f"{directory / path} is missing")
+    for path, (crc, size) in compute(directory, present).items():
+        if size != sums[path][1]:
+            raise DamagedError(f"{directory / path} has {size} bytes, {sums[path][1]} were written")
+        if crc != sums[path][0]:
+            raise DamagedError(f"{directory / path} is damaged: its checksum does not match")

@@ -1,0 +1,211 @@
+"""`model.json`: what a checkpoint's model is, so that opening it needs only its path.
+
+It holds the configuration, field by field with the class of every dataclass; the tree of weights,
+with the class of every node and of every leaf that is more than an array; and the name and type of
+every array stored. Each checkpoint has its own, so that a copied step directory is a whole model.
+A field added to a configuration later takes its default for older checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from typing import Any
+
+import numpy as np
+
+from lm.checkpoints.checksums import CheckpointError
+from lm.checkpoints.names import describe, parse
+from lm.model import ModelConfig
+from lm.weights import Leaf
+
+FILE = "model.json"
+VERSION = 2
+PACKAGES = ("lm.model.", "lm.weights.")  # whose tree classes are known without `register`
+
+_registered: dict[str, type] = {}
+
+
+def register(*classes: type) -> None:
+    """Make tree dataclasses of packages above this one, or static fields' classes, readable."""
+    _registered.update({cls.__name__: cls for cls in classes})
+
+
+def _known() -> dict[str, type]:
+    """Classes by name: leaves, nodes of the tree of weights, and those of the configuration."""
+    known: dict[str, type] = {}
+    for name, module in list(sys.modules.items()):
+        if name.startswith(PACKAGES):
+            for cls in vars(module).values():
+                if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+                    known[cls.__name__] = cls
+    pending: list[type] = [Leaf]
+    while pending:
+        subclasses = pending.pop().__subclasses__()
+        known |= {cls.__name__: cls for cls in subclasses}
+        pending += subclasses
+    return known | _registered
+
+
+def _find(name: Any, where: str) -> type:
+    known = _known()
+    if name not in known:
+        raise CheckpointError(
+            f"{where}: class {name!r} is not known here; import the package that defines it, "
+            "or register it with lm.checkpoints.register"
+        )
+    return known[name]
+
+
+def _class_name(value: Any, where: str) -> str:
+    name = type(value).__name__
+    if _known().get(name) is not type(value):
+        raise CheckpointError(
+            f"{where}: checkpoints do not know the class {type(value).__qualname__}; "
+            "register it with lm.checkpoints.register"
+        )
+    return name
+
+
+def encode(value: Any, where: str = "config") -> Any:
+    """A configuration, or a leaf's static field, as JSON's types.
+
+    Raises:
+      CheckpointError: it holds a value with no faithful form; the message names the field.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            field.name: encode(getattr(value, field.name), f"{where}.{field.name}")
+            for field in dataclasses.fields(value)
+        }
+        return {"class": _class_name(value, where)} | fields
+    if isinstance(value, tuple):
+        return [encode(each, f"{where}.{i}") for i, each in enumerate(value)]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return {"dtype": np.dtype(value).name}
+    raise CheckpointError(f"{where} holds {value!r}, which {FILE} cannot hold")
+
+
+def decode(value: Any, where: str = "config") -> Any:
+    """The inverse of `encode`.
+
+    Raises:
+      CheckpointError: a class or field is unknown here, or its value is refused.
+    """
+    if isinstance(value, list):
+        return tuple(decode(each, f"{where}.{i}") for i, each in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"dtype"}:
+        return parse(f"{value['dtype']}[]").dtype
+    cls = _find(value.get("class"), where)
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := value.keys() - known - {"class"}:
+        raise CheckpointError(
+            f"{where}: {cls.__name__} has no {', '.join(sorted(unknown))} in this version of the "
+            "code; open the checkpoint with the version that wrote it, or a later one"
+        )
+    try:
+        return cls(**{k: decode(each, f"{where}.{k}") for k, each in value.items() if k != "class"})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def encode_tree(tree: Any, where: str = "weights") -> Any:
+    """A tree of weights as JSON's types: classes, static fields, and each array's type."""
+    if tree is None:
+        return None
+    if not dataclasses.is_dataclass(tree) and hasattr(tree, "dtype"):
+        return describe(tree)
+    if isinstance(tree, tuple | list):
+        return [encode_tree(each, f"{where}/{i}") for i, each in enumerate(tree)]
+    if isinstance(tree, dict):
+        return {"keys": {key: encode_tree(each, f"{where}/{key}") for key, each in tree.items()}}
+    if not dataclasses.is_dataclass(tree):
+        raise CheckpointError(f"{where} is a {type(tree).__name__}, no tree of weights")
+    node: dict[str, Any] = {"class": _class_name(tree, where)}
+    for field in dataclasses.fields(tree):
+        value, path = getattr(tree, field.name), f"{where}/{field.name}"
+        if not field.metadata.get("pytree_node", True):
+            node.setdefault("static", {})[field.name] = encode(value, path)
+        elif value is not None:
+            node.setdefault("fields", {})[field.name] = encode_tree(value, path)
+    return node
+
+
+def decode_tree(value: Any, where: str = "weights") -> Any:
+    """The inverse of `encode_tree`, with a ShapeDtypeStruct for each array."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return parse(value)
+    if isinstance(value, list):
+        return tuple(decode_tree(each, f"{where}/{i}") for i, each in enumerate(value))
+    if "keys" in value:
+        return {k: decode_tree(each, f"{where}/{k}") for k, each in value["keys"].items()}
+    cls = _find(value["class"], where)
+    fields = {k: decode_tree(v, f"{where}/{k}") for k, v in value.get("fields", {}).items()}
+    static = {k: decode(v, f"{where}/{k}") for k, v in value.get("static", {}).items()}
+    names = {field.name for field in dataclasses.fields(cls)}
+    absent = {
+        field.name: None
+        for field in dataclasses.fields(cls)
+        if field.metadata.get("pytree_node", True) and field.name not in fields
+    }
+    if unknown := (fields.keys() | static.keys()) - names:
+        raise CheckpointError(
+            f"{where}: {cls.__name__} has no {', '.join(sorted(unknown))} in this version of the "
+            "code; open the checkpoint with the version that wrote it, or a later one"
+        )
+    return cls(**absent, **fields, **static)
+
+
+class ModelJson(typing.NamedTuple):
+    """The contents of `model.json`.
+
+    Attributes:
+      config: of the model; None where the state saved is no model's.
+      weights: the tree of weights, for `decode_tree`; None as above.
+      arrays: name -> type, as `bfloat16[2,32]`, of every array in the checkpoint.
+      frozen: path and digest of the frozen weights that are kept elsewhere, or None.
+    """
+
+    config: ModelConfig | None
+    weights: Any
+    arrays: dict[str, str]
+    frozen: dict[str, str] | None
+
+
+def to_dict(
+    config: ModelConfig | None, weights: Any, arrays: dict[str, Any], frozen: dict[str, str] | None
+) -> dict[str, Any]:
+    """`model.json` of a state with these weights and arrays."""
+    return {
+        "version": VERSION,
+        "config": None if config is None else encode(config),
+        "weights": encode_tree(weights),
+        "frozen": frozen,
+        "arrays": {name: describe(array) for name, array in arrays.items()},
+    }
+
+
+def from_dict(values: dict[str, Any], where: Any) -> ModelJson:
+    """Read `model.json`; the tree of weights is left encoded until `decode_tree`.
+
+    Raises:
+      CheckpointError: another version wrote it, or this code does not know a class in it.
+    """
+    if values.get("version") != VERSION:
+        raise CheckpointError(
+            f"{where} has format version {values.get('version')}; this code reads version {VERSION}"
+        )
+    config = values["config"]
+    return ModelJson(
+        None if config is None else decode(config),
+        values["weights"],
+        values["arrays"],
+        values["frozen"],
+    )

@@ -1,0 +1,207 @@
+"""Models of training checkpoints, opened by path alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from lm.checkpoints import arrays, checksums, model_json
+from lm.checkpoints.checksums import CheckpointError, DamagedError
+from lm.checkpoints.names import flatten, parse, unflatten
+from lm.checkpoints.reference import digest
+from lm.model import ModelConfig, param_specs
+from lm.sharding import Layout
+from lm.weights import shardings
+
+SIDECARS = (model_json.FILE, "metadata.json")
+
+
+def all_steps(directory: epath.Path) -> list[int]:
+    """Steps with a finished checkpoint, in order; whether they are sound is not looked into."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def model_of(directory: epath.Path) -> model_json.ModelJson:
+    """`model.json` of a step's directory.
+
+    Raises:
+      CheckpointError: it is missing, or this code does not read it.
+    """
+    path = directory / model_json.FILE
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from None
+    return model_json.from_dict(values, path)
+
+
+def find(
+    path: Any, verify: bool = True, items: tuple[str, ...] = ("weights/", "ema/")
+) -> epath.Path:
+    """The directory of one step: `path`, or the newest sound one in it or in its `checkpoints/`.
+
+    Args:
+      path: of a step, of checkpoints, or of a run.
+      verify: read the files and compare checksums; otherwise the newest is taken as it is.
+      items: which trees are looked into.
+
+    Raises:
+      CheckpointError: there is none; where all are damaged, the message says how.
+    """
+    path = epath.Path(path).expanduser()
+    under = (*items, *SIDECARS)
+    if (path / checksums.FILE).exists() or (path / model_json.FILE).exists():
+        if verify:
+            checksums.verify(path, under=under)
+        return path
+    for directory in (path, path / "checkpoints"):
+        faults = []
+        for step in reversed(all_steps(directory)):
+            try:
+                if verify:
+                    checksums.verify(directory / str(step), under=under)
+                return directory / str(step)
+            except DamagedError as error:
+                faults.append(str(error))
+        if faults:
+            raise DamagedError(f"every checkpoint in {directory} is damaged: {'; '.join(faults)}")
+    raise CheckpointError(
+        f"{path} holds no checkpoint: neither {model_json.FILE}, nor folders named by step, "
+        "nor checkpoints/ with such"
+    )
+
+
+def _stored_name(name: str, stored: Mapping[str, str], ema: bool) -> str | None:
+    fields = ("ema", "trainable", "frozen") if ema else ("trainable", "frozen")
+    return next((f"{field}/{name}" for field in fields if f"{field}/{name}" in stored), None)
+
+
+def read_named(
+    directory: epath.Path,
+    model: model_json.ModelJson,
+    wanted: Mapping[str, Any],
+    ema: bool = False,
+    host: bool = False,
+) -> dict[str, Any]:
+    """Weights of a step by their paths in the model, following the reference to frozen ones.
+
+    Args:
+      directory, model: of the step.
+      wanted: path in the model -> sharding or None.
+      ema: averaged weights, where a weight has one.
+      host: NumPy arrays instead.
+
+    Raises:
+      CheckpointError: a weight is not there, or the frozen weights are missing or others.
+    """
+    structs, source, elsewhere = {}, {}, {}
+    for name, sharding in wanted.items():
+        stored = _stored_name(name, model.arrays, ema)
+        if stored is not None:
+            struct = parse(model.arrays[stored])
+            structs[stored] = jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)
+            source[stored] = name
+        elif model.frozen is not None:
+            elsewhere[name] = sharding
+        else:
+            raise CheckpointError(f"{directory} has no weight {name}")
+    found = arrays.read(directory, structs, host)
+    read = {source[stored]: leaf for stored, leaf in found.items()}
+    if elsewhere:
+        read |= read_frozen(directory, model, elsewhere, host=host)
+    return read
+
+
+def read_frozen(
+    directory: epath.Path,
+    model: model_json.ModelJson,
+    wanted: Mapping[str, Any],
+    path: Any = None,
+    host: bool = False,
+) -> dict[str, Any]:
+    """The frozen weights a step refers to, from `path` or from where it says they are.
+
+    Raises:
+      CheckpointError: they are missing, or are not the ones the run was trained on.
+    """
+    assert model.frozen is not None
+    path = directory / model.frozen["path"] if path is None else epath.Path(path)
+    try:
+        step = find(path, items=("weights/",))
+        read = read_named(step, model_of(step), wanted, host=host)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{directory} was trained on frozen weights kept in {path}, which cannot be read: "
+            f"{error}. Put them back, or say where they are now"
+        ) from error
+    check_digest(directory, model, read, path)
+    return read
+
+
+def check_digest(
+    directory: epath.Path, model: model_json.ModelJson, frozen: Mapping[str, Any], path: Any
+) -> None:
+    """Raises CheckpointError unless `frozen` are the weights the checkpoint refers to."""
+    assert model.frozen is not None
+    names = {name for name in frozen if _stored_name(name, model.arrays, False) is None}
+    if (found := digest({name: frozen[name] for name in names})) != model.frozen["digest"]:
+        raise CheckpointError(
+            f"{directory} was trained on frozen weights with digest {model.frozen['digest']}; "
+            f"those in {path} have {found}"
+        )
+
+
+def open_model(
+    path: Any, layout: Layout | None = None, *, ema: bool = False, verify: bool = True
+) -> tuple[Any, ModelConfig]:
+    """Weights and configuration of a checkpoint, given nothing but its path.
+
+    Optimizer state is neither read nor checked.
+
+    Args:
+      path: of a step, of a folder of checkpoints (the newest sound one), or of a run.
+      layout: read each shard straight to its place; by default all to the first device.
+      ema: the averaged weights instead, where a weight has one.
+      verify: compare checksums first, which reads the files once more.
+
+    Raises:
+      CheckpointError: there is no sound checkpoint, it holds no model, or (`ema`) no averages.
+    """
+    directory = find(path, verify, ("weights/", "ema/") if ema else ("weights/",))
+    model = model_of(directory)
+    if model.config is None or model.weights is None:
+        raise CheckpointError(f"{directory} holds no model: it was saved without a configuration")
+    if ema and not any(name.startswith("ema/") for name in model.arrays):
+        raise CheckpointError(f"{directory} has no averaged weights; open it without `ema`")
+    weights = model_json.decode_tree(model.weights)
+    wanted: dict[str, Any] = dict.fromkeys(flatten(weights))
+    if layout is not None:
+        specs = param_specs(model.config)
+        wanted = flatten(shardings(specs, layout.rules, layout.mesh, weights))
+    return unflatten(read_named(directory, model, wanted, ema), weights), model.config
+
+
+def weight_names(path: Any) -> list[str]:
+    """Paths, in the model, of the arrays that hold a checkpoint's weights."""
+    model = model_of(find(path, verify=False))
+    return list(flatten(model_json.decode_tree(model.weights)))
+
+
+def read_weights(path: Any, names: Iterable[str], *, ema: bool = False) -> dict[str, Any]:
+    """Some of a checkpoint's weights as NumPy arrays, for work that must not hold a whole model.
+
+    Args:
+      path: as for `open_model`; checksums are not compared.
+      names: out of `weight_names`.
+      ema: averages, where a weight has one.
+    """
+    directory = find(path, verify=False)
+    return read_named(directory, model_of(directory), dict.fromkeys(names), ema, host=True)
