@@ -175,7 +175,7 @@ def assemble(config: Pretrain, workdir: pathlib.Path) -> Run:
                 attention=named_attention(config), unroll=t.unroll,
             ),
             specs=param_specs(config.model),
-            checkpoints=Checkpoints(workdir / "checkpoints", t.keep),
+            checkpoints=make_checkpoints(config, workdir),
         )  # fmt: skip
 
 
@@ -216,6 +216,15 @@ def build_corpus(config: Pretrain, workdir: pathlib.Path) -> local_text.LocalTex
         max_bytes=int(data.max_megabytes * 1e6) or None,
         held_out=data.held_out,
     )
+
+
+def make_checkpoints(config: Pretrain, workdir: pathlib.Path) -> Checkpoints:
+    """The checkpoints of a workdir."""
+    c = config.checkpoints
+    return Checkpoints(
+        workdir / "checkpoints", c.keep, config=config.model, keep_every=c.keep_every,
+        local=c.local or None, keep_local=c.keep_local,
+    )  # fmt: skip
 
 
 def make_stream(config: Pretrain, text: local_text.LocalText) -> Batches:

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from absl import flags, logging
 
 from experiments import config as config_lib
@@ -30,6 +29,7 @@ from experiments.config import ConfigError, input_errors
 from experiments.configs import pretrain as configs
 from experiments.configs.pretrain import Pretrain
 from experiments.summary import summarize
+from lm.checkpoints import SaveInterval
 from lm.data.batches import Batches
 from lm.model import num_params, train_flops
 from lm.sharding import distributed
@@ -59,7 +59,7 @@ MAY_CHANGE = (
     "train.remat",
     "train.unroll",
     "train.attention",
-    "train.keep",
+    "checkpoints.",
 )
 
 PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps to trace, such as 10:15.")
@@ -78,7 +78,7 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
             config_lib.save(config, workdir / "config.json")
         outcome = Training(run, goodput)(changes)
         if outcome.reason == "finished" and is_first_process():
-            summarize(run, outcome.state)
+            summarize(config, workdir, outcome.state, run.text, run.tokenizer)
     if outcome.reason == "preempted":
         sys.exit(distributed.PreemptionNotice.EXIT)
 
@@ -124,7 +124,7 @@ class Training:
         return outcome
 
     def start(self, changes: list[str]) -> TrainState:
-        """The state to begin with, of the last good checkpoint or new, and the stream from there."""
+        """The state to begin with, of the last good checkpoint or new; the stream goes on there."""
         state, recorded = self.restore()
         if recorded is not None:
             with input_errors():
@@ -145,8 +145,13 @@ class Training:
     def restore(self) -> tuple[TrainState | None, Any]:
         """State and data order of the last good checkpoint; (None, None) where there is none."""
         with self.goodput.spend("restore"), input_errors():
-            restored = self.run.checkpoints.restore_last(self.run.abstract_state(), report=say)
-            return (None, None) if restored is None else (restored.state, restored.metadata["data"])
+            restored = self.run.checkpoints.restore_last(self.run.abstract_state())
+        if restored is None:
+            return None, None
+        for message in restored.skipped:
+            say(message)
+            self.writer.event("checkpoint_skipped", step=restored.step, message=message)
+        return restored.state, restored.metadata["data"]
 
     def train(self, state: TrainState) -> Outcome:
         """Train until the loop has a reason to stop."""
@@ -159,7 +164,7 @@ class Training:
             train_flops(config.model, config.train.sequence_length),
             peak_flops(devices[0].device_kind),
         )
-        due = SaveDue(intervals)
+        saving = Saving(run, self.stream, intervals, self.tell_failures)
         clock = self.goodput.step_clock
         with (
             self.stream.prefetch(done, max(num_steps - done, 0), sharding=run.rows) as batches,
@@ -173,7 +178,7 @@ class Training:
                 Instruments(
                     self.writer, progress, self.goodput, Throughput(clock, hardware), profiler
                 ),
-                evaluate=self.evaluate, save=self.save, save_due=due,
+                evaluate=self.evaluate, save=saving.save, save_due=saving.due,
                 preempted=self.preemption.agreed,
                 patience=rewind.patience if rewind and config.stability else None,
             )  # fmt: skip
@@ -185,10 +190,6 @@ class Training:
             averaged = self.run.evaluate(ema_params(state))
             found |= {f"ema_{name}": value for name, value in averaged.items()}
         return found
-
-    def save(self, state: TrainState, done: int) -> None:
-        self.tell_failures()
-        self.run.checkpoints.save(done, state, {"data": self.stream.state(done)})
 
     def go_back(self, outcome: Outcome) -> TrainState:
         """To the last checkpoint before the steps that were skipped, and past their data.
@@ -228,6 +229,37 @@ class Training:
         for failure in self.run.checkpoints.failures():
             say(f"checkpoint of step {failure.step} not written, training goes on: {failure.error}")
             self.writer.event("save_failed", step=failure.step, error=str(failure.error))
+
+
+class Saving:
+    """When a checkpoint is due, and which."""
+
+    def __init__(
+        self, run: Run, stream: Batches, intervals: Intervals, tell_failures: Callable[[], None]
+    ) -> None:
+        c = run.config.checkpoints
+        self.checkpoints, self.stream, self.tell_failures = run.checkpoints, stream, tell_failures
+        self.interval = SaveInterval(intervals.save, c.save_minutes)
+        self.local_steps = c.local_steps if c.local else None
+        self.last = time.monotonic()
+        self.is_local = False
+
+    def due(self, done: int) -> bool:
+        """Whether one is due after `done` steps. Equal on all hosts."""
+        durable = self.interval.due(done, time.monotonic(), self.last)
+        local = self.local_steps is not None and done % self.local_steps == 0
+        self.is_local = local and not durable
+        return durable or local
+
+    def save(self, state: TrainState, done: int, ends: bool) -> None:
+        """Write the one that is due; the last one of all is waited for."""
+        self.tell_failures()
+        metadata = {"data": self.stream.state(done)}
+        if self.is_local and not ends:
+            self.checkpoints.save_local(done, state, metadata)
+        else:
+            self.checkpoints.save(done, state, metadata, wait=ends)
+            self.last = time.monotonic()
 
 
 class CompiledStep:

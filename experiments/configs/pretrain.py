@@ -86,7 +86,6 @@ class Train:
       unroll: write the layers out instead of looping over them: faster on CPU, slow to compile.
       z_loss: coefficient of the squared log-sum-exp of the logits.
       max_grad_norm: gradients are scaled down to this norm.
-      keep: checkpoints to keep; none for all.
       seed: of the initial weights.
     """
 
@@ -100,8 +99,28 @@ class Train:
     unroll: bool = False
     z_loss: float = 0.0
     max_grad_norm: float = 1.0
-    keep: int | None = None
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointing:
+    """Checkpoints beyond those that `intervals.save` asks for, and how long they stay.
+
+    Attributes:
+      keep: the last so many; none for all.
+      keep_every: one of a step divisible by this stays for ever; none for no such step.
+      save_minutes: one also where the last is this old; none for never.
+      local: folder on each host's own disk for more frequent ones; none for no such.
+      local_steps: how often, in steps.
+      keep_local: how many of those.
+    """
+
+    keep: int | None = None
+    keep_every: int | None = None
+    save_minutes: float | None = None
+    local: str = ""
+    local_steps: int = 10
+    keep_local: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +146,7 @@ class Pretrain:
     stability: Stability | None = Stability()
     rewind: Rewind | None = Rewind()
     ema: Ema | None = None
+    checkpoints: Checkpointing = Checkpointing()
     intervals: Intervals = Intervals()
     sampling: Sampling = Sampling()
 

@@ -27,21 +27,16 @@ class Intervals:
       log: a row of metrics.
       evaluate: held-out loss.
       save: a checkpoint.
-      save_minutes: a checkpoint also where the last one is this old; 0 for never.
     """
 
     log: int = 10
     evaluate: int = 100
     save: int = 100
-    save_minutes: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("log", "evaluate", "save"):
-            value = getattr(self, name)
+        for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 raise ValueError(f"every {name} interval must be at least 1 step, got {value}")
-        if self.save_minutes < 0:
-            raise ValueError(f"save_minutes={self.save_minutes} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +149,7 @@ def train(
     instruments: Instruments,
     *,
     evaluate: Callable[[TrainState], Values],
-    save: Callable[[TrainState, int], None],
+    save: Callable[[TrainState, int, bool], None],
     save_due: Callable[[int], bool],
     preempted: Callable[[int], bool] = lambda done: False,
     patience: int | None = None,
@@ -173,7 +168,7 @@ def train(
       intervals: of rows and evaluations.
       instruments: who is told.
       evaluate: state -> metrics to add to the row.
-      save: writes a checkpoint, given the state and the steps done.
+      save: writes a checkpoint, given the state, the steps done, and whether training ends here.
       save_due: whether a checkpoint is due, given the steps done. The last step makes one anyway.
       preempted: whether all hosts have agreed to stop here, given the steps done.
       patience: steps skipped in a row that end the loop; None for any number.
@@ -215,7 +210,7 @@ def train(
             if saving and (stopping or last or not spiking):
                 instruments.writer.flush()
                 with goodput.spend("checkpoint"):
-                    save(state, done)
+                    save(state, done, stopping or last)
             save_is_late = saving and spiking
         if patience and values is not None and values.get("spikes_in_a_row", 0) >= patience:
             return Outcome(state, "spikes", done)

@@ -40,12 +40,14 @@ class Run:
         time.sleep(self.seconds)
         return {"eval_loss": 100.0 + state.step}
 
-    def save(self, state, done):
+    def save(self, state, done, ends):
         assert state.step == done
+        assert ends == (done in (self.num_steps, self.stop_at))
         self.saved.append(done)
 
     def __call__(self, num_steps, intervals, start=0, batches=None, patience=None):
         batches = itertools.count(start) if batches is None else batches
+        self.num_steps = num_steps
         clock = self.goodput.step_clock
         with (
             MetricsWriter(self.path, tensorboard=False) as writer,

@@ -1,0 +1,265 @@
+"""Runs that are killed, told to go, or given bad data, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from experiments import config as config_lib
+from experiments import pretrain
+from lm.data.batches import Batches
+from lm.sharding.distributed import PreemptionNotice
+from lm.train import metrics as metrics_lib
+from tests.experiments import survival
+from tests.experiments.survival import NUM_STEPS, SETTINGS, course, digest, last_step
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The workdir of a run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("survival") / "finished"
+    survival.finish(workdir, SETTINGS)
+    assert list(course(workdir)) == list(range(1, NUM_STEPS + 1))
+    return workdir
+
+
+def settings(finished: pathlib.Path, **changes: str) -> dict[str, str]:
+    """Of a run on the same corpus."""
+    edits = {key.replace("__", "."): value for key, value in changes.items()}
+    return SETTINGS | {"data.directory": str(finished / "data")} | edits
+
+
+def test_killed_while_training_and_while_saving_it_ends_the_same(
+    finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir, rng = tmp_path / "killed", random.Random(0)
+    ours = settings(finished)
+    first = rng.randrange(6, NUM_STEPS // 2)
+    process = survival.start(workdir, ours)
+    assert survival.stop_when(process, lambda: last_step(workdir) >= first) == -signal.SIGKILL
+    process = survival.start(workdir, ours)
+    before = last_step(workdir)
+    saving = lambda: last_step(workdir) > before and survival.is_saving(workdir)  # noqa: E731
+    assert survival.stop_when(process, saving) == -signal.SIGKILL
+    survival.finish(workdir, ours)
+    assert course(workdir) == course(finished)
+    assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
+    resumed = [row["step"] for row in survival.rows(workdir) if row.get("event") == "resumed"]
+    assert len(resumed) == 2 and resumed == sorted(resumed)
+
+
+def test_told_to_go_it_saves_at_once_and_goes_on(
+    finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "preempted"
+    ours = settings(finished, intervals__save="1000")
+    process = survival.start(workdir, ours)
+    # The last checkpoint due by its interval is at a tenth of the steps; this one is not.
+    happens: Callable[[], bool] = lambda: last_step(workdir) >= 20  # noqa: E731
+    before = time.monotonic()
+    code = survival.stop_when(process, happens, signal.SIGTERM)
+    assert code == PreemptionNotice.EXIT, pathlib.Path(f"{workdir}.log").read_text()[-2000:]
+    (event,) = (row for row in survival.rows(workdir) if row.get("event") == "preempted")
+    assert (workdir / "checkpoints" / str(event["step"])).is_dir()
+    assert last_step(workdir) == event["step"] < NUM_STEPS
+    assert time.monotonic() - before < 300
+    survival.finish(workdir, ours)
+    assert course(workdir) == course(finished)
+    assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_kills(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """At random moments of a run, from its start-up on, every other one while it saves."""
+    rng = random.Random(1)
+    done = 0
+    while done < 20:
+        workdir = tmp_path / f"killed-{done}"
+        ours = settings(finished)
+        for _ in range(4):
+            process = survival.start(workdir, ours)
+            target = last_step(workdir) + rng.randrange(0, 16)
+            pause = rng.uniform(0, 0.1)
+
+            def there(workdir=workdir, target=target, saves=done % 2) -> bool:
+                reached = last_step(workdir) >= target
+                return reached and (not saves or survival.is_saving(workdir))
+
+            def there_and_a_moment(there=there, pause=pause) -> bool:
+                if not there():
+                    return False
+                time.sleep(pause)
+                return True
+
+            code = survival.stop_when(process, there_and_a_moment)
+            done += code == -signal.SIGKILL
+            if code == 0:
+                break
+        survival.finish(workdir, ours)
+        assert course(workdir) == course(finished)
+        assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "zero"), [({"fsdp": "2", "tensor": "2"}, "3"), ({"data": "2", "fsdp": "4"}, "1")]
+)
+def test_it_goes_on_with_another_mesh_on_the_same_tokens(
+    finished: pathlib.Path, tmp_path: pathlib.Path, mesh: dict[str, str], zero: str
+) -> None:
+    workdir = tmp_path / "mesh"
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("data"))
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > NUM_STEPS // 2:
+            shutil.rmtree(path)
+    changes = {f"mesh__{axis}": size for axis, size in mesh.items()} | {"sharding__zero": zero}
+    survival.finish(workdir, settings(finished, **changes))
+    ours, theirs = course(workdir), course(finished)
+    assert ours.keys() == theirs.keys()
+    for step, values in theirs.items():
+        assert ours[step][3] == values[3], "other tokens"
+        np.testing.assert_allclose(ours[step][0], values[0], atol=0.03)  # bfloat16 compute
+
+
+class Poison:
+    """Bad data: what `spoil` makes of the batches whose global rows lie in `rows`."""
+
+    def __init__(self, rows: range, spoil: Callable[[dict[str, np.ndarray]], None]) -> None:
+        self.rows, self.spoil = rows, spoil
+        self.read = Batches.host_batch
+
+    def __call__(self, stream: Batches, step: int, rows=None) -> dict[str, np.ndarray]:
+        batch = self.read(stream, step, rows)
+        if stream.timeline.first_row(step) in self.rows:
+            self.spoil(batch)
+        return batch
+
+
+def not_a_number(batch: dict[str, np.ndarray]) -> None:
+    batch["weights"][:] = np.nan
+
+
+def noise(batch: dict[str, np.ndarray]) -> None:
+    """Targets that the text never has, and so a loss far above the usual."""
+    batch["targets"][:] = 3
+
+
+def run(finished: pathlib.Path, workdir: pathlib.Path, **changes: str) -> pathlib.Path:
+    config = config_lib.override(pretrain.configs.quicktest(), settings(finished, **changes))
+    pretrain.main(config, workdir)
+    return workdir
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiled = Poison(range(11 * 16, 12 * 16), not_a_number)
+    monkeypatch.setattr(Batches, "host_batch", lambda *a: spoiled(*a))
+    workdir = run(
+        finished, tmp_path / "nan", train__num_steps="20", learning_rate__decay="constant"
+    )
+    skipped = [row for row in survival.rows(workdir) if row.get("event") == "skipped"]
+    assert [row["step"] for row in skipped] == [12]
+    by_step = {row["step"]: row for row in survival.rows(workdir) if "event" not in row}
+    assert by_step[12]["loss"] == "NaN"
+    assert [by_step[step]["skipped_total"] for step in (11, 12, 20)] == [0, 1, 1]
+    assert math.isfinite(by_step[13]["loss"]) and by_step[20]["loss"] < by_step[11]["loss"]
+
+
+@pytest.mark.parametrize("spoil", [not_a_number, noise])
+def test_three_spikes_rewind_skip_their_data_and_lower_the_rate(
+    finished: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[dict[str, np.ndarray]], None],
+) -> None:
+    """Bad data begins with step 30 (counted from 0) and lasts; the last checkpoint is of 28."""
+    spoiled = Poison(range(30 * 16, 36 * 16), spoil)
+    monkeypatch.setattr(Batches, "host_batch", lambda *a: spoiled(*a))
+    changes = {
+        "train__num_steps": "40", "learning_rate__decay": "constant", "stability__warmup": "12",
+        "stability__window": "12", "rewind__learning_rate": "0.5", "rewind__recovery_steps": "4",
+        "rewind__skip_steps": "4",
+    }  # fmt: skip
+    workdir = run(finished, tmp_path / "spikes", **changes)
+    (event,) = (row for row in survival.rows(workdir) if row.get("event") == "rewound")
+    assert (event["step"], event["from_step"]) == (28, 34)
+    assert event["skipped_rows"] == (6 + 4) * 16
+    steps = {row["step"]: row for row in survival.rows(workdir) if "event" not in row}
+    assert list(steps) == list(range(1, 41))
+    rates = [steps[step]["learning_rate"] for step in range(27, 36)]
+    assert rates == [*rates[:2], *[rates[0] / 2] * 4, *[rates[0]] * 3]
+    assert not any(steps[step]["skipped"] for step in range(29, 41))
+    assert all(math.isfinite(row["loss"]) for row in steps.values())
+    # Started again from the checkpoint before, it comes the same way.
+    again = tmp_path / "again"
+    shutil.copytree(workdir, again)
+    for path in (again / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > 24:
+            shutil.rmtree(path)
+    run(finished, again, **changes)
+    assert course(again) == course(workdir)
+    assert digest(again, 40) == digest(workdir, 40)
+
+
+def test_it_does_not_go_back_for_ever(
+    finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiled = Poison(range(10 * 16, 10**6), not_a_number)
+    monkeypatch.setattr(Batches, "host_batch", lambda *a: spoiled(*a))
+    with pytest.raises(FloatingPointError, match="gone back 2 times"):
+        run(finished, tmp_path / "lost", train__num_steps="20", rewind__limit="2")
+    events = [row for row in metrics_lib.read(tmp_path / "lost" / "metrics.jsonl")
+              if row.get("event") == "rewound"]  # fmt: skip
+    assert [row["step"] for row in events] == [10, 10]
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "damaged"
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("data"))
+    newest = workdir / "checkpoints" / str(NUM_STEPS)
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+    run(finished, workdir)
+    assert course(workdir) == course(finished)
+    events = {row.get("event"): row for row in survival.rows(workdir)}
+    assert largest.name in events["checkpoint_skipped"]["message"]
+    assert events["resumed"]["step"] == NUM_STEPS - 4
+    assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(
+    finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full from the third checkpoint on, for two of them."""
+    from lm.checkpoints import arrays
+
+    real, calls = arrays.start, []
+
+    def start(writer, directory, leaves):
+        calls.append(int(pathlib.Path(directory).name))
+        if len(calls) in (3, 4):
+            raise OSError(28, "No space left on device", str(directory))
+        return real(writer, directory, leaves)
+
+    monkeypatch.setattr(arrays, "start", start)
+    workdir = run(finished, tmp_path / "full", train__num_steps="20")
+    failed = [row for row in survival.rows(workdir) if row.get("event") == "save_failed"]
+    assert [row["step"] for row in failed] == [6, 8]
+    assert all("No space left" in row["error"] for row in failed)
+    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert saved == [2, 4, 10, 12, 14, 16, 18, 20]
+    assert json.loads((workdir / "summary.json").read_text())["held_out"]["bits_per_byte"] > 0
