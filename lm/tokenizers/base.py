@@ -1,37 +1,255 @@
-"""What every tokenizer offers."""
+"""What every tokenizer offers, and what they share: special tokens in text, decoding, streams.
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+A token stands for bytes. Text is the UTF-8 reading of the bytes of a sequence, bytes that form no
+character becoming U+FFFD as Unicode recommends (one for each maximal ill-formed part), so text that
+grows token by token and text decoded at once are equal.
+"""
+
+import abc
+import codecs
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+# A model's rows are padded to a multiple of this at most (Phi-2 has 905 rows without a token).
+_MOST_PADDING = 2048
 
 
-class Tokenizer(Protocol):
+class Tokenizer(abc.ABC):
     """Maps text to token ids in [0, vocab_size) and back.
 
-    `decode(encode(text)) == text` for any text that UTF-8 can encode. `fingerprint` names the
-    vocabulary: two tokenizers with the same fingerprint give the same ids.
+    Attributes:
+      fingerprint: names the vocabulary: tokenizers with the same fingerprint give the same ids.
+      token_bytes: for each id its bytes, of special tokens the bytes of their name; b"" where an
+        id has no token.
+      special_tokens: name to id of the tokens that steer the model rather than stand for text.
+      bos_id, eos_id, pad_id: -1 where the model has none.
+      eos_ids: every token that ends a generation: end of text, of turn, of message.
+      add_bos, add_eos: what the model expects around a prompt.
+      strips_space: text was encoded with a space in front, which decoding removes again.
+      chat_templates: Jinja sources by name; "default" is the one to use.
     """
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def bos_id(self) -> int: ...
-    @property
-    def eos_id(self) -> int: ...
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
+    fingerprint: str
+    token_bytes: Sequence[bytes]
+    special_tokens: Mapping[str, int]
+    bos_id: int = -1
+    eos_id: int = -1
+    pad_id: int = -1
+    eos_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    add_eos: bool = False
+    strips_space: bool = False
+    chat_templates: Mapping[str, str] = {}
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of `text`, with `bos_id` in front and `eos_id` behind if asked."""
-        ...
+    @abc.abstractmethod
+    def _encode_texts(
+        self, texts: Sequence[str], parse_special: bool, num_threads: int
+    ) -> list[list[int]]:
+        """Ids of each text, nothing added."""
+
+    @abc.abstractmethod
+    def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_with_offsets`, of text that UTF-8 can encode."""
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
+
+    @functools.cached_property
+    def text_bytes(self) -> Sequence[bytes]:
+        """`token_bytes` with nothing for special tokens."""
+        table = list(self.token_bytes)
+        for special in self.special_ids:
+            table[special] = b""
+        return table
+
+    def encode(
+        self, text: str, bos: bool = False, eos: bool = False, *, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids of `text`, with `bos_id` in front and `eos_id` behind if asked.
+
+        Args:
+          parse_special: whether names of special tokens in `text` become those tokens. Off, text
+            from outside cannot forge a turn.
+
+        Raises:
+          ValueError: `text` has a lone surrogate, or the model lacks the token asked for.
+        """
+        return self.encode_batch([text], bos, eos, parse_special=parse_special)[0]
 
     def encode_batch(
-        self, texts: Sequence[str], bos: bool = False, eos: bool = False
+        self,
+        texts: Sequence[str],
+        bos: bool = False,
+        eos: bool = False,
+        num_threads: int = -1,
+        *,
+        parse_special: bool = False,
     ) -> list[list[int]]:
-        """`encode` of each text, in parallel where the tokenizer can."""
-        ...
+        """`encode` of each text, on `num_threads` threads (-1: one a core) where it can."""
+        for text in texts:
+            check_encodable(text)
+        if bos and self.bos_id < 0:
+            raise ValueError("bos=True, and this vocabulary has no BOS token; leave bos off")
+        if eos and self.eos_id < 0:
+            raise ValueError("eos=True, and this vocabulary has no EOS token; leave eos off")
+        bodies = self._encode_texts(texts, parse_special, num_threads) if texts else []
+        front, back = [self.bos_id] * bos, [self.eos_id] * eos
+        return [front + body + back for body in bodies]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; BOS, EOS and padding decode to nothing."""
-        ...
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt as the model expects it: special tokens parsed, BOS and EOS by its rule.
+
+        A chat template may have written the BOS token already; it is not doubled.
+        """
+        ids = self.encode(text, parse_special=True)
+        if self.add_bos and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        return ids + [self.eos_id] * self.add_eos
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text` with special tokens parsed, and the characters [start, end) of each.
+
+        Tokens that share a character each have its whole range.
+        """
+        check_encodable(text)
+        return self._offsets(text)
+
+    def decode(
+        self, ids: Iterable[int], skip_special: bool = True, continuation: bool = False
+    ) -> str:
+        """Text of `ids`; bytes that form no character become U+FFFD.
+
+        Args:
+          skip_special: leave special tokens out rather than write their names.
+          continuation: `ids` follow other tokens, so a space in front is text.
+
+        Raises:
+          ValueError: an id outside [0, vocab_size).
+        """
+        ids = [int(i) for i in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            self.check_id(next(i for i in ids if not 0 <= i < self.vocab_size))
+        table = self.text_bytes if skip_special else self.token_bytes
+        pieces = [table[i] for i in ids]
+        if self.strips_space and not continuation:
+            first = next((n for n, i in enumerate(ids) if i not in self.special_ids), None)
+            if first is not None:
+                pieces[first] = pieces[first].removeprefix(b" ")
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def stream(self, skip_special: bool = True, continuation: bool = False) -> "TextStream":
+        """Decodes token by token; the pieces add up to `decode` with the same arguments."""
+        return TextStream(self, skip_special, continuation)
+
+    def check_id(self, token_id: int) -> None:
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(
+                f"token id {token_id} is outside the vocabulary [0, {self.vocab_size}); mask "
+                "padded vocabulary rows before sampling"
+            )
+
+
+class TextStream:
+    """Text of a growing sequence; a character is given out when its last byte has come."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, continuation: bool):
+        self._tokenizer = tokenizer
+        self._table = tokenizer.text_bytes if skip_special else tokenizer.token_bytes
+        self._at_start = tokenizer.strips_space and not continuation
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now and was not before.
+
+        Raises:
+          ValueError: an id outside [0, vocab_size).
+        """
+        token_id = int(token_id)
+        self._tokenizer.check_id(token_id)
+        content = self._table[token_id]
+        if self._at_start and token_id not in self._tokenizer.special_ids:
+            self._at_start = False
+            content = content.removeprefix(b" ")
+        return self._decoder.decode(content)
+
+    def finish(self) -> str:
+        """What is left: an unfinished character, as U+FFFD, or nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class Splitter:
+    """Finds given strings in text: at each place the longest, from left to right.
+
+    Candidates are found by their first two characters, so thousands of strings cost no more
+    than a few (Gemma has 6,400).
+    """
+
+    def __init__(self, tokens: Mapping[str, int]):
+        self.tokens = dict(tokens)
+        if "" in self.tokens:
+            raise ValueError(f"token {self.tokens['']} is empty; a special token needs a name")
+        lengths: dict[str, set[int]] = defaultdict(set)
+        for token in self.tokens:
+            lengths[token[:2]].add(len(token))
+        for start in lengths:
+            if start[0] in self.tokens:
+                lengths[start].add(1)
+        self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
+        starts = sorted(self._lengths, key=len, reverse=True)
+        self._starts = re.compile("|".join(map(re.escape, starts))) if starts else None
+
+    def split(self, text: str) -> list[str | int]:
+        """Text in between as strings, none of them empty, and tokens as ids."""
+        parts: list[str | int] = []
+        done, at = 0, 0
+        while self._starts and (match := self._starts.search(text, at)):
+            at = match.start()
+            for length in self._lengths[match[0]]:
+                token = text[at : at + length]
+                if token in self.tokens:
+                    if done < at:
+                        parts.append(text[done:at])
+                    parts.append(self.tokens[token])
+                    done = at = at + len(token)
+                    break
+            else:
+                at += 1
+        if done < len(text):
+            parts.append(text[done:])
+        return parts
+
+
+def check_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Raises ValueError unless a model of `model_vocab_size` rows can go with the tokenizer.
+
+    A model may have some rows more, which padding adds.
+    """
+    tokens, spare = tokenizer.vocab_size, model_vocab_size - tokenizer.vocab_size
+    if spare < 0:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens, and the model only {model_vocab_size} rows; "
+            "use the model's own tokenizer, or resize its embedding"
+        )
+    if spare > _MOST_PADDING:
+        raise ValueError(
+            f"the model has {model_vocab_size} rows, {spare} more than the tokenizer's {tokens} "
+            "tokens, which is no padding; use the model's own tokenizer"
+        )
+
+
+def check_encodable(text: str) -> None:
+    """Raises ValueError for a lone surrogate, which UTF-8 cannot encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text has a lone surrogate {text[error.start]!r} at character {error.start}, which "
+            "UTF-8 cannot encode; decode the source with errors='replace'"
+        ) from error

@@ -1,17 +1,22 @@
-"""SentencePiece (Kudo & Richardson, 2018, arXiv:1808.06226) made lossless.
+"""SentencePiece (Kudo & Richardson, 2018, arXiv:1808.06226), trained here or elsewhere.
 
-The model is byte-pair encoding with byte fallback, identity normalization, no dummy prefix and
-digits split, so `decode(encode(text)) == text` for every text that UTF-8 can encode.
+What `train_sentencepiece` makes is lossless: byte-pair encoding with byte fallback, identity
+normalization, no dummy prefix and digits split, so `decode(encode(text)) == text` for every text
+that UTF-8 can encode.
 """
 
 import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
+
+from lm.tokenizers import sentencepiece_model
+from lm.tokenizers.base import Splitter, Tokenizer, check_encodable
+from lm.tokenizers.sentencepiece_model import BYTE, CONTROL, UNKNOWN
 
 # SentencePiece writes a space as U+2581 inside pieces and so cannot tell the two apart.
 _SPACE_SYMBOL = "\u2581"
@@ -19,101 +24,140 @@ PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 _NUM_SPECIAL = 4
 _NUM_BYTES = 256
 _CHUNK_CHARS = 2048
+# What the unknown token decodes to in models of `train_sentencepiece`, and only there.
+_UNK_SURFACE = "\ufffd"
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A trained SentencePiece model.
 
+    Text between special tokens is encoded on its own, with SentencePiece's dummy prefix if the
+    model has one, as llama.cpp does.
+
     Args:
-      path: a `.model` file.
+      path: a `.model` file, or what names `model` in errors.
+      model: pieces and settings, in place of a file.
+      always_special: tokens found in text before SentencePiece sees it, whether special tokens
+        are parsed or not.
 
     Raises:
       FileNotFoundError: there is no file at `path`.
       ValueError: the file is no SentencePiece model.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: sentencepiece_model.Model | None = None,
+        always_special: Mapping[str, int] | None = None,
+    ):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(
-                f"no tokenizer model at '{path}'; train one with train_sentencepiece or check "
-                "the path"
-            )
-        proto = self.path.read_bytes()
+        if model is not None:
+            proto = sentencepiece_model.serialize(model)
+        else:
+            if not self.path.is_file():
+                raise FileNotFoundError(
+                    f"no tokenizer model at '{path}'; train one with train_sentencepiece or check "
+                    "the path"
+                )
+            proto = self.path.read_bytes()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(proto)
-        except RuntimeError as error:
+            self.model = model = model or sentencepiece_model.parse(proto)
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"'{path}' is not a SentencePiece model ({error}); pass the .model file"
             ) from error
         self.fingerprint = hashlib.sha256(proto).hexdigest()[:32]
-        self._space_symbol_ids = [
-            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()
-        ]
-        self._has_bytes = all(self._processor.is_byte(i) for i in self._space_symbol_ids)
+        self.token_bytes = [_piece_bytes(model, i) for i in range(len(model.pieces))]
+        self.special_tokens = {
+            piece: i
+            for i, (piece, kind) in enumerate(zip(model.pieces, model.types, strict=True))
+            if kind in (CONTROL, UNKNOWN)
+        }
+        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        self.pad_id = self._processor.pad_id()
+        self.eos_ids = (self.eos_id,) if self.eos_id >= 0 else ()
+        self.add_bos = self.bos_id >= 0
+        self.strips_space = model.add_dummy_prefix
+        self._always = Splitter(always_special or {})
+        self._specials = Splitter({**self.special_tokens, **self._always.tokens})
+        self._space_symbol_ids = []
+        if model.unk_surface == _UNK_SURFACE and model.byte_fallback:
+            symbols = [f"<0x{byte:02X}>" for byte in _SPACE_SYMBOL.encode()]
+            self._space_symbol_ids = [self._processor.piece_to_id(symbol) for symbol in symbols]
 
-    @property
-    def vocab_size(self) -> int:
-        return self._processor.vocab_size()
-
-    @property
-    def bos_id(self) -> int:
-        return self._processor.bos_id()
-
-    @property
-    def eos_id(self) -> int:
-        return self._processor.eos_id()
-
-    @property
-    def pad_id(self) -> int:
-        return self._processor.pad_id()
-
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of `text`.
-
-        Raises:
-          ValueError: `text` holds a lone surrogate, which UTF-8 cannot encode.
-        """
-        return self.encode_batch([text], bos, eos)[0]
-
-    def encode_batch(
-        self, texts: Sequence[str], bos: bool = False, eos: bool = False, num_threads: int = -1
+    def _encode_texts(
+        self, texts: Sequence[str], parse_special: bool, num_threads: int
     ) -> list[list[int]]:
-        """`encode` of each text on `num_threads` threads (-1: one a core)."""
-        for text in texts:
-            _check_encodable(text)
-        if not texts:
-            return []
-        if self._has_bytes and any(_SPACE_SYMBOL in text for text in texts):
-            bodies = [self._encode_with_space_symbol(text) for text in texts]
-        else:
+        splitter = self._specials if parse_special else self._always
+        awkward = self._space_symbol_ids and any(_SPACE_SYMBOL in text for text in texts)
+        if not splitter.tokens and not awkward:
             threads = 1 if len(texts) == 1 else num_threads
-            bodies = self._processor.encode(list(texts), num_threads=threads)
-        front, back = [self.bos_id] * bos, [self.eos_id] * eos
-        return [front + body + back for body in bodies]
+            return self._processor.encode(list(texts), num_threads=threads)
+        return [self._encode_parts(splitter.split(text)) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that form no character become U+FFFD.
+    def _encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self._encode_text(part)
+        return ids
 
-        Raises:
-          ValueError: an id outside [0, vocab_size).
-        """
-        ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise ValueError(
-                f"token id {wrong} is outside the vocabulary [0, {self.vocab_size}) of "
-                f"'{self.path}'; mask padded vocabulary rows before sampling"
-            )
-        return self._processor.decode(ids)
-
-    def _encode_with_space_symbol(self, text: str) -> list[int]:
-        parts = self._processor.encode(text.split(_SPACE_SYMBOL))
-        ids = list(parts[0])
-        for part in parts[1:]:
+    def _encode_text(self, text: str) -> list[int]:
+        if not self._space_symbol_ids or _SPACE_SYMBOL not in text:
+            return self._processor.encode(text)
+        encoded = self._processor.encode(text.split(_SPACE_SYMBOL))
+        ids = list(encoded[0])
+        for part in encoded[1:]:
             ids += self._space_symbol_ids + part
         return ids
+
+    def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for part in self._specials.split(text):
+            if isinstance(part, int):
+                length = len(self.model.pieces[part])
+                ids.append(part)
+                offsets.append((start, start + length))
+            else:
+                length, part_ids = len(part), self._encode_text(part)
+                ids += part_ids
+                offsets += self._part_offsets(part, part_ids, start)
+            start += length
+        return ids, offsets
+
+    def _part_offsets(self, text: str, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
+        """Ranges by counting bytes: what the tokens write is the text, if it is not normalized."""
+        prefix = b" " * self.model.add_dummy_prefix
+        shown = text if self._space_symbol_ids else text.replace(_SPACE_SYMBOL, " ")
+        if b"".join(self.token_bytes[i] for i in ids) != prefix + shown.encode():
+            raise ValueError(
+                f"'{self.path}' normalizes text, so its tokens do not add up to {text[:60]!r}; "
+                "offsets need a model with identity normalization"
+            )
+        character_of_byte = [n for n, char in enumerate(shown) for _ in char.encode()]
+        offsets, at = [], -len(prefix)
+        for i in ids:
+            end = at + len(self.token_bytes[i])
+            if end > 0:
+                first, last = character_of_byte[max(at, 0)], character_of_byte[end - 1]
+                offsets.append((start + first, start + last + 1))
+            else:
+                offsets.append((start, start))
+            at = end
+        return offsets
+
+
+def _piece_bytes(model: sentencepiece_model.Model, token_id: int) -> bytes:
+    piece, kind = model.pieces[token_id], model.types[token_id]
+    if kind == BYTE:
+        return bytes([int(piece[3:5], 16)])
+    if kind in (CONTROL, UNKNOWN):
+        return piece.encode()
+    return piece.replace(_SPACE_SYMBOL, " ").encode()
 
 
 def train_sentencepiece(
@@ -162,7 +206,7 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            unk_surface="\ufffd",
+            unk_surface=_UNK_SURFACE,
             pad_id=PAD_ID,
             bos_id=BOS_ID,
             eos_id=EOS_ID,
@@ -203,7 +247,7 @@ def _training_lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     """Lines with their line ends, in pieces short enough that SentencePiece drops none."""
     seen = 0
     for text in texts:
-        _check_encodable(text)
+        check_encodable(text)
         # The trainer skips any sentence with these characters; at encoding they become bytes.
         for line in re.sub(f"[{_SPACE_SYMBOL}\0]", "\n", text).splitlines(keepends=True):
             for start in range(0, len(line), _CHUNK_CHARS):
@@ -212,16 +256,6 @@ def _training_lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
                 yield chunk
         if seen >= max_bytes:
             return
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"text has a lone surrogate {text[error.start]!r} at character {error.start}, which "
-            "UTF-8 cannot encode; decode the source with errors='replace'"
-        ) from error
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

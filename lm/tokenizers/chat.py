@@ -1,0 +1,190 @@
+"""Chat templates: messages to the text a model was tuned on, and what of it the assistant wrote."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from lm.tokenizers.base import Tokenizer
+from lm.tokenizers.sandbox import Span, TemplateError, budget, make_environment, spend
+
+Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """Text, and the characters [start, end) of it that `{% generation %}` blocks hold."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class ChatTemplate:
+    """A Jinja template in the dialect of Hugging Face's `apply_chat_template`, sandboxed.
+
+    Args:
+      source: the template.
+      bos, eos: what `bos_token` and `eos_token` stand for in it.
+      ends: further names of tokens that end a turn, like `<|im_end|>`.
+
+    Raises:
+      TemplateError: `source` is no template.
+    """
+
+    def __init__(self, source: str, bos: str = "", eos: str = "", ends: Sequence[str] = ()):
+        self.source, self.bos, self.eos = source, bos, eos
+        self._ends = tuple(dict.fromkeys(end for end in (eos, *ends) if end))
+        try:
+            environment = make_environment()
+            self._template = environment.from_string(source)
+        except TemplateError:
+            raise
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(
+                f"the chat template is wrong in line {error.lineno}: {error.message}"
+            ) from error
+        except (Exception, RecursionError) as error:
+            raise TemplateError(f"the chat template does not compile: {error!r:.200}") from error
+        self._has_generation = environment.has_generation
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, name: str = "default") -> "ChatTemplate":
+        """The template that came with the tokenizer.
+
+        Raises:
+          TemplateError: there is none of that name.
+        """
+        if name not in tokenizer.chat_templates:
+            known = ", ".join(sorted(tokenizer.chat_templates)) or "none at all"
+            raise TemplateError(
+                f"the tokenizer has no chat template '{name}' ({known}); a base model has none: "
+                "give ChatTemplate a source"
+            )
+        names = {i: token for token, i in tokenizer.special_tokens.items()}
+        ends = [names[i] for i in tokenizer.eos_ids if i in names]
+        bos, eos = names.get(tokenizer.bos_id, ""), names.get(tokenizer.eos_id, "")
+        return cls(tokenizer.chat_templates[name], bos, eos, ends)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Text of a conversation.
+
+        Args:
+          messages: `role`, `content` and what else the template reads.
+          add_generation_prompt: end with what opens the assistant's turn.
+          tools: JSON schemas of functions.
+          variables: further names the template may read, like `enable_thinking`.
+
+        Raises:
+          TemplateError: the template refuses the messages, misses something in them, breaks out of
+            its sandbox, or does not end.
+        """
+        return self._render(messages, add_generation_prompt, tools, variables).text
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> Rendered:
+        chunks: list[str] = []
+        spans: list[tuple[int, int]] = []
+        length = 0
+        try:
+            with budget():
+                for chunk in self._template.generate(
+                    messages=list(messages),
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=self.bos,
+                    eos_token=self.eos,
+                    **variables,
+                ):
+                    spend(len(chunk))
+                    if isinstance(chunk, Span) and chunk:
+                        spans.append((length, length + len(chunk)))
+                    length += len(chunk)
+                    chunks.append(chunk)
+        except TemplateError:
+            raise
+        except jinja2.UndefinedError as error:
+            raise TemplateError(f"the template needs what is not there: {error.message}") from error
+        except jinja2.exceptions.SecurityError as error:
+            raise TemplateError(f"the template breaks out of its sandbox: {error}") from error
+        except (Exception, RecursionError) as error:
+            raise TemplateError(f"the template fails: {type(error).__name__}: {error}") from error
+        return Rendered("".join(chunks), tuple(spans))
+
+    def spans(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> Rendered:
+        """A conversation, and where in it the assistant wrote.
+
+        From `{% generation %}` blocks, or else by rendering the conversation up to each turn of
+        the assistant: a turn is what it adds to the prompt for it, its end token included.
+
+        Raises:
+          TemplateError: as `render`; also if the text of earlier turns depends on later ones.
+        """
+        whole = self._render(messages, False, tools, variables)
+        if self._has_generation:
+            return whole
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.render(messages[:i], True, tools, **variables) if i else ""
+            turn = self.render(messages[: i + 1], False, tools, **variables)
+            _check_prefix(prompt, turn, f"the prompt for message {i}", "the message")
+            _check_prefix(turn, whole.text, f"message {i}", "the whole conversation")
+            spans.append((len(prompt), len(prompt) + self._content(turn[len(prompt) :])))
+        return Rendered(whole.text, tuple(spans))
+
+    def _content(self, turn: str) -> int:
+        """Length of a turn without the white space that follows its end token."""
+        content = turn.rstrip()
+        return len(content) if content.endswith(self._ends) else len(turn)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, and for each whether the assistant wrote any of it.
+
+        Raises:
+          TemplateError: as `spans`.
+        """
+        rendered = self.spans(messages, tools, **variables)
+        ids, offsets = tokenizer.encode_with_offsets(rendered.text)
+        written = bytearray(len(rendered.text))
+        for start, end in rendered.spans:
+            written[start:end] = b"\1" * (end - start)
+        mask = [1 in written[start:end] for start, end in offsets]
+        if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
+            return [tokenizer.bos_id, *ids], [False, *mask]
+        return ids, mask
+
+
+def _check_prefix(start: str, text: str, start_name: str, name: str) -> None:
+    if not text.startswith(start):
+        pairs = enumerate(zip(start, text, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(start), len(text)))
+        raise TemplateError(
+            f"the template writes {start_name} differently once more follows: character {same} of "
+            f"{name} is not {start[same : same + 20]!r} but {text[same : same + 20]!r}; put "
+            "{% generation %} blocks around the assistant's text in the template"
+        )

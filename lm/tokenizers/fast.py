@@ -1,0 +1,158 @@
+"""Vocabularies that the `tokenizers` library runs: byte-level BPE, and BPE with byte fallback."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from lm.tokenizers.base import Tokenizer
+
+_SPACE_SYMBOL = "\u2581"
+
+
+class FastTokenizer(Tokenizer):
+    """A `tokenizers.Tokenizer` whose decoder is byte-level or byte-fallback.
+
+    The library's post-processor is dropped: BOS and EOS are added by `encode` and `encode_prompt`.
+
+    Args:
+      tokenizer: taken over, not copied.
+      name: where it comes from, for errors.
+      bos, eos, pad: names of those tokens; by default the BOS and EOS that the post-processor adds.
+      more_eos: names of further tokens that end a generation.
+      add_bos, add_eos: what a prompt gets; by default what the post-processor adds.
+      special: names of special tokens; by default those that the vocabulary marks.
+
+    Raises:
+      ValueError: the decoder or the post-processor is of another kind, or a name is no token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        name: str,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+        more_eos: Iterable[str] = (),
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        special: Iterable[str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+    ):
+        self.name, self._tokenizer = name, tokenizer
+        front, back = _added_by_post_processor(tokenizer, name)
+        tokenizer.post_processor = tokenizers.processors.Sequence([])
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        serialized = tokenizer.to_str()
+        self.fingerprint = hashlib.sha256(serialized.encode()).hexdigest()[:32]
+        layout = json.loads(serialized)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        added = {token["content"]: token for token in layout["added_tokens"]}
+        self.strips_space, self.token_bytes = _bytes_of(layout, vocabulary, added, name)
+        if special is None:
+            special = [content for content, token in added.items() if token["special"]]
+        self.special_tokens = {content: self._id(content) for content in special}
+        self.bos_id = front if bos is None else self._id(bos)
+        self.eos_id = back if eos is None else self._id(eos)
+        self.pad_id = -1 if pad is None else self._id(pad)
+        ends = [self.eos_id, *(self._id(token) for token in more_eos)]
+        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i >= 0))
+        self.add_bos = front >= 0 if add_bos is None else add_bos
+        self.add_eos = back >= 0 if add_eos is None else add_eos
+        self.chat_templates = dict(chat_templates or {})
+        # The library decides whether it parses special tokens by a flag of the whole object.
+        self._plain = tokenizers.Tokenizer.from_str(serialized)
+        self._plain.encode_special_tokens = True
+
+    def _id(self, token: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"'{self.name}' names {token!r}, which is no token of its vocabulary")
+        return token_id
+
+    def _encode_texts(
+        self, texts: Sequence[str], parse_special: bool, num_threads: int
+    ) -> list[list[int]]:
+        tokenizer = self._tokenizer if parse_special else self._plain
+        if len(texts) == 1:
+            return [tokenizer.encode(texts[0], add_special_tokens=False).ids]
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level BPE (GPT-2): character to byte.
+
+    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and on, in order.
+    """
+    kept = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in kept)
+    return {chr(b): b for b in kept} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+def _added_by_post_processor(tokenizer: tokenizers.Tokenizer, name: str) -> tuple[int, int]:
+    """Ids of the tokens put in front of and behind a text; -1 for none."""
+    text = "a"
+    bare = tokenizer.encode(text, add_special_tokens=False).ids
+    full = tokenizer.encode(text).ids
+    for front in (0, 1):
+        back = len(full) - len(bare) - front
+        if full[front : front + len(bare)] == bare and back in (0, 1):
+            return (full[0] if front else -1), (full[-1] if back else -1)
+    raise ValueError(
+        f"'{name}' puts more around a text than one BOS and one EOS token ({bare} becomes {full}); "
+        "such tokenizers are not supported"
+    )
+
+
+def _bytes_of(
+    layout: Mapping[str, Any], vocabulary: Mapping[str, int], added: Iterable[str], name: str
+) -> tuple[bool, list[bytes]]:
+    """Whether decoding removes a space in front, and the bytes of every id."""
+    steps = _decoder_steps(layout["decoder"])
+    kinds = [step["type"] for step in steps]
+    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    if kinds == ["ByteLevel"]:
+        alphabet = byte_alphabet()
+        for token, i in vocabulary.items():
+            if token in added or not all(char in alphabet for char in token):
+                table[i] = token.encode()
+            else:
+                table[i] = bytes(alphabet[char] for char in token)
+        return False, table
+    space = any(
+        step["type"] == "Metaspace"
+        or (step["type"] == "Replace" and step["pattern"] == {"String": _SPACE_SYMBOL})
+        for step in steps
+    )
+    if not space or not set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        raise ValueError(
+            f"'{name}' decodes with {' + '.join(kinds) or 'nothing'}, which has no bytes for each "
+            "token; byte-level BPE and SentencePiece-style vocabularies are supported"
+        )
+    strips = any(
+        (step["type"] == "Strip" and step["start"] > 0)
+        or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in steps
+    )
+    fallback = {f"<0x{b:02X}>": bytes([b]) for b in range(256)} if "ByteFallback" in kinds else {}
+    for token, i in vocabulary.items():
+        table[i] = fallback.get(token) or token.replace(_SPACE_SYMBOL, " ").encode()
+    return strips, table
+
+
+def _decoder_steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
+    return [decoder]

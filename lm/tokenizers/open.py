@@ -1,0 +1,147 @@
+"""Opens the tokenizer of whatever is at a path."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from lm.files.gguf import read_gguf
+from lm.tokenizers.base import Tokenizer
+from lm.tokenizers.fast import FastTokenizer
+from lm.tokenizers.gguf import from_gguf
+from lm.tokenizers.sentencepiece import SentencePieceTokenizer
+
+_EXPECTED = (
+    "a folder with tokenizer.json or tokenizer.model, the workdir of a training run, a .gguf or a "
+    ".model file"
+)
+
+
+def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer at `path`, with its rule for BOS and EOS and its chat templates.
+
+    Args:
+      path: a folder in Hugging Face's layout (tokenizer.json is preferred, tokenizer.model is the
+        other), the workdir of a training run or its data folder, a .gguf file, a tokenizer.json,
+        or a SentencePiece .model file.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`, or no tokenizer in it.
+      ValueError: what is there cannot be used; the message says why.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no tokenizer at '{path}': it does not exist; give {_EXPECTED}")
+    if path.is_dir():
+        for folder in (path, path / "data"):
+            for name in ("tokenizer.json", "tokenizer.model"):
+                if (folder / name).is_file():
+                    return _open_file(folder / name)
+        raise FileNotFoundError(f"no tokenizer in '{path}'; give {_EXPECTED}")
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> Tokenizer:
+    if path.suffix == ".gguf":
+        return from_gguf(read_gguf(path).metadata, str(path))
+    if path.suffix == ".json":
+        return _open_json(path)
+    if path.suffix == ".model":
+        return _open_model(path)
+    raise ValueError(f"'{path}' is no tokenizer; give {_EXPECTED}")
+
+
+def _open_json(path: Path) -> FastTokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"'{path}' is no tokenizer.json ({error})") from error
+    config = _config(path.parent)
+    return FastTokenizer(
+        tokenizer,
+        str(path),
+        bos=_token(config, "bos_token"),
+        eos=_token(config, "eos_token"),
+        pad=_token(config, "pad_token"),
+        more_eos=[
+            token for i in _eos_ids(path.parent) if (token := tokenizer.id_to_token(i)) is not None
+        ],
+        add_bos=config.get("add_bos_token"),
+        add_eos=config.get("add_eos_token"),
+        chat_templates=_chat_templates(path.parent, config),
+    )
+
+
+def _open_model(path: Path) -> SentencePieceTokenizer:
+    tokenizer = SentencePieceTokenizer(path)
+    config = _config(path.parent)
+    added = _read_json(path.parent / "added_tokens.json")
+    if missing := [token for token, i in added.items() if i >= tokenizer.vocab_size]:
+        raise ValueError(
+            f"'{path}' lacks {len(missing)} tokens that added_tokens.json adds ({missing[0]!r}...);"
+            " save the tokenizer as tokenizer.json"
+        )
+    for key in ("bos", "eos", "pad"):
+        token = _token(config, f"{key}_token")
+        if token is not None:
+            if token not in tokenizer.model.pieces:
+                raise ValueError(f"'{path}' has no piece {token!r}, which is to be its {key}_token")
+            setattr(tokenizer, f"{key}_id", tokenizer.model.pieces.index(token))
+    ends = (i for i in (tokenizer.eos_id, *_eos_ids(path.parent)) if 0 <= i < tokenizer.vocab_size)
+    tokenizer.eos_ids = tuple(dict.fromkeys(ends))
+    tokenizer.add_bos = bool(config.get("add_bos_token", tokenizer.add_bos))
+    tokenizer.add_eos = bool(config.get("add_eos_token", False))
+    tokenizer.chat_templates = _chat_templates(path.parent, config)
+    return tokenizer
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, over the older special_tokens_map.json."""
+    return {
+        **_read_json(folder / "special_tokens_map.json"),
+        **_read_json(folder / "tokenizer_config.json"),
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}; an object was expected")
+    return content
+
+
+def _token(config: Mapping[str, Any], key: str) -> str | None:
+    token = config.get(key)
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _eos_ids(folder: Path) -> list[int]:
+    """Ends of a generation that the model's own files name, in the order they say."""
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return ids
+
+
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates of the configuration, under those that have their own files."""
+    source = config.get("chat_template") or {}
+    if isinstance(source, str):
+        source = {"default": source}
+    elif isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}
+    templates = dict(source)
+    if (file := folder / "chat_template.jinja").is_file():
+        templates["default"] = file.read_text(encoding="utf-8")
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        templates[file.stem] = file.read_text(encoding="utf-8")
+    return templates
