@@ -1,15 +1,18 @@
 """Tokenized documents, pack plans, data order and batches.
 
-The order of the data is arithmetic over a pack plan: step n is global rows [nB, (n+1)B), a global
-row names a source and a row of its plan, a row names pieces of documents. Nothing here holds state
-that a checkpoint would need beyond the step.
+The order of the data is arithmetic over a pack plan: a step reads the global rows after those of
+the step before, a global row names a source and a row of its plan, a row names pieces of documents.
+A checkpoint stores the step, the stages and skips so far, and the hashes of the plans.
 """
 
-from lm.data.batches import Batches, HeldOut, PackedSource, Prefetcher
+from lm.data.batches import Batches, HeldOut, PackedSource
+from lm.data.mixtures import Share
 from lm.data.ngram import ByteNgram
-from lm.data.order import mixture_source, permute
+from lm.data.order import permute
 from lm.data.packing import PackPlan, open_plan, pack
+from lm.data.prefetch import Prefetcher
 from lm.data.sources import ArraySource, Document, TokenSource, open_source, write_dataset
+from lm.data.stages import Stage
 
 __all__ = [
     "ArraySource",
@@ -20,8 +23,9 @@ __all__ = [
     "PackPlan",
     "PackedSource",
     "Prefetcher",
+    "Share",
+    "Stage",
     "TokenSource",
-    "mixture_source",
     "open_plan",
     "open_source",
     "pack",

@@ -3,24 +3,28 @@
 Legend: B rows of a batch, T positions of a row, N rows asked for.
 """
 
+import copy
 import dataclasses
 import hashlib
+import itertools
 import json
-import queue
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm.data.order import DEFAULT_BLOCK, block_counts, epoch_row, mixture_source
+from lm.data.mixtures import Limited, Share
+from lm.data.order import DEFAULT_BLOCK, epoch_row
 from lm.data.packing import PackPlan
+from lm.data.prefetch import Prefetcher
 from lm.data.sources import TokenSource
+from lm.data.stages import Begun, Stage, Timeline
 
 if TYPE_CHECKING:
     import jax
 
 Batch = dict[str, np.ndarray]
+_STATE_VERSION = 2
 _DTYPES = {
     "ids": np.int32,
     "targets": np.int32,
@@ -53,62 +57,115 @@ class PackedSource:
 
 
 class Batches:
-    """The endless stream of packed batches of a mixture.
+    """The stream of packed batches of a run, as a function of the step.
 
-    Global row g of the stream is row (g - row_offset) mod B of step (g - row_offset) // B; which
-    source and plan row it is depends on (seed, g) alone. So neither the number of hosts nor a
-    restart changes a token, and skipping data is adding to `row_offset`.
+    Step n reads the global rows after those of step n - 1. Which source and plan row a global row
+    is depends on (seed, row) and the mixture in force alone, so neither the number of hosts nor a
+    restart nor the batch size changes a token. Within an epoch of a source each row of its plan
+    comes once, across stages too. A source that reaches its cap leaves its share to the rest.
+
+    Two things change a run under way, and both are recorded in `state`: `resume` goes on with
+    another batch size or mixture, `skipped` passes over rows after a rewind. Steps before them
+    stay what they were.
 
     A batch is a dict of [B, T] arrays: `ids` and `targets` int32; `positions` int32, from 0 in
     each piece; `segment_ids` int32, 1, 2, ... by piece and 0 for padding; `weights` float32, 1
     where a target counts.
 
     Args:
-      sources: what to mix; all plans with one sequence length.
-      batch_size: rows of a step, over all hosts.
-      weights: share of rows by source; by default each source's share of all rows.
-      row_offset: global row that step 0 starts at.
-      block: rows in which the mixture is exact, see `mixture_source`.
+      sources: what to mix, by distinct names. Plans of another sequence length are other sources.
+      stages: batch sizes and mixtures; a number is one stage of that batch size.
+      seed: of the order.
+      num_steps: steps the run will ask for; checked against the caps.
+      block: rows in which a mixture is exact.
 
     Raises:
-      ValueError: no sources, plans of unequal sequence length, weights that do not match the
-        sources or round to nothing, a batch size below 1 or a negative offset.
+      ValueError: no sources or two of one name; stages out of order, of unequal sequence lengths
+        or a batch size below 1; a mixture of unknown sources or of weights that round to nothing;
+        caps that end before `num_steps` does.
     """
 
     def __init__(
         self,
         sources: Sequence[PackedSource],
-        batch_size: int,
+        stages: int | Sequence[Stage],
         *,
-        weights: Sequence[float] | None = None,
         seed: int = 0,
-        row_offset: int = 0,
+        num_steps: int | None = None,
         block: int = DEFAULT_BLOCK,
     ):
         if not sources:
             raise ValueError("a batch stream needs at least one source")
-        lengths = {s.name or i: s.plan.seq_len for i, s in enumerate(sources)}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"plans differ in seq_len: {lengths}; pack all with the same one")
-        if weights is None:
-            weights = [s.plan.num_rows for s in sources]
-        if len(weights) != len(sources):
-            raise ValueError(f"{len(weights)} mixture weights for {len(sources)} sources")
-        if batch_size < 1 or row_offset < 0:
+        names = [s.name for s in sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources {names} must have distinct names")
+        self.sources = tuple(sources)
+        # What is known of a source without its data: of those here and those of earlier stages.
+        self._about = {
+            s.name: {"plan": s.plan.hash, "num_rows": s.plan.num_rows, "seq_len": s.plan.seq_len}
+            for s in sources
+        }
+        stages = [Stage(stages)] if isinstance(stages, int) else list(stages)
+        self.timeline = Timeline(names, self._begun(stages), (), seed, block, num_steps)
+        self._check_lengths()
+
+    def _begun(self, stages: Sequence[Stage]) -> list[Begun]:
+        """The stages with their caps in rows."""
+        if not stages:
+            raise ValueError("a batch stream needs at least one stage")
+        first_steps = [stage.first_step for stage in stages]
+        if first_steps[0] != 0 or any(a >= b for a, b in itertools.pairwise(first_steps)):
+            raise ValueError(f"first steps {first_steps} of the stages must be 0 and then grow")
+        for i, stage in enumerate(stages):
+            if stage.batch_size < 1:
+                raise ValueError(f"batch_size={stage.batch_size} of stage {i} must be at least 1")
+        return [Begun(s.first_step, s.batch_size, self._limited(s.mixture)) for s in stages]
+
+    def _limited(self, mixture: Sequence[Share] | None) -> tuple[Limited, ...]:
+        if mixture is None:
+            mixture = [Share(s.name, s.plan.num_rows) for s in self.sources]
+        names = [share.source for share in mixture]
+        unknown = [name for name in names if name not in self._about]
+        if unknown or len(set(names)) < len(names):
             raise ValueError(
-                f"batch_size={batch_size} must be at least 1, row_offset={row_offset} at least 0"
+                f"a mixture of {names} must name each source once, out of {list(self._about)}"
             )
-        block_counts(weights, block)
-        self.sources, self.weights = tuple(sources), tuple(float(w) for w in weights)
-        self.batch_size, self.seq_len = batch_size, sources[0].plan.seq_len
-        self.seed, self.row_offset, self.block = seed, row_offset, block
+        return tuple(
+            Limited(
+                share.source,
+                float(share.weight),
+                share.limit(
+                    self._about[share.source]["num_rows"], self._about[share.source]["seq_len"]
+                ),
+            )
+            for share in mixture
+        )
+
+    def _check_lengths(self) -> None:
+        for stage in self.timeline.stages:
+            lengths = {s.source: self._about[s.source]["seq_len"] for s in stage.shares if s.weight}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(
+                    f"plans differ in seq_len: {lengths}; those of a stage must have the same"
+                )
 
     @property
-    def plan_hash(self) -> str:
-        """Names what global rows mean: the plans, the mixture and the seed."""
-        plans = [s.plan.hash for s in self.sources]
-        key = json.dumps([plans, self.weights, self.seed, self.block])
-        return hashlib.sha256(key.encode()).hexdigest()[:32]
+    def seed(self) -> int:
+        return self.timeline.seed
+
+    @property
+    def skips(self) -> list[tuple[int, int]]:
+        """(step, rows) of the rows passed over."""
+        return list(self.timeline.skips)
+
+    def batch_size(self, step: int) -> int:
+        """Rows of a step, over all hosts."""
+        return self.timeline.stage(step).batch_size
+
+    def seq_len(self, step: int) -> int:
+        """Positions of a row of a step."""
+        shares = self.timeline.stage(step).shares
+        return next(self._about[s.source]["seq_len"] for s in shares if s.weight)
 
     @property
     def num_rows(self) -> int:
@@ -117,79 +174,71 @@ class Batches:
 
     @property
     def pairs_per_row(self) -> float:
-        """Mean number of targets that count in a row, padding left out."""
-        total = sum(self.weights)
-        means = [s.plan.num_pairs / s.plan.num_rows for s in self.sources]
-        return sum(w / total * m for w, m in zip(self.weights, means, strict=True))
+        """Mean number of targets that count in a row of the first mixture, padding left out."""
+        shares = self.timeline.stage(0).shares
+        means = {s.name: s.plan.num_pairs / s.plan.num_rows for s in self.sources}
+        return sum(s.weight * means[s.source] for s in shares) / sum(s.weight for s in shares)
+
+    def num_tokens(self, step: int) -> float:
+        """Targets that count in the batches before `step`, by the mean row of each source."""
+        drawn = self.timeline.drawn(step)
+        pairs = sum(
+            n * s.plan.num_pairs / s.plan.num_rows
+            for n, s in zip(drawn, self.sources, strict=False)
+        )
+        skipped = self.timeline.num_skipped(step)
+        return pairs * (1 - skipped / max(1, sum(drawn)))
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each source has been gone through before `step`, skipped rows included."""
+        drawn = self.timeline.drawn(step)
+        return [n / s.plan.num_rows for n, s in zip(drawn, self.sources, strict=False)]
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, plan row) of each row of a step: int64 arrays [B]."""
-        first = self.row_offset + step * self.batch_size
-        return self.locate(np.arange(first, first + self.batch_size))
+        first = self.timeline.first_row(step)
+        return self.locate(np.arange(first, first + self.batch_size(step)))
 
     def locate(self, global_rows) -> tuple[np.ndarray, np.ndarray]:
-        """(source, plan row) of global rows: int64 arrays of their shape."""
-        source, rank = mixture_source(global_rows, self.weights, self.seed, self.block)
+        """(source, plan row) of global rows: int64 arrays of their shape.
+
+        Raises:
+          ValueError: rows beyond the caps.
+        """
+        source, rank = self.timeline.locate(np.asarray(global_rows, dtype=np.int64))
         row = np.empty_like(rank)
-        for s, packed in enumerate(self.sources):
+        for s in np.unique(source).tolist():
             here = source == s
-            if here.any():
-                row[here] = epoch_row(rank[here], packed.plan.num_rows, self.seed, s)
+            name = self.timeline.names[s]
+            row[here] = epoch_row(
+                rank[here], self._about[name]["num_rows"], self.seed, _number(name)
+            )
         return source, row
 
-    def epochs(self, step: int) -> list[float]:
-        """How often each source has been read before `step`."""
-        done = self.row_offset + step * self.batch_size
-        total = sum(self.weights)
-        return [
-            done * w / total / s.plan.num_rows
-            for w, s in zip(self.weights, self.sources, strict=True)
-        ]
-
     def host_batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
-        """Rows `rows` (all by default) of the batch of a step, as arrays [N, T]."""
+        """Rows `rows` (all by default) of the batch of a step, as arrays [N, T].
+
+        Raises:
+          ValueError: `step` is beyond the caps, or of an earlier stage with a source that this
+            stream lacks.
+        """
         source, row = self.rows(step)
-        wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows)
-        batch = _empty(len(wanted), self.seq_len)
+        wanted = np.arange(len(row)) if rows is None else np.asarray(rows)
+        batch = _empty(len(wanted), self.seq_len(step))
         for i, r in enumerate(wanted):
+            if source[r] >= len(self.sources):
+                name = self.timeline.names[source[r]]
+                raise ValueError(
+                    f"step {step} reads source '{name}' of an earlier stage, which this run no "
+                    "longer has; add it again to read that step"
+                )
             self.sources[source[r]].fill(int(row[r]), batch, i)
         return batch
 
     def device_batch(self, step: int, sharding: "jax.sharding.Sharding") -> "dict[str, jax.Array]":
         """The batch of a step as global arrays [B, T]; reads only rows of this host's devices."""
-        shape = (self.batch_size, self.seq_len)
+        shape = (self.batch_size(step), self.seq_len(step))
         return _place(lambda rows: self.host_batch(step, rows), shape, sharding)
-
-    def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint stores to go on at `step`."""
-        return {
-            "step": step,
-            "row_offset": self.row_offset,
-            "batch_size": self.batch_size,
-            "plan_hash": self.plan_hash,
-        }
-
-    def check(self, state: Mapping[str, Any]) -> int:
-        """The step to go on at, if `state` belongs to this stream.
-
-        Raises:
-          ValueError: the data, mixture, seed, batch size or offset changed.
-        """
-        mine = self.state(state["step"])
-        remedy = {
-            "plan_hash": "the data set, tokenizer, seq_len, mixture or seed changed; restore "
-            "them, or start a new stage",
-            "batch_size": "restore it, or start a new stage with row_offset="
-            f"{state['row_offset'] + state['step'] * state['batch_size']}",
-            "row_offset": "restore it, or start a new stage",
-        }
-        for name, advice in remedy.items():
-            if state[name] != mine[name]:
-                raise ValueError(
-                    f"data order: {name}={mine[name]!r} differs from the checkpoint's "
-                    f"{state[name]!r}; {advice}"
-                )
-        return state["step"]
 
     def prefetch(
         self,
@@ -198,7 +247,7 @@ class Batches:
         *,
         sharding: "jax.sharding.Sharding | None" = None,
         depth: int = 2,
-    ) -> "Prefetcher":
+    ) -> Prefetcher:
         """Batches of steps `step`, `step` + 1, ..., read ahead by a thread.
 
         Host batches, or global arrays if a sharding is given. Use it in a `with` statement.
@@ -208,6 +257,108 @@ class Batches:
             return self.host_batch(s) if sharding is None else self.device_batch(s, sharding)
 
         return Prefetcher(read, step, num_steps, depth)
+
+    @property
+    def plan_hash(self) -> str:
+        """Names the whole stream: plans, mixtures, stages, skips and seed. Equal on all hosts."""
+        stages = [stage.record() for stage in self.timeline.stages]
+        key = json.dumps([self._state(stages, self.skips), self._about], sort_keys=True)
+        return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint stores to go on at `step`, and to read every step before it again."""
+        stages, _ = self.timeline.past(step)
+        return {"step": step} | self._state([stage.record() for stage in stages], self.skips)
+
+    def _state(self, stages: Sequence[Mapping[str, Any]], skips: Sequence[Any]) -> dict[str, Any]:
+        used = dict.fromkeys(n for stage in stages for n, weight, _ in stage["shares"] if weight)
+        return {
+            "version": _STATE_VERSION,
+            "seed": self.seed,
+            "block": self.timeline.block,
+            "sources": {name: self._about[name] for name in used},
+            "stages": list(stages),
+            "skips": [list(skip) for skip in skips],
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> "Batches":
+        """The stream that reads what `state` records before its step, and this one's stages after.
+
+        So a batch size or mixture that differs from the recorded one starts a new stage at the
+        step, on the global row where the last one stopped. Skips are the recorded ones. Sources of
+        earlier stages may be missing; only reading their steps again asks for them.
+
+        Raises:
+          ValueError: another seed or block, or a source whose plan changed.
+        """
+        self._check_kin(state)
+        resumed = copy.copy(self)
+        resumed._about = dict(state["sources"]) | self._about
+        stages = [Begun.of_record(record) for record in state["stages"]]
+        skips = [(at, rows) for at, rows in state["skips"]]
+        resumed.timeline = self.timeline.resume(state["step"], stages, skips)
+        return resumed
+
+    def check(self, state: Mapping[str, Any]) -> int:
+        """The step to go on at, if this stream reads up to it what `state` records.
+
+        Raises:
+          ValueError: as `resume`; or stages or skips before the step differ.
+        """
+        step = state["step"]
+        theirs, mine = self.resume(state).timeline.past(step), self.timeline.past(step)
+        if theirs[0] != mine[0]:
+            one, other = (
+                [stage.record() for stage in past if stage not in against]
+                for past, against in ((mine[0], theirs[0]), (theirs[0], mine[0]))
+            )
+            raise ValueError(
+                f"data order: batch size or mixture before step {step} differs: {one}, in the "
+                f"checkpoint {other}; restore it, or go on with a new stage by resume(state)"
+            )
+        if theirs[1] != mine[1]:
+            raise ValueError(
+                f"data order: skips before step {step} are {mine[1]}, in the checkpoint "
+                f"{theirs[1]}; take them over with resume(state)"
+            )
+        return step
+
+    def _check_kin(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"data order: the checkpoint's version is {state.get('version')}, and this code "
+                f"reads version {_STATE_VERSION}; go on with the code that wrote it"
+            )
+        for name, mine in (("seed", self.seed), ("block", self.timeline.block)):
+            if state[name] != mine:
+                raise ValueError(
+                    f"data order: {name}={mine} differs from the checkpoint's {state[name]}; "
+                    "restore it"
+                )
+        for name, about in state["sources"].items():
+            mine = self._about.get(name, about)
+            if mine != about:
+                raise ValueError(
+                    f"data order: plan of source '{name}' is {mine}, in the checkpoint {about}; "
+                    "the data set, tokenizer or sequence length changed; restore it, or give the "
+                    "changed source another name"
+                )
+
+    def skipped(self, at_step: int, rows: int) -> "Batches":
+        """The stream whose steps from `at_step` on begin `rows` rows further on.
+
+        The rows passed over count towards epochs and caps. Skips add up.
+
+        Raises:
+          ValueError: `rows` below 1, `at_step` below 0, or caps that end too early now.
+        """
+        if rows < 1 or at_step < 0:
+            raise ValueError(
+                f"rows={rows} to skip must be at least 1, at_step={at_step} at least 0"
+            )
+        stream = copy.copy(self)
+        stream.timeline = self.timeline.skipped(at_step, rows)
+        return stream
 
 
 class HeldOut:
@@ -247,68 +398,6 @@ class HeldOut:
         return (self.host_batch(step) for step in range(len(self)))
 
 
-class Prefetcher:
-    """Runs `read(step)`, `read(step + 1)`, ... on a thread, at most `depth` ahead.
-
-    An error in `read` is raised by the `next` that would have returned its batch. Leaving the
-    `with` block, or `close`, stops the thread.
-    """
-
-    def __init__(self, read, step: int = 0, num_steps: int | None = None, depth: int = 2):
-        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(max(1, depth))
-        self._stop = threading.Event()
-        self._finished = False
-        self._thread = threading.Thread(
-            target=self._run, args=(read, step, num_steps), name="prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def __iter__(self) -> "Prefetcher":
-        return self
-
-    def __next__(self):
-        if self._finished or self._stop.is_set():
-            raise StopIteration
-        batch, error = self._queue.get()
-        if error is not None:
-            self._finished = True
-            raise error
-        return batch
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops the thread and drops what it read ahead."""
-        self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
-
-    def _run(self, read, step: int, num_steps: int | None) -> None:
-        end = None if num_steps is None else step + num_steps
-        while not self._stop.is_set():
-            if end is not None and step >= end:
-                self._put(None, StopIteration())
-                return
-            try:
-                batch = read(step)
-            except Exception as error:
-                self._put(None, error)
-                return
-            self._put(batch, None)
-            step += 1
-
-    def _put(self, batch, error: BaseException | None) -> None:
-        if not self._stop.is_set():
-            self._queue.put((batch, error))
-
-
 def _empty(num_rows: int, seq_len: int) -> Batch:
     return {name: np.zeros((num_rows, seq_len), dtype) for name, dtype in _DTYPES.items()}
 
@@ -329,3 +418,8 @@ def _place(read, shape: tuple[int, int], sharding) -> "dict[str, jax.Array]":
         return callback
 
     return {n: jax.make_array_from_callback(shape, sharding, shard(n)) for n in batch}
+
+
+def _number(name: str) -> int:
+    """An integer that tells a source from others wherever it stands."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

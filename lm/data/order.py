@@ -1,11 +1,9 @@
-"""Data order as arithmetic: keyed permutations and exact mixtures, pure functions of (seed, row).
-
-Legend: R rows of a call.
-"""
+"""Data order as arithmetic: keyed permutations and exact shares, pure functions of (seed, row)."""
 
 import functools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -58,68 +56,60 @@ def permute(index, size: int, key: int) -> np.ndarray:
     return value.astype(np.int64).reshape(index.shape)
 
 
-def block_counts(weights: Sequence[float], block: int = DEFAULT_BLOCK) -> np.ndarray:
+def block_counts(weights: Sequence[float], block: int = DEFAULT_BLOCK) -> tuple[int, ...]:
     """Rows each source has in a block: largest-remainder rounding of block * weight / sum.
+
+    Weights are taken for the decimal numbers they print as, and the rest is exact.
 
     Raises:
       ValueError: no weights, a negative or non-finite one, all zero, or a positive one that
         rounds to no row of a block.
     """
-    w = np.asarray(weights, dtype=np.float64)
-    if w.ndim != 1 or not w.size:
+    values = [float(w) for w in weights]
+    if not values:
         raise ValueError(f"mixture weights {weights!r} must be a non-empty list of numbers")
-    if not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
-        raise ValueError(
-            f"mixture weights {list(weights)} must be finite, not negative and not all zero"
-        )
-    quotas = block * w / w.sum()
-    counts = np.floor(quotas).astype(np.int64)
-    # Ties go to the earlier source; rounding the remainders makes equal weights tie exactly.
-    by_remainder = np.argsort(-np.round(quotas - counts, 9), kind="stable")
-    counts[by_remainder[: block - int(counts.sum())]] += 1
-    for i in np.flatnonzero((w > 0) & (counts == 0)).tolist():
-        raise ValueError(
-            f"mixture weight {weights[i]} of source {i} gives no row in a block of {block}; "
-            f"raise the weight or use a block of at least {math.ceil(w.sum() / w[i])}"
-        )
-    return counts
+    if not all(math.isfinite(w) and w >= 0 for w in values) or not any(values):
+        raise ValueError(f"mixture weights {values} must be finite, not negative and not all zero")
+    exact = [Fraction(str(w)) for w in values]
+    total = sum(exact)
+    quotas = [block * w / total for w in exact]
+    counts = [math.floor(q) for q in quotas]
+    # Ties go to the earlier source.
+    by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - quotas[i])
+    for i in by_remainder[: block - sum(counts)]:
+        counts[i] += 1
+    for i, (w, count) in enumerate(zip(exact, counts, strict=True)):
+        if w and not count:
+            raise ValueError(
+                f"mixture weight {values[i]} of source {i} gives no row in a block of {block}; "
+                f"raise the weight or use a block of at least {math.ceil(total / w)}"
+            )
+    return tuple(counts)
 
 
-def mixture_source(
-    global_row, weights: Sequence[float], seed: int, block: int = DEFAULT_BLOCK
-) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each global row and how many earlier rows came from that source.
+@functools.lru_cache(maxsize=64)
+def block_pattern(counts: tuple[int, ...], key: int) -> tuple[np.ndarray, np.ndarray]:
+    """(source, rank) of each row of a block that holds `counts` rows of the sources.
 
-    Every aligned block of `block` rows holds exactly `block_counts(weights, block)` rows of the
-    sources, in an order keyed by (seed, block number).
-
-    Args:
-      global_row: int array [R], values >= 0.
-
-    Returns:
-      (source, rank): int64 arrays [R]; over all global rows the ranks of one source are
-      0, 1, 2, ... in order.
+    Both int64 [sum(counts)], read-only; the order is keyed, and the ranks of a source are 0, 1, ...
+    in the order of its rows.
     """
-    rows = np.asarray(global_row, dtype=np.int64)
-    counts = block_counts(weights, block)
-    if len(counts) == 1:
-        return np.zeros_like(rows), rows.copy()
-    source, rank = np.empty_like(rows), np.empty_like(rows)
-    blocks = rows // block
-    for number in np.unique(blocks):
-        here = blocks == number
-        sources_B, ranks_B = _block_pattern(tuple(counts.tolist()), seed, int(number))
-        within = rows[here] - number * block
-        source[here] = sources_B[within]
-        rank[here] = number * counts[sources_B[within]] + ranks_B[within]
-    return source, rank
+    block = sum(counts)
+    ordered = np.repeat(np.arange(len(counts)), counts)
+    sources = ordered[permute(np.arange(block), block, key)]
+    by_source = np.argsort(sources, kind="stable")
+    starts = np.cumsum(counts) - counts
+    ranks = np.empty(block, np.int64)
+    ranks[by_source] = np.arange(block) - starts[ordered]
+    sources.flags.writeable = ranks.flags.writeable = False
+    return sources, ranks
 
 
 def epoch_row(rank, num_rows: int, seed: int, source: int = 0) -> np.ndarray:
     """Plan row behind the rank-th row drawn from a source of `num_rows` rows.
 
     Ranks [e * num_rows, (e + 1) * num_rows) are epoch e: each row once, in an order keyed by
-    (seed, source, e).
+    (seed, source, e). `source` is any integer that tells sources apart.
     """
     rank = np.asarray(rank, dtype=np.int64)
     epoch, within = np.divmod(rank, num_rows)
@@ -128,21 +118,6 @@ def epoch_row(rank, num_rows: int, seed: int, source: int = 0) -> np.ndarray:
         here = epoch == e
         rows[here] = permute(within[here], num_rows, derive_key(seed, 1, source, int(e)))
     return rows
-
-
-@functools.lru_cache(maxsize=64)
-def _block_pattern(
-    counts: tuple[int, ...], seed: int, number: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(source, rank within the block) of each of a block's rows."""
-    block = sum(counts)
-    ordered = np.repeat(np.arange(len(counts)), counts)
-    sources = ordered[permute(np.arange(block), block, derive_key(seed, 0, number))]
-    by_source = np.argsort(sources, kind="stable")
-    starts = np.cumsum(counts) - counts
-    ranks = np.empty(block, np.int64)
-    ranks[by_source] = np.arange(block) - starts[ordered]
-    return sources, ranks
 
 
 def _feistel(value: np.ndarray, a: int, b: int, keys: list[np.uint64]) -> np.ndarray:

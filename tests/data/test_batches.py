@@ -1,6 +1,4 @@
 import itertools
-import threading
-import time
 
 import jax
 import numpy as np
@@ -9,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.data.batches import Batches, HeldOut, PackedSource, Prefetcher
+from lm.data.batches import Batches, HeldOut, PackedSource
 from lm.data.packing import make_plan
 from lm.data.sources import ArraySource, Document
 
@@ -79,43 +77,6 @@ def test_an_epoch_is_every_pair_once(num_documents, batch_size, seed):
     assert sorted(pairs_of(one)) == all_pairs(data.source)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.permutations(range(8)), st.integers(0, 40), st.integers(0, 3))
-def test_the_stream_does_not_depend_on_hosts_batch_size_or_start(order, step, seed):
-    sources = [packed(30), packed(20, seed=1)]
-    weights = [0.7, 0.3]
-    whole = Batches(sources, 8, weights=weights, seed=seed).host_batch(step)
-    # Two hosts, any division of the rows.
-    for rows in (order[:3], order[3:]):
-        part = Batches(sources, 8, weights=weights, seed=seed).host_batch(step, rows)
-        for name, array in part.items():
-            np.testing.assert_array_equal(array, whole[name][rows])
-    # Half the batch size, and the same rows skipped by an offset.
-    halves = [
-        Batches(sources, 4, weights=weights, seed=seed).host_batch(2 * step),
-        Batches(sources, 4, weights=weights, seed=seed, row_offset=8 * step + 4).host_batch(0),
-    ]
-    for name, array in whole.items():
-        np.testing.assert_array_equal(np.concatenate([h[name] for h in halves]), array)
-
-
-def test_mixture_shares_and_epochs():
-    sources = [packed(30), packed(50, seed=1)]
-    batches = Batches(sources, 10, weights=[3, 1], block=20)
-    located = [batches.rows(step) for step in range(20)]
-    source = np.concatenate([s for s, _ in located])
-    row = np.concatenate([r for _, r in located])
-    assert np.bincount(source).tolist() == [150, 50]
-    for s, data in enumerate(sources):
-        n = data.plan.num_rows
-        read = row[source == s]
-        for epoch in range(len(read) // n):
-            assert sorted(read[epoch * n :][:n].tolist()) == list(range(n))
-    assert batches.epochs(20) == [150 / sources[0].plan.num_rows, 50 / sources[1].plan.num_rows]
-    total = sum(batches.host_batch(step)["weights"].sum() for step in range(20))
-    assert batches.pairs_per_row == pytest.approx(total / 200, rel=0.05)
-
-
 @pytest.mark.parametrize("spec", [("data", None), (None, "data"), (("data", "seq"), None), ()])
 def test_device_batch_is_the_host_batch(spec):
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "seq"))
@@ -183,64 +144,17 @@ def test_prefetch_goes_on_from_any_step():
         np.testing.assert_array_equal(batch["ids"], batches.host_batch(step)["ids"])
 
 
-def test_prefetch_passes_errors_on_after_the_good_batches():
-    def read(step):
-        if step == 2:
-            raise OSError("disk gone")
-        return step
-
-    with Prefetcher(read) as stream:
-        assert [next(stream), next(stream)] == [0, 1]
-        with pytest.raises(OSError, match="disk gone"):
-            next(stream)
-        with pytest.raises(StopIteration):
-            next(stream)
-
-
-def test_closing_stops_the_thread_and_depth_bounds_it():
-    read = []
-    before = threading.active_count()
-    with Prefetcher(lambda step: read.append(step) or step, depth=2) as stream:
-        assert next(stream) == 0
-        deadline = time.monotonic() + 10
-        while len(read) < 4 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(0.05)
-        assert len(read) == 4  # one taken, two waiting, one in hand
-    assert threading.active_count() == before
-    with pytest.raises(StopIteration):
-        next(stream)
-
-
-def test_state_is_checked():
-    data = packed(30)
-    batches = Batches([data], 4, seed=1, row_offset=6)
-    state = batches.state(9)
-    assert Batches([data], 4, seed=1, row_offset=6).check(state) == 9
-    with pytest.raises(ValueError, match=r"plan_hash=.* seed changed"):
-        Batches([data], 4, seed=2, row_offset=6).check(state)
-    with pytest.raises(ValueError, match="plan_hash"):
-        Batches([packed(31)], 4, seed=1, row_offset=6).check(state)
-    with pytest.raises(ValueError, match=r"row_offset=0 differs from the checkpoint's 6"):
-        Batches([data], 4, seed=1).check(state)
-    with pytest.raises(ValueError, match=r"batch_size=8 .* new stage with row_offset=42"):
-        Batches([data], 8, seed=1, row_offset=6).check(state)
-    # The remedy goes on where the old stage stopped.
-    stage = Batches([data], 8, seed=1, row_offset=42)
-    np.testing.assert_array_equal(stage.host_batch(0)["ids"][:4], batches.host_batch(9)["ids"])
-
-
 def test_bad_input():
     data = packed(5)
     with pytest.raises(ValueError, match="at least one source"):
         Batches([], 4)
+    with pytest.raises(ValueError, match="at least one stage"):
+        Batches([data], [])
+    with pytest.raises(ValueError, match="distinct names"):
+        Batches([data, data], 4)
     with pytest.raises(ValueError, match=r"differ in seq_len: \{'source0': 16, 'source1': 8\}"):
         Batches([data, packed(5, seed=1, seq_len=8)], 4)
-    with pytest.raises(ValueError, match="2 mixture weights for 1 sources"):
-        Batches([data], 4, weights=[1, 2])
     with pytest.raises(ValueError, match="batch_size=0"):
         Batches([data], 0)
-    with pytest.raises(ValueError, match="row_offset=-1"):
-        Batches([data], 4, row_offset=-1)
     with pytest.raises(ValueError, match="batch_size=0"):
         HeldOut(data, 0)

@@ -1,9 +1,11 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data.order import block_counts, derive_key, epoch_row, mixture_source, permute
+from lm.data.order import block_counts, block_pattern, derive_key, epoch_row, permute
 
 WEIGHTS = st.lists(st.floats(0.05, 1.0), min_size=1, max_size=5)
 
@@ -42,31 +44,38 @@ def test_small_permutations_all_occur(size):
 
 
 @settings(deadline=None)
-@given(WEIGHTS, st.integers(0, 50), st.integers(0, 9))
-def test_mixture_counts_are_exact_in_every_block(weights, seed, number):
-    counts = block_counts(weights, 100)
-    quotas = 100 * np.asarray(weights) / sum(weights)
-    assert counts.sum() == 100
-    assert (np.abs(counts - quotas) < 1).all()
-    source, _ = mixture_source(np.arange(number * 100, (number + 1) * 100), weights, seed, 100)
-    np.testing.assert_array_equal(np.bincount(source, minlength=len(weights)), counts)
+@given(WEIGHTS, st.integers(50, 2000))
+def test_block_counts_are_within_a_row_of_the_quota(weights, block):
+    counts = block_counts(weights, block)
+    exact = [Fraction(str(w)) for w in weights]
+    quotas = [block * w / sum(exact) for w in exact]
+    assert sum(counts) == block
+    assert all(abs(c - q) < 1 for c, q in zip(counts, quotas, strict=True))
+    # Largest remainders: who was rounded up lost more by rounding down than who was not.
+    up = [q - int(q) for c, q in zip(counts, quotas, strict=True) if c > q]
+    down = [q - int(q) for c, q in zip(counts, quotas, strict=True) if c < q]
+    assert not (up and down) or min(up) >= max(down)
 
 
-@settings(deadline=None)
-@given(WEIGHTS, st.integers(0, 50), st.lists(st.integers(0, 999), min_size=1))
-def test_ranks_count_the_rows_of_a_source(weights, seed, some):
-    source, rank = mixture_source(np.arange(1000), weights, seed, 100)
-    for s in range(len(weights)):
-        np.testing.assert_array_equal(rank[source == s], np.arange(np.sum(source == s)))
-    # Any rows, in any order and number, have the source and rank they have in the whole stream.
-    some_source, some_rank = mixture_source(some, weights, seed, 100)
-    np.testing.assert_array_equal(some_source, source[some])
-    np.testing.assert_array_equal(some_rank, rank[some])
+def test_block_counts_of_known_shares():
+    assert block_counts([0.7, 0.3], 1000) == (700, 300)
+    assert block_counts([1 / 3, 1 / 3, 1 / 3], 1000) == (334, 333, 333)
+    assert block_counts([5, 0, 3], 16) == (10, 0, 6)
+    assert block_counts([0.1, 0.2, 0.3], 6) == (1, 2, 3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any), st.integers())
+def test_a_block_pattern_holds_its_counts_and_ranks_in_order(counts, key):
+    sources, ranks = block_pattern(tuple(counts), key)
+    np.testing.assert_array_equal(np.bincount(sources, minlength=len(counts)), counts)
+    for s in range(len(counts)):
+        np.testing.assert_array_equal(ranks[sources == s], np.arange(counts[s]))
 
 
 def test_blocks_differ_in_order():
-    source, _ = mixture_source(np.arange(2000), [0.5, 0.5], 0, 1000)
-    assert 400 < np.sum(source[:1000] == source[1000:]) < 600
+    (one, _), (other, _) = (block_pattern((500, 500), key) for key in (1, 2))
+    assert 400 < np.sum(one == other) < 600
 
 
 @settings(deadline=None)

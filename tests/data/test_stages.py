@@ -1,0 +1,413 @@
+"""The order of the data over drawn mixtures, caps, stages, skips and hosts."""
+
+import dataclasses
+import functools
+import json
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm.data import ArraySource, Batches, Document, PackedSource, Share, Stage
+from lm.data.packing import make_plan
+
+SEQ_LEN = 8
+NAMES = ("web", "books", "code")
+
+
+@functools.cache
+def source(name, num_rows, seq_len=SEQ_LEN):
+    """One document a row, of tokens that tell source, row and place."""
+    base = 1_000_000 * (NAMES.index(name) + 1)
+    documents = (
+        Document(base + 100 * row + np.arange(seq_len + 1, dtype=np.int32), seq_len)
+        for row in range(num_rows)
+    )
+    tokens = ArraySource.from_documents(documents)
+    plan = make_plan(tokens, seq_len)
+    assert plan.num_rows == num_rows
+    return PackedSource(tokens, plan, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A drawn run: `read(batches)` is what its first `num_steps` steps read."""
+
+    sources: tuple
+    stages: tuple
+    skips: tuple
+    seed: int
+    block: int
+    num_steps: int
+
+    def batches(self, skips=None):
+        stream = Batches(self.sources, self.stages, seed=self.seed, block=self.block)
+        for at, rows in self.skips if skips is None else skips:
+            stream = stream.skipped(at, rows)
+        return stream
+
+
+@st.composite
+def mixtures(draw, names):
+    """Shares of which at least one has no cap."""
+    free = draw(st.sampled_from(names))
+    shares = []
+    for name in draw(st.permutations(names)):
+        weight = draw(st.sampled_from([1, 2, 0.5, 0.3, 1 / 3]))
+        cap = {}
+        if name != free:
+            weight = draw(st.sampled_from([weight, 0]))
+            kind = draw(st.sampled_from(["max_epochs", "max_rows", "max_tokens", None]))
+            if kind == "max_epochs":
+                cap = {kind: draw(st.sampled_from([1, 1.5, 2]))}
+            elif kind:
+                cap = {kind: draw(st.integers(1, 30)) * (SEQ_LEN if kind == "max_tokens" else 1)}
+        shares.append(Share(name, weight, **cap))
+    return tuple(shares)
+
+
+@st.composite
+def cases(draw):
+    names = NAMES[: draw(st.integers(1, 3))]
+    sources = tuple(source(name, draw(st.sampled_from([1, 3, 7, 20]))) for name in names)
+    ends = sorted(draw(st.sets(st.integers(1, 15), max_size=3)))
+    mixture = draw(mixtures(names))
+    stages = []
+    for first in [0, *ends]:
+        if draw(st.booleans()):
+            mixture = draw(mixtures(names))
+        stages.append(Stage(draw(st.integers(1, 6)), mixture, first))
+    skips = draw(st.lists(st.tuples(st.integers(0, 18), st.integers(1, 25)), max_size=3))
+    return Case(
+        sources, tuple(stages), tuple(skips), draw(st.integers(0, 5)),
+        draw(st.sampled_from([12, 30])), 20,
+    )  # fmt: skip
+
+
+def read(batches, num_steps):
+    """(source name, plan row) of each row of each step."""
+    names = batches.timeline.names
+    return [
+        [(names[s], r) for s, r in zip(*map(np.ndarray.tolist, batches.rows(n)), strict=True)]
+        for n in range(num_steps)
+    ]
+
+
+def all_rows(batches, num_steps):
+    """(source name, plan row) of each global row up to the end of the last step."""
+    end = batches.timeline.first_row(num_steps - 1) + batches.batch_size(num_steps - 1)
+    which, rows = batches.locate(np.arange(end))
+    return [(batches.timeline.names[s], r) for s, r in zip(which, rows.tolist(), strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_steps_read_every_global_row_once_but_those_skipped(case):
+    batches = case.batches()
+    steps, rows = read(batches, case.num_steps), all_rows(batches, case.num_steps)
+    at = 0
+    for n, step in enumerate(steps):
+        at += sum(skip for s, skip in case.skips if s == n)
+        assert batches.timeline.first_row(n) == at
+        expected = [s for s in case.stages if s.first_step <= n][-1]
+        assert len(step) == batches.batch_size(n) == expected.batch_size
+        assert step == rows[at : at + len(step)]
+        at += len(step)
+    assert at == len(rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_an_epoch_of_a_source_is_each_of_its_rows_once(case):
+    """Across phases, stages and skips."""
+    batches = case.batches()
+    rows = all_rows(batches, case.num_steps)
+    for data in case.sources:
+        drawn = [row for name, row in rows if name == data.name]
+        size = data.plan.num_rows
+        for start in range(0, len(drawn), size):
+            epoch = drawn[start : start + size]
+            assert len(set(epoch)) == len(epoch)
+    # Before any step, by counting.
+    for n in range(case.num_steps):
+        before = [name for name, _ in rows[: batches.timeline.first_row(n)]]
+        assert batches.epochs(n) == [before.count(d.name) / d.plan.num_rows for d in case.sources]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_shares_are_exact_in_blocks_and_caps_hold(case):
+    """One stage: follows the rows block by block, with the shares that the caps leave."""
+    stage = dataclasses.replace(case.stages[-1], batch_size=7, first_step=0)
+    case = dataclasses.replace(case, stages=(stage,), skips=())
+    rows = [name for name, _ in all_rows(case.batches(), 60)]
+    sizes = {d.name: d.plan.num_rows for d in case.sources}
+    caps = {}
+    for share in stage.mixture:
+        some = [
+            share.max_epochs and math.floor(share.max_epochs * sizes[share.source]),
+            share.max_rows,
+            share.max_tokens and share.max_tokens // SEQ_LEN,
+        ]
+        caps[share.source] = min((c for c in some if c is not None), default=math.inf)
+    weights = {s.source: Fraction(str(float(s.weight))) for s in stage.mixture if s.weight}
+    given = dict.fromkeys(caps, 0)
+    start = 0
+    while start < len(rows):
+        live = {name: w for name, w in weights.items() if given[name] < caps[name]}
+        quotas = {name: case.block * w / sum(live.values()) for name, w in live.items()}
+        block = []
+        for name in rows[start : start + case.block]:
+            given[name] += 1
+            block.append(name)
+            if given[name] == caps[name]:
+                break  # the next block starts here, without this source
+        start += len(block)
+        for name in set(rows):
+            assert block.count(name) < quotas.get(name, 0) + 1
+            if len(block) == case.block:
+                assert abs(block.count(name) - quotas.get(name, 0)) < 1
+    assert all(given[name] <= cap for name, cap in caps.items())
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.integers(0, 19), st.randoms(use_true_random=False))
+def test_hosts_read_the_parts_of_one_batch(case, step, random):
+    batches = case.batches()
+    whole = batches.host_batch(step)
+    rows = list(range(batches.batch_size(step)))
+    random.shuffle(rows)
+    cut = random.randrange(len(rows) + 1)
+    for part in (rows[:cut], rows[cut:]):
+        for name, array in case.batches().host_batch(step, part).items():
+            np.testing.assert_array_equal(array, whole[name][part])
+    # The tokens are those of the rows that the order names.
+    for i, (name, row) in enumerate(read(batches, step + 1)[step]):
+        first = 1_000_000 * (NAMES.index(name) + 1)
+        [document] = {(t - first) // 100 for t in whole["ids"][i].tolist()}
+        data = next(d for d in case.sources if d.name == name)
+        assert document == data.plan.row(row)[0, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(0, 20))
+def test_a_restart_at_any_step_goes_straight_on(case, stop):
+    batches = case.batches()
+    straight = read(batches, case.num_steps)
+    state = json.loads(json.dumps(batches.state(stop)))
+    resumed = case.batches(skips=()).resume(state)
+    assert read(resumed, case.num_steps) == straight
+    assert resumed.plan_hash == batches.plan_hash
+    assert resumed.check(state) == stop
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.data())
+def test_a_changed_configuration_starts_a_recorded_stage(case, data):
+    """Restarts with other batch sizes and mixtures: the past stays, and no row is lost between."""
+    stream, expected, stops = case.batches(), [], [0]
+    for stop in sorted(data.draw(st.sets(st.integers(1, 19), min_size=1, max_size=3))):
+        expected += read(stream, stop)[stops[-1] :]
+        state = json.loads(json.dumps(stream.state(stop)))
+        mixture = data.draw(mixtures([s.name for s in case.sources]))
+        stages = data.draw(
+            st.sampled_from([[Stage(3, mixture)], [Stage(2, mixture), Stage(5, mixture, stop + 1)]])
+        )
+        new = Batches(case.sources, stages, seed=case.seed, block=case.block)
+        stream = new.resume(state)
+        assert stream.batch_size(stop) == new.batch_size(stop)
+        stops.append(stop)
+    assert read(stream, stops[-1]) == expected
+    assert read(stream.resume(stream.state(20)), 20) == read(stream, 20)
+    rows = all_rows(stream, 20)
+    for source_ in case.sources:
+        drawn = [row for name, row in rows if name == source_.name]
+        size = source_.plan.num_rows
+        assert all(
+            len(set(drawn[i : i + size])) == len(drawn[i : i + size])
+            for i in range(0, len(drawn), size)
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(0, 19), st.integers(1, 30))
+def test_a_skip_moves_what_follows_and_nothing_before(case, at, num_rows):
+    before = case.batches()
+    after = before.skipped(at, num_rows)
+    assert read(after, at) == read(before, at)
+    assert after.timeline.first_row(at) == before.timeline.first_row(at) + num_rows
+    if at >= case.stages[-1].first_step:
+        # In the last stage, what follows are the rows that would have been read later.
+        first = before.timeline.first_row(at) + num_rows
+        whole = np.concatenate(before.locate(np.arange(first, first + after.batch_size(at))))
+        np.testing.assert_array_equal(np.concatenate(after.rows(at)), whole)
+    assert before.skips == sorted(case.skips)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.integers(1, 6))
+def test_a_batch_size_ramp_moves_no_row(case, batch_size):
+    mixture = case.stages[0].mixture
+    stages = [Stage(1, mixture), Stage(4, mixture, 3), Stage(batch_size, mixture, 7)]
+    ramped = Batches(case.sources, stages, seed=case.seed, block=case.block)
+    plain = Batches(case.sources, [Stage(5, mixture)], seed=case.seed, block=case.block)
+    assert [ramped.batch_size(n) for n in (0, 2, 3, 6, 7, 99)] == [1, 1, 4, 4, *[batch_size] * 2]
+    rows = all_rows(ramped, 20)
+    assert all_rows(plain, 30)[: len(rows)] == rows[:150]
+
+
+def test_a_capped_source_hands_its_share_on():
+    """web has 0.5 of the rows until its 20 are gone; then books and code share 3 to 1."""
+    sources = [source("web", 20), source("books", 7), source("code", 7)]
+    mixture = (Share("web", 0.5, max_epochs=1), Share("books", 0.375), Share("code", 0.125))
+    batches = Batches(sources, [Stage(8, mixture)], block=8)
+    names = [name for name, _ in all_rows(batches, 20)]
+    last = max(i for i, name in enumerate(names) if name == "web")
+    assert names.count("web") == 20
+    assert 32 <= last < 40
+    for start in range(last + 1, 152, 8):
+        block = names[start : start + 8]
+        assert (block.count("books"), block.count("code")) == (6, 2)
+
+
+def test_long_runs_take_no_longer():
+    """A row far out is found without passing over those before it."""
+    sources = [source("web", 20), source("books", 7)]
+    mixture = (Share("web", 1), Share("books", 1, max_rows=10**12))
+    batches = Batches(sources, [Stage(8, mixture)], num_steps=10**12)
+    late = 10**12 // 4
+    assert {batches.timeline.names[s] for s in batches.rows(late - 200)[0]} == {"web", "books"}
+    assert {batches.timeline.names[s] for s in batches.rows(late + 200)[0]} == {"web"}
+    assert batches.epochs(10**12)[1] == 10**12 / 7
+
+
+def test_too_many_steps_for_the_caps():
+    sources = [source("web", 20), source("books", 7)]
+    mixture = (Share("web", max_epochs=2), Share("books", max_rows=5))
+    Batches(sources, [Stage(4, mixture)], num_steps=11)
+    with pytest.raises(
+        ValueError,
+        match=r"12 steps need 48 rows, beyond what the caps .* allow: 45 rows, enough for 11 steps "
+        r"\(rows at most, by source: web 40, books 5\); raise max_epochs.*steps to 11",
+    ):
+        Batches(sources, [Stage(4, mixture)], num_steps=12)
+    endless = Batches(sources, [Stage(4, mixture)])
+    assert len(endless.rows(10)[0]) == 4
+    with pytest.raises(ValueError, match=r"global row 47 is beyond .* 45 rows, enough for 11"):
+        endless.host_batch(11)
+    planned = Batches(sources, [Stage(4, mixture)], num_steps=11)
+    planned.skipped(3, 1)
+    with pytest.raises(ValueError, match=r"45 rows, 2 of them skipped, enough for 10 steps"):
+        planned.skipped(3, 2)
+    # An earlier stage runs out although a later one would not.
+    stages = [Stage(4, mixture), Stage(4, (Share("web"),), 12)]
+    with pytest.raises(ValueError, match=r"12 steps need 48 rows"):
+        Batches(sources, stages)
+    # A source that is spent before its stage begins.
+    stages = [Stage(4, mixture), Stage(4, (Share("books", max_rows=5),), 5)]
+    with pytest.raises(ValueError, match=r"6 steps need 24 rows.*enough for 5 steps"):
+        Batches(sources, stages)
+
+
+def test_a_longer_sequence_is_another_source():
+    short, long = source("web", 20), source("books", 7, seq_len=32)
+    stages = [Stage(4, (Share("web"),)), Stage(2, (Share("books"),), 3)]
+    batches = Batches([short, long], stages)
+    assert [batches.host_batch(n)["ids"].shape for n in (2, 3)] == [(4, SEQ_LEN), (2, 32)]
+    assert [batches.seq_len(n) for n in (2, 3)] == [SEQ_LEN, 32]
+
+
+def test_rows_skipped_at_the_first_step_of_a_stage_are_its_own():
+    sources = [source("web", 20), source("books", 7)]
+    stages = [Stage(4, (Share("web"),)), Stage(2, (Share("books"),), 3)]
+    batches = Batches(sources, stages).skipped(3, 5)
+    assert batches.epochs(3) == [12 / 20, 5 / 7]
+
+
+def test_tokens_are_counted_without_skipped_rows():
+    batches = Batches([source("web", 20)], [Stage(2), Stage(4, None, 3)])
+    assert batches.num_tokens(5) == pytest.approx((3 * 2 + 2 * 4) * SEQ_LEN)
+    assert batches.skipped(1, 9).num_tokens(5) == pytest.approx((3 * 2 + 2 * 4) * SEQ_LEN)
+
+
+def test_order_depends_on_names_not_places():
+    web, books = source("web", 20), source("books", 7)
+    mixture = (Share("web"), Share("books"))
+    one = Batches([web, books], [Stage(4, mixture)])
+    other = Batches([books, web], [Stage(4, mixture)])
+    assert read(one, 10) == read(other, 10)
+
+
+def test_a_source_may_join_and_leave():
+    web, books = source("web", 20), source("books", 7)
+    first = Batches([web], 4)
+    second = Batches([web, books], 4).resume(first.state(3))
+    assert read(second, 3) == read(first, 3)
+    assert {name for name, _ in read(second, 9)[5]} <= {"web", "books"}
+    third = Batches([books], 4).resume(second.state(9))
+    assert third.rows(9)[0].tolist() == [0] * 4
+    assert third.resume(third.state(12)).plan_hash == third.plan_hash
+    assert read(third, 9) == read(second, 9)
+    with pytest.raises(ValueError, match=r"step 1 reads source 'web' .* no longer has"):
+        third.host_batch(1)
+
+
+def test_check_tells_what_differs():
+    web, books = source("web", 20), source("books", 7)
+    batches = Batches([web], 4, seed=1)
+    state = batches.state(9)
+    assert Batches([web], 4, seed=1, num_steps=99).check(state) == 9
+    assert Batches([web], [Stage(4), Stage(8, None, 9)], seed=1).check(state) == 9
+    with pytest.raises(ValueError, match=r"batch size or mixture before step 9 differs: .*8.*4"):
+        Batches([web], 8, seed=1).check(state)
+    with pytest.raises(ValueError, match="mixture before step 9 differs"):
+        Batches([web, books], 4, seed=1).check(state)
+    with pytest.raises(ValueError, match="seed=2 differs from the checkpoint's 1"):
+        Batches([web], 4, seed=2).resume(state)
+    with pytest.raises(ValueError, match="block=10 differs from the checkpoint's 1000"):
+        Batches([web], 4, seed=1, block=10).resume(state)
+    with pytest.raises(ValueError, match=r"plan of source 'web' is .* another name"):
+        Batches([source("web", 7)], 4, seed=1).resume(state)
+    skipped = batches.skipped(9, 5).state(9)
+    with pytest.raises(ValueError, match=r"skips before step 9 are \[\].*\[\(9, 5\)\].*resume"):
+        batches.check(skipped)
+    with pytest.raises(ValueError, match=r"version is None.*the code that wrote it"):
+        batches.resume({"step": 9, "row_offset": 0, "batch_size": 4, "plan_hash": "abc"})
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([Stage(4, None, 3)], r"first steps \[3\] of the stages must be 0 and then grow"),
+        ([Stage(4), Stage(4)], r"first steps \[0, 0\]"),
+        ([Stage(4), Stage(4, None, 5), Stage(4, None, 3)], r"first steps \[0, 5, 3\]"),
+        ([Stage(4), Stage(0, None, 3)], r"batch_size=0 of stage 1"),
+        ([Stage(4, (Share("wbe"),))], r"mixture of \['wbe'\] .* out of \['web', 'books'\]"),
+        ([Stage(4, (Share("web"), Share("web")))], "name each source once"),
+        ([Stage(4, (Share("web", 0),))], "not all zero"),
+        ([Stage(4, (Share("web"), Share("books", -1)))], "not negative"),
+        ([Stage(4, (Share("web"), Share("books", 1e-4)))], "gives no row in a block of 1000"),
+        ([Stage(4, (Share("web", max_epochs=0),))], r"max_epochs=0 of source 'web' must be above"),
+        ([Stage(4, (Share("web", max_epochs=0.01),))], "allows not one of its 20 rows of 8"),
+        ([Stage(4, (Share("web", max_tokens=7),))], "max_tokens=7 of source 'web' allows not one"),
+    ],
+)
+def test_bad_stages(stages, message):
+    with pytest.raises(ValueError, match=message):
+        Batches([source("web", 20), source("books", 7)], stages)
+
+
+def test_bad_skips():
+    batches = Batches([source("web", 20)], 4)
+    for at, rows in ((-1, 3), (3, 0)):
+        with pytest.raises(ValueError, match=rf"rows={rows} .*at_step={at}"):
+            batches.skipped(at, rows)
+
+
+def test_caps_are_decimal_and_exact():
+    assert Share("a", max_epochs=0.29).limit(100, 8) == 29
+    assert Share("a", max_epochs=2.5, max_rows=300, max_tokens=8 * 240 + 7).limit(100, 8) == 240
+    assert Share("a").limit(100, 8) is None
