@@ -2,14 +2,17 @@
 
     python -m experiments.report --workdir=W  # W/report.html from W/{config,metrics,summary} files
 
-`metrics.jsonl` rows (see lm.train.metrics) may hold `loss`, `held_out_loss`, `tokens_per_second`,
-`learning_rate` and `grad_norm`; rows `{"event": "resumed", "step": N}` are marked in the figures.
-`summary.json` is what the trainer knows at its end; every key may be missing:
+`metrics.jsonl` rows (see lm.train.metrics) may hold `loss`, `held_out_loss` and, for each of
+several validation sets, `held_out_loss/<set>`; `tokens_per_second`, `mfu`, `learning_rate` and
+`grad_norm`. Events are listed; resumed, rewound, skipped and save_failed are marked in the figures;
+the last "goodput" event is where the time went. `summary.json` is what the trainer knows at its
+end; every key may be missing:
 
     {
       "title": "Pretraining: quicktest",
       "held_out": {"bits_per_byte": 2.1, "ngram_bits_per_byte": 2.6, "lzma_bits_per_byte": 2.4,
-                   "loss": 4.9, "num_bytes": 500_000},      # loss in nats per token
+                   "loss": 4.9, "num_bytes": 500_000,       # loss in nats per token
+                   "figures": [{"set": "wiki", "weights": "average", "bits_per_byte": 2.0}, ...]},
       "model": {"num_parameters": 3_500_000, ...},          # further keys are listed
       "train": {"num_steps": 300, "num_tokens": 4_000_000, "seconds": 95.0},
       "samples": [{"prompt": "def main(", "text": "argv):\\n"}],
@@ -23,53 +26,22 @@ Figures need matplotlib: `pip install 'lm-lifecycle[report]'`.
 
 import dataclasses
 import datetime
-import io
 import json
 import math
 import os
 import pathlib
-import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import markupsafe
 from absl import app, flags
 
 from experiments import config as config_lib
+from experiments import figures
+from experiments.figures import Line, Points, Rows
 from lm.train import metrics as metrics_lib
-
-# matplotlib draws in fixed colours; these stand for the page's own, which follow light and dark.
-_COLORS = {
-    "#010101": "var(--muted)",
-    "#020202": "var(--line)",
-    "#030303": "var(--accent)",
-    "#040404": "var(--second)",
-}
-_TEXT, _GRID, _ACCENT, _SECOND = _COLORS
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 8.5,
-    "text.color": _TEXT,
-    "axes.labelcolor": _TEXT,
-    "axes.edgecolor": _GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-}
-Points = list[tuple[int, float]]
+from lm.train.goodput import KINDS, duration
 
 
 def write(
@@ -92,17 +64,15 @@ def write(
     """
     if dataclasses.is_dataclass(config):
         config = config_lib.to_dict(config)
-    template = pathlib.Path(__file__).with_name("report.html.jinja")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"quantity": quantity, "words": _words, "size": _size}
-    environment.tests["table"] = lambda value: isinstance(value, Mapping)
-    html = environment.from_string(template.read_text("utf-8")).render(
+    html = figures.page(
+        "report.html.jinja",
         title=summary.get("title", "Training run"),
         held_out=_held_out(summary.get("held_out") or {}),
         tiles=_tiles(metrics, summary),
         figures=_figures(metrics),
+        held_out_figures=(summary.get("held_out") or {}).get("figures") or [],
+        goodput=_goodput(metrics),
+        events=_events(metrics),
         notices=_notices(metrics, summary),
         samples=summary.get("samples") or [],
         corpus={k: v for k, v in (summary.get("corpus") or {}).items() if k != "sources"},
@@ -135,61 +105,6 @@ def write_from_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     return write(workdir / "report.html", metrics=rows, summary=summary, config=config)
 
 
-def series(metrics: Iterable[Mapping[str, Any]], name: str) -> Points:
-    """(step, value) by step; where a step was logged twice, the later row counts."""
-    points = {row["step"]: row[name] for row in metrics if "event" not in row and name in row}
-    return sorted(points.items())
-
-
-def smooth(points: Points, window: int) -> Points:
-    """Mean over `window` points around each, fewer towards both ends, so that nothing lags.
-
-    Points that are not finite are left out and do not spoil those beside them.
-    """
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
-    smoothed = []
-    for i, (step, _) in enumerate(finite):
-        reach = min(window // 2, i, len(finite) - 1 - i)
-        around = [value for _, value in finite[i - reach : i + reach + 1]]
-        smoothed.append((step, math.fsum(around) / len(around)))
-    return smoothed
-
-
-def quantity(value: Any) -> str:
-    """A number for reading: 1234567 -> '1,234,567', 0.000123456 -> '0.0001235'."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return "not finite"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(quantity, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _words(name: str) -> str:
-    """A key as a label: 'num_bytes' -> 'bytes'."""
-    return str(name).removeprefix("num_").replace("_", " ")
-
-
-def _short(value: float) -> str:
-    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} GB"
-
-
 def _held_out(held_out: Mapping[str, Any]) -> dict[str, Any] | None:
     """The headline number and the bars it is compared with."""
     bits = held_out.get("bits_per_byte")
@@ -219,16 +134,22 @@ def _tiles(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
     """Small numbers under the headline: (value, label)."""
     tiles = []
     if (parameters := (summary.get("model") or {}).get("num_parameters")) is not None:
-        tiles.append((_short(parameters), "parameters"))
+        tiles.append((figures.short(parameters), "parameters"))
     train = summary.get("train") or {}
     if train.get("num_steps") is not None:
         tiles.append((f"{train['num_steps']:,}", "training steps"))
     if train.get("num_tokens") is not None:
-        tiles.append((_short(train["num_tokens"]), "training tokens"))
-    if losses := [v for _, v in series(metrics, "loss") if math.isfinite(v)]:
+        tiles.append((figures.short(train["num_tokens"]), "training tokens"))
+    if losses := [v for _, v in figures.series(metrics, "loss") if math.isfinite(v)]:
         tiles.append((f"{statistics.fmean(losses[-10:]):.3f}", "training loss, nats per token"))
-    if rates := [v for _, v in series(metrics, "tokens_per_second") if math.isfinite(v)]:
-        tiles.append((_short(statistics.median(rates)), "tokens per second"))
+    for key, form, label in (
+        ("tokens_per_second", figures.short, "tokens per second"),
+        ("mfu", "{:.1%}".format, "MFU, model FLOPs of the peak"),
+    ):
+        if values := [v for _, v in figures.series(metrics, key) if math.isfinite(v)]:
+            tiles.append((form(statistics.median(values)), label))
+    if account := figures.goodput(metrics):
+        tiles.append((f"{account['share']:.1%}", "goodput, time in steps that count"))
     if train.get("seconds") is not None:
         minutes, seconds = divmod(round(train["seconds"]), 60)
         hours, minutes = divmod(minutes, 60)
@@ -239,118 +160,108 @@ def _tiles(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
 
 def _notices(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
     notices = []
-    losses = series(metrics, "loss")
+    losses = figures.series(metrics, "loss")
     if bad := [step for step, loss in losses if not math.isfinite(loss)]:
         count = f"{len(bad)} of {len(losses)} logged losses {'is' if len(bad) == 1 else 'are'}"
         notices.append(f"{count} not finite, the first at step {bad[0]:,}.")
     if not summary:
         notices.append("The run has not finished: it has written no summary yet.")
-    if resumed := _resumed(metrics):
-        steps = ", ".join(f"{step:,}" for step in resumed)
-        notices.append(f"The run was resumed at step {steps}; the figures mark where.")
     return notices
 
 
-def _resumed(metrics: Iterable[Mapping[str, Any]]) -> list[int]:
-    return sorted({row["step"] for row in metrics if row.get("event") == "resumed"})
-
-
-def _figures(metrics: Sequence[Mapping[str, Any]]) -> dict[str, markupsafe.Markup]:
-    """The figures there is data for, as SVG, by name."""
-    resumed = _resumed(metrics)
-    plots = {
-        "loss": ("loss", "held_out_loss", "nats per token", 9.0, 3.6),
-        "throughput": ("tokens_per_second", None, "tokens per second", 9.0, 2.3),
-        "learning_rate": ("learning_rate", None, "learning rate", 4.4, 2.3),
-        "grad_norm": ("grad_norm", None, "gradient norm", 4.4, 2.3),
+def _goodput(metrics: Rows) -> dict[str, Any] | None:
+    """Headline and bars: where the wall time of all the run's processes went."""
+    account = figures.goodput(metrics)
+    if account is None:
+        return None
+    total = max(sum(account["seconds"].values()), 1e-9)
+    bars = [
+        {
+            "name": kind.replace("_", " "),
+            "what": KINDS.get(kind, ""),
+            "time": duration(seconds),
+            "percent": 100 * seconds / total,
+            "ours": kind == "step",
+        }
+        for kind, seconds in sorted(account["seconds"].items(), key=lambda item: -item[1])
+        if seconds >= 0.0005 * total
+    ]
+    times = account.get("num_starts", 1)
+    return {
+        "share": f"{account['share']:.1%}",
+        "total": duration(total),
+        "starts": "once" if times == 1 else f"{times} times",
+        "bars": bars,
     }
-    figures = {}
-    for name, (key, held_out_key, label, width, height) in plots.items():
-        points = series(metrics, key)
-        if any(math.isfinite(value) for _, value in points):
-            held_out = series(metrics, held_out_key) if held_out_key else []
-            figures[name] = _plot(name, points, held_out, resumed, label, (width, height))
-    return figures
 
 
-def _plot(
-    name: str,
-    points: Points,
-    held_out: Points,
-    resumed: Sequence[int],
-    label: str,
-    size: tuple[float, float],
-) -> markupsafe.Markup:
-    """A line over steps: faint as logged, strong when smoothed, held-out points on top."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the report's figures need matplotlib; pip install 'lm-lifecycle[report]'"
-        ) from error
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        steps, values = zip(*points, strict=True)
-        smoothed = smooth(points, len(points) // 16)
-        if name == "throughput":  # its dips (evaluation, checkpoints) say nothing of a trend
-            median = statistics.median(value for _, value in smooth(points, 1))
-            smoothed = [(steps[0], median), (steps[-1], median)]
-        exact = name == "learning_rate" or len(points) < 50
-        marker = "o" if len(points) == 1 else ""
-        axes.plot(
-            steps,
-            [v if math.isfinite(v) else math.nan for v in values],
-            color=_ACCENT,
-            linewidth=1.8 if exact else 0.9,
-            alpha=1.0 if exact else 0.4,
-            marker=marker,
-            label="training" if exact else "training, each step logged",
+def _events(metrics: Rows) -> list[dict[str, Any]]:
+    """What happened, in the order in which it did; steps skipped one after another are one line."""
+    listed: list[dict[str, Any]] = []
+    for row in metrics:
+        if "event" not in row or row["event"] == "goodput":
+            continue
+        rest = {k: v for k, v in row.items() if k not in ("event", "step", "undone")}
+        details = ", ".join(f"{figures.words(k)} {figures.quantity(v)}" for k, v in rest.items())
+        name = figures.words(row["event"])
+        last = listed[-1] if listed else {}
+        if name == "skipped" and last.get("what") == name and last["undone"] == _undone(row):
+            last["count"] += 1
+            last["details"] = f"{last['count']} steps, the last {row['step']:,}"
+            continue
+        listed.append(
+            {"step": row["step"], "what": name, "details": details, "undone": _undone(row)}
+            | {"count": 1}
         )
-        if not exact:
-            axes.plot(*zip(*smoothed, strict=True), color=_ACCENT, linewidth=1.8, label="smoothed")
-        if shown := [(s, v) for s, v in held_out if math.isfinite(v)]:
-            axes.plot(
-                *zip(*shown, strict=True),
-                color=_SECOND,
-                linewidth=1.0,
-                linestyle=(0, (2, 2)),
-                marker="o",
-                markersize=4,
-                label="held-out",
-            )
-        for i, step in enumerate(resumed):
-            mark = axes.axvline(step, color=_TEXT, linewidth=0.9, linestyle=(0, (1, 3)))
-            mark.set_label("resumed" if i == 0 else "_")
-        axes.set_xlabel("step")
-        axes.set_title(label, loc="left", fontsize=8.5, color=_TEXT)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=round(size[0]), integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))
-        axes.margins(x=0.015)
-        if name in ("throughput", "learning_rate"):
-            axes.set_ylim(bottom=0)
+    return listed
+
+
+def _undone(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("undone"))
+
+
+def _figures(metrics: Rows) -> dict[str, markupsafe.Markup]:
+    """The figures there is data for, as SVG, by name."""
+    drawn = {
+        "loss": ("loss", "nats per token", (9.0, 3.6)),
+        "throughput": ("tokens_per_second", "tokens per second", (9.0, 2.3)),
+        "learning_rate": ("learning_rate", "learning rate", (4.4, 2.3)),
+        "grad_norm": ("grad_norm", "gradient norm", (4.4, 2.3)),
+    }
+    found = {}
+    for name, (key, title, size) in drawn.items():
+        points = figures.series(metrics, key)
+        if not any(math.isfinite(value) for _, value in points):
+            continue
+        lines = [_training_line(name, points, figures.events(metrics, key))]
         if name == "loss":
-            axes.legend(loc="upper right")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True)
-    return _inline(buffer.getvalue(), name, f"{label} over training steps")
+            sets = figures.held_out_sets(metrics, "held_out_loss")
+            for color, (label, held_out) in enumerate(sets.items(), 1):
+                measured = figures.series(metrics, held_out)
+                if measured := [(x, y) for x, y in measured if math.isfinite(y)]:
+                    lines.append(Line(label, measured, color, dotted=True))
+        found[name] = figures.plot(
+            name,
+            title,
+            lines,
+            size=size,
+            from_zero=name in ("throughput", "learning_rate"),
+            legend=name == "loss",
+            marks=name == "loss",
+        )
+    return found
 
 
-def _inline(svg: str, name: str, description: str) -> markupsafe.Markup:
-    """Makes a matplotlib SVG part of a page: the page's colours, names that meet no others."""
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    svg = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
-    svg = svg.replace('role="img">', f'role="img" aria-label="{description}">', 1)
-    for color, variable in _COLORS.items():
-        svg = svg.replace(color, variable)
-    return markupsafe.Markup(svg)
+def _training_line(name: str, points: Points, marks: list[tuple[int, str]]) -> Line:
+    """As logged where that is exact or short, else smoothed over what was logged."""
+    if name == "learning_rate" or len(points) < 50:
+        return Line("training", points, marks=marks)
+    if name == "throughput":  # its dips say nothing of a trend
+        median = statistics.median(y for _, y in points if math.isfinite(y))
+        smoothed = [(points[0][0], median), (points[-1][0], median)]
+    else:
+        smoothed = figures.smooth(points, 1 - 1 / (1 + len(points) / 64))
+    return Line("training, smoothed", smoothed, raw=points, marks=marks)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -278,7 +278,7 @@ class Progress:
         """Tells that `step` is done, with `num_tokens` more tokens since the last update.
 
         Of `values`, those named as in a metrics row are shown: `grad_norm`, `learning_rate`,
-        `skipped_steps`, and what `memory` returns. One that is not given again stays.
+        `skipped_total`, and what `memory` returns. One that is not given again stays.
         """
         now = self._clock() - self._paused
         self._tokens += num_tokens
@@ -319,8 +319,8 @@ class Progress:
             if name in values:
                 parts.append((4, f"{words}{values[name] / 1e9:.3g} GB"))
                 break
-        if values.get("skipped_steps"):
-            parts.append((0, f"{values['skipped_steps']:.0f} skipped"))
+        if values.get("skipped_total"):
+            parts.append((0, f"{values['skipped_total']:.0f} skipped"))
         if self.seconds_left is not None:
             parts.append((0, f"{_duration(self.seconds_left)} left"))
         return parts

@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
 
-from experiments import report
+from experiments import figures, report
+from lm.train.goodput import KINDS
 from lm.train.metrics import MetricsWriter
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -106,14 +108,54 @@ def test_page_shows_what_was_measured(tmp_path):
         "512 kB the model never saw; 3.5 nats per token",
         "order-3 byte n-gram 2.4 lzma (xz) 2.25 uncompressed 8",
         "3.41M parameters", "100 training steps", "6.55M training tokens",
-        "3 min 34 s training time", "resumed at step 60", "documents 1,843", "a/b 12 34,567",
-        "checkpoints/100 weights 41 MB", "python -m x --config=y", "seed 7", "repeats 6",
-        "window None", "betas (0.9, 0.95)",
+        "3 min 34 s training time", "Events step what 60 resumed", "documents 1,843",
+        "a/b 12 34,567", "checkpoints/100 weights 41 MB", "python -m x --config=y", "seed 7",
+        "repeats 6", "window None", "betas (0.9, 0.95)",
     ):  # fmt: skip
         assert words in page.text, words
     assert page.tags.count("svg") == 4
-    assert {"held-out", "smoothed", "resumed"} <= set(page.words)
+    assert {"held-out", "training, smoothed", "resumed"} <= set(page.words)
     assert re.search(r"3[01](\.\d)?k tokens per second", page.text)
+
+
+ACCOUNT = dict.fromkeys(KINDS, 0.0) | {"step": 3600.0, "lost": 300.0, "compile": 100.0}
+EVENTS = [
+    {"event": "resumed", "step": 60},
+    {"event": "skipped", "step": 70, "grad_norm": 12.5},
+    {"event": "skipped", "step": 71, "grad_norm": 14.5},
+    {"event": "skipped", "step": 95, "undone": True},
+    {"event": "rewound", "step": 80, "from_step": 99, "reason": "<spikes>"},
+    {"event": "save_failed", "step": 90, "error": "No space left on device"},
+    {"event": "goodput", "step": 50, "share": 0.5, "seconds": ACCOUNT, "num_starts": 1},
+    {"event": "goodput", "step": 100, "share": 0.9, "seconds": ACCOUNT, "num_starts": 2},
+]
+
+
+def test_page_tells_what_happened_and_where_the_time_went(tmp_path):
+    metrics = [row | {"mfu": 0.413} for row in rows(100)]
+    for row in metrics[19::20]:
+        row["held_out_loss/wiki"] = 4.0
+    _, page = render(tmp_path, metrics=metrics + EVENTS, summary={})
+    for words in (
+        "90.0% goodput", "41.3% MFU", "90.0% of 1:06:40 in steps that count; started 2 times.",
+        "step 1:00:00 90.0 % lost 5:00 7.5 % compile 1:40 2.5 %",
+        "70 skipped 2 steps, the last 71", "95 skipped the step was thrown away later",
+        "80 rewound from step 99, reason <spikes>", "error No space left on device",
+    ):  # fmt: skip
+        assert words in page.text, words
+    marks = {"resumed", "rewound", "step skipped", "save failed"}
+    assert {"held-out: wiki"} | marks <= set(page.words)
+    assert page.words.count("step skipped") == 1  # named in one figure of four
+
+
+def test_page_shows_several_validation_sets_and_averaged_weights(tmp_path):
+    found = [
+        {"set": "wiki", "weights": "last", "bits_per_byte": 1.25, "loss": 3.0},
+        {"set": "wiki", "weights": "average", "bits_per_byte": 1.125, "loss": 2.5},
+    ]
+    held_out = {"bits_per_byte": 1.25, "figures": found}
+    _, page = render(tmp_path, metrics=[], summary={"held_out": held_out})
+    assert "set weights bits per byte loss wiki last 1.25 3 wiki average 1.125 2.5" in page.text
 
 
 def test_a_worse_model_is_not_praised(tmp_path):
@@ -191,17 +233,43 @@ def test_losses_that_are_not_finite_are_told(tmp_path):
 
 def test_series_is_ordered_and_has_each_step_once():
     metrics = [{"step": 3, "x": 1.0}, {"step": 1, "x": 2.0}, {"step": 3, "x": 9.0}, {"step": 2}]
-    assert report.series(metrics, "x") == [(1, 2.0), (3, 9.0)]
+    assert figures.series(metrics, "x") == [(1, 2.0), (3, 9.0)]
 
 
-def test_smoothing_keeps_lines_and_skips_what_is_not_finite():
-    line = [(step, 2.0 * step) for step in range(20)]
-    assert report.smooth(line, 5) == line
+@pytest.mark.parametrize("weight", [0.0, 0.5, 0.9])
+def test_smoothing_keeps_lines_and_skips_what_is_not_finite(weight):
+    line = [(step, 2.0 * step) for step in range(200)]
+    assert np.array(figures.smooth(line, weight)) == pytest.approx(np.array(line))
     broken = [(0, 1.0), (1, math.nan), (2, 1.0), (3, math.inf), (4, 1.0)]
-    assert report.smooth(broken, 3) == [(0, 1.0), (2, 1.0), (4, 1.0)]
-    noise = [(i, v) for i, v in enumerate(random.Random(0).choices([-1.0, 1.0], k=500))]
-    inner = [v for _, v in report.smooth(noise, 50)][25:-25]
-    assert max(map(abs, inner)) < 0.5
+    assert figures.smooth(broken, weight) == [(0, 1.0), (2, 1.0), (4, 1.0)]
+
+
+def test_smoothing_is_the_weighted_mean_it_says():
+    """An impulse spreads as w^|k|, normalized: 1 + 2 (w + w^2 + ...) = (1 + w) / (1 - w)."""
+    w = 0.8
+    impulse = [(i, float(i == 100)) for i in range(201)]
+    spread = dict(figures.smooth(impulse, w))
+    assert spread[100] == pytest.approx((1 - w) / (1 + w), rel=1e-2)
+    assert spread[103] / spread[100] == pytest.approx(w**3)
+    assert sum(spread.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.0, 9.0])
+def test_weights_that_smooth_nothing_are_refused(weight):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+        figures.smooth([(0, 1.0)], weight)
+
+
+def test_thinning_keeps_spikes_and_order():
+    points = [(i, math.sin(i / 1000)) for i in range(100_000)]
+    points[31_415] = (31_415, 99.0)
+    points[50_000] = (50_000, math.nan)
+    thinned = figures.thin(points, 400)
+    assert len(thinned) <= 400
+    assert (31_415, 99.0) in thinned
+    assert thinned == sorted(thinned)
+    assert set(thinned) <= set(points)
+    assert figures.thin(points[:300], 400) == points[:300]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +280,7 @@ def test_smoothing_keeps_lines_and_skips_what_is_not_finite():
     ],
 )  # fmt: skip
 def test_quantities(value, shown):
-    assert report.quantity(value) == shown
+    assert figures.quantity(value) == shown
 
 
 @dataclasses.dataclass(frozen=True)

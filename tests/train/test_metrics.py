@@ -302,7 +302,7 @@ def test_bar_on_a_terminal_shows_loss_rate_and_time_left():
 EVERYTHING = {
     "grad_norm": 123.456789,
     "learning_rate": 1.2345e-4,
-    "skipped_steps": 12,
+    "skipped_total": 12,
     "device_memory_bytes": 1,
     "device_memory_peak_bytes": 123.4e9,
     "held_out_loss": 3.0,
@@ -334,7 +334,7 @@ def test_the_line_shows_what_there_is_room_for():
             clock.now += 20.0
             progress.update(
                 step, loss=3.0, num_tokens=16_000, grad_norm=0.5, learning_rate=3e-4,
-                device_memory_peak_bytes=12.3e9, skipped_steps=0,
+                device_memory_peak_bytes=12.3e9, skipped_total=0,
             )  # fmt: skip
     # 800 tokens/s are 100 a device: 3e8 operations a second of 1e9.
     assert stream.getvalue().splitlines()[1] == (
