@@ -36,7 +36,10 @@ def item_of(name: str) -> str:
 
 def _same_bits(array: Any, dtype: Any) -> Any:
     if isinstance(array, jax.Array):
-        return jax.jit(lambda x: jax.lax.bitcast_convert_type(x, dtype))(array)
+        convert = jax.jit(
+            lambda x: jax.lax.bitcast_convert_type(x, dtype), out_shardings=array.sharding
+        )
+        return convert(array)
     return np.asarray(array).view(dtype)
 
 
@@ -74,8 +77,13 @@ class Handler(ocp.CompositeCheckpointHandler):
             name: ocp.PyTreeCheckpointHandler(use_compression=False)
             for name in ("weights", "ema", "state")
         }
-        super().__init__(**trees)
-        self.timeout = timeout
+        # Made in the background, a directory could appear after a failed start was cleaned up.
+        self.options = ocp.AsyncOptions(
+            timeout_secs=int(timeout), create_directories_asynchronously=False
+        )
+        super().__init__(
+            composite_options=ocp.CompositeOptions(async_options=self.options), **trees
+        )
         self.files: dict[str, bytes] = {}
         self.error: Exception | None = None
 
@@ -124,12 +132,8 @@ class _Trees(ocp.args.Composite):
 
 
 def make_writer(handler: Handler) -> ocp.AsyncCheckpointer:
-    """Orbax's writer, without the metadata of its own that would change after the checksums."""
-    return ocp.AsyncCheckpointer(
-        handler,
-        async_options=ocp.AsyncOptions(timeout_secs=int(handler.timeout)),
-        checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False),
-    )
+    """Orbax's background writer, for all processes together."""
+    return ocp.AsyncCheckpointer(handler, async_options=handler.options)
 
 
 def start(writer: ocp.AsyncCheckpointer, directory: epath.Path, leaves: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from etils import epath
 
 FILE = "checksums"
+# Orbax writes these two on renaming a finished directory; nothing here reads them.
+NOT_SUMMED = (FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
 CHUNK = 1 << 22
 Sums = dict[str, tuple[int, int]]  # path -> (crc32, bytes)
 
@@ -37,7 +39,7 @@ def crc32(path: epath.Path) -> tuple[int, int]:
 
 
 def files(directory: epath.Path) -> list[str]:
-    """Paths of the files below `directory`, in order, the checksums left out."""
+    """Paths of the files below `directory` that checksums are kept of, in order."""
     found: list[str] = []
     pending = [("", directory)]
     while pending:
@@ -47,7 +49,7 @@ def files(directory: epath.Path) -> list[str]:
                 pending.append((f"{prefix}{path.name}/", path))
             else:
                 found.append(prefix + path.name)
-    return sorted(path for path in found if path != FILE)
+    return sorted(path for path in found if path not in NOT_SUMMED)
 
 
 def compute(directory: epath.Path, paths: Iterable[str]) -> Sums:

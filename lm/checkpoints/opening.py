@@ -88,8 +88,10 @@ def read_named(
     directory: epath.Path,
     model: model_json.ModelJson,
     wanted: Mapping[str, Any],
+    *,
     ema: bool = False,
     host: bool = False,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Weights of a step by their paths in the model, following the reference to frozen ones.
 
@@ -98,6 +100,8 @@ def read_named(
       wanted: path in the model -> sharding or None.
       ema: averaged weights, where a weight has one.
       host: NumPy arrays instead.
+      verify: that frozen weights kept elsewhere are sound and the right ones; for that `wanted`
+        must have all of them.
 
     Raises:
       CheckpointError: a weight is not there, or the frozen weights are missing or others.
@@ -116,7 +120,7 @@ def read_named(
     found = arrays.read(directory, structs, host)
     read = {source[stored]: leaf for stored, leaf in found.items()}
     if elsewhere:
-        read |= read_frozen(directory, model, elsewhere, host=host)
+        read |= read_frozen(directory, model, elsewhere, host=host, verify=verify)
     return read
 
 
@@ -125,7 +129,9 @@ def read_frozen(
     model: model_json.ModelJson,
     wanted: Mapping[str, Any],
     path: Any = None,
+    *,
     host: bool = False,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """The frozen weights a step refers to, from `path` or from where it says they are.
 
@@ -135,14 +141,15 @@ def read_frozen(
     assert model.frozen is not None
     path = directory / model.frozen["path"] if path is None else epath.Path(path)
     try:
-        step = find(path, items=("weights/",))
-        read = read_named(step, model_of(step), wanted, host=host)
+        step = find(path, verify, ("weights/",))
+        read = read_named(step, model_of(step), wanted, host=host, verify=verify)
     except CheckpointError as error:
         raise CheckpointError(
             f"{directory} was trained on frozen weights kept in {path}, which cannot be read: "
             f"{error}. Put them back, or say where they are now"
         ) from error
-    check_digest(directory, model, read, path)
+    if verify:
+        check_digest(directory, model, read, path)
     return read
 
 
@@ -186,7 +193,8 @@ def open_model(
     if layout is not None:
         specs = param_specs(model.config)
         wanted = flatten(shardings(specs, layout.rules, layout.mesh, weights))
-    return unflatten(read_named(directory, model, wanted, ema), weights), model.config
+    found = read_named(directory, model, wanted, ema=ema, verify=verify)
+    return unflatten(found, weights), model.config
 
 
 def weight_names(path: Any) -> list[str]:
@@ -204,4 +212,5 @@ def read_weights(path: Any, names: Iterable[str], *, ema: bool = False) -> dict[
       ema: averages, where a weight has one.
     """
     directory = find(path, verify=False)
-    return read_named(directory, model_of(directory), dict.fromkeys(names), ema, host=True)
+    model, wanted = model_of(directory), dict.fromkeys(names)
+    return read_named(directory, model, wanted, ema=ema, host=True, verify=False)

@@ -324,13 +324,13 @@ class Checkpoints:
         self._failures.append(Failure(step, message))
         if what or jax.process_index() != 0:
             return
+        self._clean = False
         try:
             self._remove_partial()
             directory = self.directory / str(step)
             if directory.exists() and not (directory / checksums.FILE).exists():
                 self._remove(step)
         except OSError as again:
-            self._clean = False
             logging.error("and what it left cannot be removed: %s", again)
 
     def _remove(self, step: int) -> None:
@@ -363,6 +363,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is no such checkpoint, or it is damaged.
         """
+        self.wait()
         directory = self._directory(step)
         checksums.verify(directory, under=opening.SIDECARS)
         return json.loads((directory / "metadata.json").read_text())

@@ -177,6 +177,14 @@ def test_a_step_of_another_course_is_written_again(tmp_path):
         np.testing.assert_array_equal(checkpoints.restore(2, LIKE)["x"], [7, 7])
 
 
+def test_an_urgent_save_waits_for_the_one_under_way(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros((1 << 22,))}, {})
+        checkpoints.save(2, {"x": jnp.full((2,), 2)}, {}, wait=True)
+        assert checkpoints.steps() == [1, 2]
+        np.testing.assert_array_equal(checkpoints.restore_last(LIKE).state["x"], [2, 2])
+
+
 def test_another_version_is_refused_not_passed_over(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         fill(checkpoints, [1])
