@@ -30,7 +30,7 @@ class FileFormatError(ValueError):
         return f"{os.fspath(self.path)}: {self.field} is {short(self.value)}; {self.expected}"
 
 
-def short(value: Any, limit: int = 80) -> str:
+def short(value: Any, limit: int = 60) -> str:
     """`repr` for a message: hostile files hold long names."""
     if isinstance(value, str | bytes | list) and len(value) > limit:
         return f"{value[:limit]!r}... ({len(value)} long)"

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from lm.files import ggml
-from lm.files.base import FileFormatError, Path, forget_pages, map_file
+from lm.files.base import FileFormatError, Path, forget_pages, map_file, short
 from lm.files.gguf_blocks import dequantize
 from lm.files.gguf_values import SCALARS, Cursor, read_value
 
@@ -206,8 +206,8 @@ def _read_metadata(cursor: Cursor, count: int) -> tuple[dict[str, Any], dict[str
         key = cursor.string(f"metadata key {i}")
         if key in metadata:
             raise cursor.error(f"metadata key {i}", key, "expected one that is not there already")
-        code = cursor.u32(f"metadata {key!r} type")
-        metadata[key] = read_value(cursor, code, f"metadata {key!r}")
+        code = cursor.u32(f"metadata {short(key)} type")
+        metadata[key] = read_value(cursor, code, f"metadata {short(key)}")
         types[key] = SCALARS[code].name if code in SCALARS else {8: "str", 9: "array"}[code]
     return metadata, types
 
@@ -225,7 +225,7 @@ def _alignment(cursor: Cursor, metadata: Mapping[str, Any], types: Mapping[str, 
 def _read_tensor(cursor: Cursor, i: int) -> TensorInfo:
     """One entry of the table; its offset is still the one in the data section."""
     name = cursor.string(f"tensor {i} name")
-    field = f"tensor {name!r}"
+    field = f"tensor {short(name)}"
     num_dims = cursor.u32(f"{field} dimensions")
     if num_dims > MAX_DIMS:
         raise cursor.error(f"{field} dimensions", num_dims, f"expected {MAX_DIMS} at most")
@@ -255,7 +255,7 @@ def _place(
     """The tensors by name with offsets in the file, which lie apart and inside it."""
     tensors: dict[str, TensorInfo] = {}
     for info in found:
-        field = f"tensor {info.name!r}"
+        field = f"tensor {short(info.name)}"
         if info.name in tensors:
             raise cursor.error("tensor name", info.name, "expected one that is not there already")
         if info.offset % alignment:
@@ -273,9 +273,9 @@ def _place(
     for info in sorted(tensors.values(), key=lambda info: info.offset):
         if last is not None and last.offset + last.nbytes > info.offset:
             raise cursor.error(
-                f"tensor {info.name!r} offset",
+                f"tensor {short(info.name)} offset",
                 info.offset,
-                f"expected {last.offset + last.nbytes} or more, the end of {last.name!r}",
+                f"expected {last.offset + last.nbytes} or more, the end of {short(last.name)}",
             )
         last = info
     return tensors

@@ -13,7 +13,7 @@ import numpy as np
 
 from lm.files import ggml
 from lm.files.base import Path, replacing
-from lm.files.gguf_values import ARRAY, SCALARS, STRING, Strings
+from lm.files.gguf_values import ARRAY, SCALARS, STRING, Arrays, Strings
 
 # Longer names cannot be loaded by ggml (GGML_MAX_NAME with its final zero).
 MAX_NAME = 63
@@ -22,9 +22,19 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 
 _CODES = {scalar.name: code for code, scalar in SCALARS.items()} | {"str": STRING, "array": ARRAY}
 _BY_DTYPE = {np.dtype(scalar.dtype): scalar.name for scalar in SCALARS.values()}
-_FORMATS = {name: f"<{np.dtype(SCALARS[code].dtype).char}" for name, code in _CODES.items()
-            if code in SCALARS}  # fmt: skip
-_FORMATS |= {"u64": "<Q", "i64": "<q"}
+_FORMATS = {
+    "u8": "<B",
+    "i8": "<b",
+    "u16": "<H",
+    "i16": "<h",
+    "u32": "<I",
+    "i32": "<i",
+    "f32": "<f",
+    "bool": "<?",
+    "u64": "<Q",
+    "i64": "<q",
+    "f64": "<d",
+}
 _PLAIN = {
     "float32": "F32",
     "float16": "F16",
@@ -179,18 +189,7 @@ def _put_array(out: bytearray, key: str, value: Any) -> None:
             )
         out += struct.pack("<IQ", _CODES[kind], len(value)) + little.tobytes()
         return
-    kinds = {_type_of(key, element) for element in value} if not isinstance(value, Strings) else {
-        "str"
-    }  # fmt: skip
-    if kinds <= {"u32", "i32"} and kinds:
-        # ggml's readers expect whole numbers as i32.
-        kinds = {"i32"} if max(value) < 1 << 31 else kinds
-    if len(kinds) != 1:
-        raise ValueError(
-            f"metadata {key!r} has elements of types {sorted(kinds)}; an array has one type "
-            "(give a numpy array for an empty one)"
-        )
-    (kind,) = kinds
+    kind = _element_type(key, value)
     out += struct.pack("<IQ", _CODES[kind], len(value))
     for i in range(len(value)):
         if kind == "str":
@@ -199,6 +198,20 @@ def _put_array(out: bytearray, key: str, value: Any) -> None:
             _put_array(out, key, value[i])
         else:
             _put_number(out, key, value[i], kind)
+
+
+def _element_type(key: str, value: Any) -> str:
+    if isinstance(value, Strings | Arrays):
+        return "str" if isinstance(value, Strings) else "array"
+    kinds = {_type_of(key, element) for element in value}
+    if kinds and kinds <= {"u32", "i32"} and max(value) < 1 << 31:
+        return "i32"  # as ggml's readers expect whole numbers
+    if len(kinds) != 1:
+        raise ValueError(
+            f"metadata {key!r} has elements of types {sorted(kinds)}; an array has one type "
+            "(give a numpy array for an empty one)"
+        )
+    return kinds.pop()
 
 
 def _type_of(key: str, value: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lm.files.base import FileFormatError, Path, forget_pages, map_file
+from lm.files.base import FileFormatError, Path, forget_pages, map_file, short
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,8 +44,8 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "F16": np.dtype("<f2"),
         "U16": np.dtype("<u2"),
         "I16": np.dtype("<i2"),
-        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
         "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
         "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
         "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
         "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
@@ -169,7 +169,7 @@ def _join(
         if name not in tensors or tensors[name].file != number:
             raise FileFormatError(
                 index,
-                f"weight_map file of {name!r}",
+                f"weight_map file of {short(name)}",
                 os.fspath(paths[number]),
                 "expected a file that holds that tensor",
             )
@@ -188,7 +188,9 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         )
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise FileFormatError(path, f"weight_map file of {name!r}", file, "expected a string")
+            raise FileFormatError(
+                path, f"weight_map file of {short(name)}", file, "expected a string"
+            )
     return weight_map
 
 
@@ -238,7 +240,7 @@ def _read_header(
         if info.offset != end:
             raise FileFormatError(
                 path,
-                f"tensor {info.name!r} data_offsets[0]",
+                f"tensor {short(info.name)} data_offsets[0]",
                 info.offset,
                 f"expected {end}, the end of the tensor before it",
             )
@@ -258,7 +260,7 @@ def _read_tensor(path: Path, name: str, entry: Any, number: int) -> TensorInfo:
     """One entry of a header; its offset is still the one behind the header."""
 
     def wrong(field: str, value: Any, expected: str) -> FileFormatError:
-        return FileFormatError(path, f"tensor {name!r}{field}", value, expected)
+        return FileFormatError(path, f"tensor {short(name)}{field}", value, expected)
 
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or entry.keys() != keys:
@@ -282,7 +284,7 @@ def _read_tensor(path: Path, name: str, entry: Any, number: int) -> TensorInfo:
     nbytes = math.prod(shape) * itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         raise wrong(
-            " data_offsets", offsets, f"expected two, {nbytes} bytes apart ({dtype} {shape})"
+            " data_offsets", offsets, f"expected two, {nbytes} bytes apart ({dtype} {short(shape)})"
         )
     return TensorInfo(name, dtype, tuple(shape), offsets[0], nbytes, number)
 
@@ -293,8 +295,8 @@ def _json(path: Path, field: str, data: bytes, floats: bool = False) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
         if len(result) != len(items):
-            names = [name for name, _ in items]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in items if name in seen or seen.add(name))
             raise FileFormatError(path, f"{field} key", twice, "expected it once")
         return result
 
