@@ -22,56 +22,15 @@ from lm.train.state import init_state
 from lm.train.step import make_train_step
 from lm.weights import path_name
 from tests.train.tiny import OBJECTIVE, TIED, Case, make_batch
-
-RATES = [0.01, 0.02, 0.015, 0.01, 0.005, 0.01, 0.02, 0.01, 0.01, 0.03]
-
-
-def schedule(step):
-    return jnp.asarray(RATES)[step]
-
-
-def scheduled(direction):
-    return optax.chain(direction, optax.scale_by_learning_rate(schedule))
-
-
-def trajectory(optimizer, params, gradients):
-    """Weights after each step."""
-    state = optimizer.init(params)
-    update = jax.jit(optimizer.update)
-    for gradient in gradients:
-        updates, state = update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        yield params
-
-
-def random_tree(seed: int, scale: float = 1.0):
-    rng = np.random.default_rng(seed)
-    shapes = {"stacks": {"up": (6, 10), "down": (10, 6), "square": (5, 5)}}
-    shapes |= {"embed": (12, 6), "norm": {"scale": (6,)}, "up_bias": (10,)}
-    draw = lambda s: jnp.asarray(scale * rng.normal(size=s), jnp.float32)  # noqa: E731
-    return jax.tree.map(draw, shapes, is_leaf=lambda s: isinstance(s, tuple))
-
-
-GRADIENTS = [random_tree(1 + i, 10.0 ** (i % 3 - 1)) for i in range(len(RATES))]
-
-
-def flat(tree):
-    return {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def torch_trajectory(make, gradients):
-    """Weights after each step of the PyTorch optimizers that `make(parameters)` returns."""
-    torch = pytest.importorskip("torch")
-    params = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in flat(random_tree(0)).items()}
-    optimizers = make(params)
-    for rate, gradient in zip(RATES, gradients, strict=True):
-        for name, g in flat(gradient).items():
-            params[name].grad = torch.tensor(g)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        yield {k: v.detach().numpy().copy() for k, v in params.items()}
+from tests.train.trajectories import (
+    GRADIENTS,
+    assert_close,
+    random_tree,
+    schedule,
+    scheduled,
+    torch_trajectory,
+    trajectory,
+)
 
 
 @pytest.mark.oracle
@@ -87,9 +46,7 @@ def test_adamw_equals_pytorch():
         return [torch.optim.AdamW(groups, betas=(0.8, 0.97), eps=1e-5, weight_decay=0.3)]
 
     ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
-    for mine, theirs in zip(ours, torch_trajectory(make, GRADIENTS), strict=True):
-        for name, x in flat(mine).items():
-            np.testing.assert_allclose(x, theirs[name], rtol=2e-5, atol=2e-6, err_msg=name)
+    assert_close(ours, torch_trajectory(make, GRADIENTS))
 
 
 def test_adamw_equals_optax():
@@ -99,8 +56,7 @@ def test_adamw_equals_optax():
     other = optax.adamw(schedule, 0.8, 0.97, 1e-6, weight_decay=0.3, mask=mask)
     ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
     theirs = trajectory(other, random_tree(0), GRADIENTS)
-    for mine, yours in zip(ours, theirs, strict=True):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-6, 1e-7), mine, yours)
+    assert_close(ours, theirs, 1e-6, 1e-7)
 
 
 @pytest.mark.oracle
@@ -120,9 +76,7 @@ def test_muon_equals_pytorch(monkeypatch):
         return [muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
 
     ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
-    for mine, theirs in zip(ours, torch_trajectory(make, GRADIENTS), strict=True):
-        for name, x in flat(mine).items():
-            np.testing.assert_allclose(x, theirs[name], rtol=2e-5, atol=1e-5, err_msg=name)
+    assert_close(ours, torch_trajectory(make, GRADIENTS), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.sharding import current_layout
 from lm.train.optimizers.adamw import AdamW, adam_direction
@@ -16,6 +16,8 @@ from lm.train.optimizers.base import PathRule, Slots, is_hidden_matrix, refuse_r
 from lm.weights import ParamSpec
 
 SIDES = ("left", "right")
+# Mesh axes that split stacks and matrices come before those that hold copies.
+DEAL_ORDER = ("stage", "expert", "fsdp", "tensor", "slice", "data", "context")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +85,15 @@ class Soap:
     def update(
         self, gradient: jax.Array, slots: Slots, weight: jax.Array, count: jax.Array
     ) -> tuple[jax.Array, Slots]:
-        first = count == 0
+        return deal(self._update, gradient, slots, count)
+
+    def _update(
+        self, gradient: jax.Array, slots: Slots, count: jax.Array
+    ) -> tuple[jax.Array, Slots]:
+        """The update of whole matrices [S, in, out]."""
         bases = {side: slots[f"{side}_basis"] for side in self.sides(gradient.shape)}
-        rotated = rotate(gradient, bases)
-        mu = self.b1 * slots["mu"] + (1 - self.b1) * jnp.where(first, 0.0, gradient)
-        nu = self.b2 * slots["nu"] + (1 - self.b2) * jnp.square(rotated)
+        mu = self.b1 * slots["mu"] + (1 - self.b1) * jnp.where(count == 0, 0.0, gradient)
+        nu = self.b2 * slots["nu"] + (1 - self.b2) * jnp.square(rotate(gradient, bases))
         updates = jnp.maximum(count, 1)
         direction = adam_direction(rotate(mu, bases), nu, self.b1, self.b2, self.eps, updates)
         new = {"mu": mu, "nu": nu}
@@ -103,11 +109,7 @@ class Soap:
 
     def _refresh(self, stats: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
         due = (count % self.frequency == 0).astype(jnp.int32)
-        branches = [
-            lambda stats, basis: basis,
-            lambda stats, basis: spread_over_devices(power_iteration, stats, basis),
-            lambda stats, basis: spread_over_devices(eigenvectors, stats, basis),
-        ]
+        branches = [lambda stats, basis: basis, power_iteration, eigenvectors]
         return jax.lax.switch(jnp.where(count == 0, 2, due), branches, stats, basis)
 
 
@@ -136,23 +138,46 @@ def power_iteration(stats: jax.Array, basis: jax.Array) -> jax.Array:
     return jnp.linalg.qr(jnp.matmul(stats, basis, precision="highest"))[0]
 
 
-def spread_over_devices(
-    function: Callable[[jax.Array, jax.Array], jax.Array], stats: jax.Array, basis: jax.Array
-) -> jax.Array:
-    """`function` of stacks of square matrices, the matrices dealt out among all devices.
+def deal(
+    update: Callable[[jax.Array, Slots, jax.Array], tuple[jax.Array, Slots]],
+    gradient: jax.Array,
+    slots: Slots,
+    count: jax.Array,
+) -> tuple[jax.Array, Slots]:
+    """`update` with the matrices of each stack dealt out whole among all devices.
 
-    XLA does not split a decomposition, so that each device decomposes whole matrices: of a stack of
-    S on N devices, ceil(S / N), which are all that a device holds of it meanwhile.
+    XLA splits no decomposition, and would gather every basis of a stack for the rotations. Of a
+    stack of S matrices on N devices, a device holds and computes ceil(S / N) instead, which costs
+    an exchange of parts for wholes before and after.
     """
     layout = current_layout()
     if layout is None:
-        return function(stats, basis)
-    size, num_devices = stats.shape[-1], layout.mesh.size
-    num_matrices = math.prod(stats.shape[:-2])
-    padding = ((0, -num_matrices % num_devices), (0, 0), (0, 0))
-    dealt = PartitionSpec(layout.mesh.axis_names)
-    result = jax.shard_map(function, mesh=layout.mesh, in_specs=dealt, out_specs=dealt)(
-        jnp.pad(stats.reshape(-1, size, size), padding),
-        jnp.pad(basis.reshape(-1, size, size), padding),
+        return update(gradient, slots, count)
+    mesh, stack = layout.mesh, gradient.shape[:-2]
+    num_matrices = math.prod(stack)
+    padding = ((0, -num_matrices % mesh.size), (0, 0), (0, 0))
+    # Axis by axis each change is one exchange; all at once, XLA would gather everything first.
+    axes = [axis for axis in DEAL_ORDER if mesh.shape[axis] > 1]
+    free = PartitionSpec.UNCONSTRAINED
+
+    def constrain(x: jax.Array, num_axes: int) -> jax.Array:
+        spec = PartitionSpec(tuple(axes[:num_axes]) or None, free, free)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def flatten(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x.reshape(-1, *x.shape[-2:]), padding)
+        for num_axes in range(1, len(axes) + 1):
+            x = constrain(x, num_axes)
+        return x
+
+    def unflatten(x: jax.Array) -> jax.Array:
+        for num_axes in range(len(axes) - 1, -1, -1):
+            x = constrain(x, num_axes)
+        return x[:num_matrices].reshape(*stack, *x.shape[-2:])
+
+    dealt, everywhere = PartitionSpec(tuple(axes) or None), PartitionSpec()
+    dealt_update = jax.shard_map(
+        update, mesh=mesh, in_specs=(dealt, dealt, everywhere), out_specs=dealt
     )
-    return result[:num_matrices].reshape(stats.shape)
+    result = dealt_update(*jax.tree.map(flatten, (gradient, slots)), count)
+    return jax.tree.map(unflatten, result)
