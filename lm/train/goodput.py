@@ -85,8 +85,8 @@ class Goodput:
     def waiting(self, items: Iterable[T], busy: Callable[[], bool] = lambda: False) -> Iterator[T]:
         """The items, the time it takes to get each spent as "data_wait".
 
-        A wait at whose end the device is still `busy` with earlier steps has cost nothing and stays
-        with the surrounding kind; any other counts whole, so that the figure is an upper bound.
+        A wait at whose end the device is still `busy` with earlier steps has cost nothing and is
+        time of these steps; any other counts whole, so that the figure is an upper bound.
         """
         iterator = iter(items)
         while True:
@@ -96,7 +96,7 @@ class Goodput:
                 except StopIteration:
                     return
                 if busy():
-                    span.kind = self._open[-2].kind
+                    span.kind = "step"
             yield item
 
     @contextlib.contextmanager

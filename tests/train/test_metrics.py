@@ -174,9 +174,11 @@ def test_a_writer_killed_at_any_moment_leaves_whole_rows(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.truncate_after(450)
         writer.write(451, {"loss": 0.5})
+    events = tensorboard_events(tmp_path)
+    assert [e.step for e in events if e.HasField("session_log")] == [151, 301, 451, 451]
     shown = {
         event.step: value.simple_value
-        for event in tensorboard_events(tmp_path)
+        for event in events
         for value in event.summary.value
         if value.tag == "loss"
     }
@@ -302,7 +304,7 @@ def test_bar_on_a_terminal_shows_loss_rate_and_time_left():
 EVERYTHING = {
     "grad_norm": 123.456789,
     "learning_rate": 1.2345e-4,
-    "skipped_total": 12,
+    "skipped_steps": 12,
     "device_memory_bytes": 1,
     "device_memory_peak_bytes": 123.4e9,
     "held_out_loss": 3.0,
@@ -334,7 +336,7 @@ def test_the_line_shows_what_there_is_room_for():
             clock.now += 20.0
             progress.update(
                 step, loss=3.0, num_tokens=16_000, grad_norm=0.5, learning_rate=3e-4,
-                device_memory_peak_bytes=12.3e9, skipped_total=0,
+                device_memory_peak_bytes=12.3e9, skipped_steps=0,
             )  # fmt: skip
     # 800 tokens/s are 100 a device: 3e8 operations a second of 1e9.
     assert stream.getvalue().splitlines()[1] == (
