@@ -1,5 +1,14 @@
-"""Meshes with named axes, rules from logical to mesh axes, the layout in force while tracing."""
+"""Meshes with named axes, rules from logical to mesh axes, the layout in force, several hosts."""
 
+from lm.sharding.cluster import ClusterError
+from lm.sharding.distributed import (
+    PreemptionNotice,
+    barrier,
+    broadcast,
+    is_first_process,
+    say,
+    start,
+)
 from lm.sharding.layout import (
     Layout,
     constrain,
@@ -13,17 +22,24 @@ from lm.sharding.rules import Rules, check_divides, make_rules, partition_spec
 
 __all__ = [
     "AXES",
+    "ClusterError",
     "Layout",
     "MeshShape",
+    "PreemptionNotice",
     "Rules",
+    "barrier",
+    "broadcast",
     "check_divides",
     "constrain",
     "current_layout",
+    "is_first_process",
     "make_mesh",
     "make_rules",
     "named_sharding",
     "partition_spec",
     "pretend_cpu_devices",
     "reshard",
+    "say",
+    "start",
     "use_layout",
 ]
