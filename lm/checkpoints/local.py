@@ -137,7 +137,8 @@ class LocalTier:
             (name, tuple(map(tuple, place))): (dtype, offset, size)
             for name, place, dtype, offset, size in index["shards"]
         }
-        content = np.memmap(directory / "data", np.uint8, "r") if entries else np.empty(0, np.uint8)
+        filled = any(size for _, _, size in entries.values())
+        content = np.memmap(directory / "data", np.uint8, "r") if filled else np.empty(0, np.uint8)
 
         def shard(name: str, part: Any, shape: tuple[int, ...]) -> np.ndarray:
             place = _place(part, shape)

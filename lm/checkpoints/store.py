@@ -410,14 +410,10 @@ class Checkpoints:
             step, local = candidate
             try:
                 if local:
-                    found = self._read_local(step, like, tuple(ignore))
-                    self._current = {step}
-                    return Restored(
-                        step, *found, tuple(skipped), str(self.local and self.local.root)
-                    )
+                    return Restored(step, *self._read_local(step, like, tuple(ignore), skipped))
                 state = self.restore(step, like, ignore=ignore, frozen=frozen)
-                directory = self.directory / str(step)
-                return Restored(step, state, self.metadata(step), tuple(skipped), str(directory))
+                where = str(self.directory / str(step))
+                return Restored(step, state, self.metadata(step), tuple(skipped), where)
             except DamagedError as error:
                 tried.add(candidate)
                 if not local:
@@ -467,8 +463,9 @@ class Checkpoints:
         return unflatten(leaves, like)
 
     def _read_local(
-        self, step: int, like: Tree, ignore: tuple[str, ...]
-    ) -> tuple[Tree, dict[str, Any]]:
+        self, step: int, like: Tree, ignore: tuple[str, ...], skipped: Sequence[str]
+    ) -> tuple[Tree, dict[str, Any], tuple[str, ...], str]:
+        """The other fields of `Restored`, once every process has read its own shards."""
         assert self.local is not None
         leaves, index, fault = flatten(like), {}, None
         try:
@@ -478,7 +475,9 @@ class Checkpoints:
             fault = DamagedError(str(error))
         if not _by_all(fault is None):
             raise fault or DamagedError(f"another process has no sound local copy of step {step}")
-        return unflatten(leaves, like), index["metadata"]
+        self._current = {step}
+        where = str(self.local.root / str(step))
+        return unflatten(leaves, like), index["metadata"], tuple(skipped), where
 
     def _directory(self, step: int) -> epath.Path:
         steps = opening.all_steps(self.directory)
