@@ -6,10 +6,8 @@ it keeps. Import and export follow one table a family (`huggingface_tables.py`).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import math
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,18 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from lm.checkpoints.huggingface_config import from_huggingface, to_huggingface
 from lm.checkpoints.huggingface_formats import NOTHING
 from lm.checkpoints.huggingface_tables import TABLES, Place, Tensor, attribute, tensors
 from lm.checkpoints.store import CheckpointError
+from lm.files.base import FileFormatError
+from lm.files.safetensors import INDEX, Safetensors, open_safetensors
+from lm.files.safetensors_writer import LazyTensor, write_sharded
 from lm.model import ModelConfig, ModelWeights, Unstacked, param_specs
 from lm.weights import Leaf, is_spec, path_name
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Path = str | pathlib.Path
 
@@ -83,9 +80,10 @@ def load(
     """
     if config is None:
         config = read_config(path, vocab_multiple=vocab_multiple, ignore=ignore)
-    with contextlib.ExitStack() as stack:
-        file = _Files(pathlib.Path(path), stack)
-        return _assemble(config, file.headers, file.read, dtype, shardings, str(path)), config
+    file = _open(path)
+    headers = {name: (info.shape, info.dtype) for name, info in file.tensors.items()}
+    params = _assemble(config, headers, file.array, dtype, shardings, str(path), file.release)
+    return params, config
 
 
 def from_tensors(
@@ -142,22 +140,9 @@ def save(
         array = _weight(params, config, place)
         return array if dtype is None else array.astype(dtype)
 
-    shards = _shards(params, config, dtype, max_shard_size)
-    names: dict[str, str] = {}
-    total = 0
-    dtypes = set()
-    for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        name = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # safetensors writes the buffer as it lies, so that a transposed view has to be copied.
-        out = {t.name: np.ascontiguousarray(_export(t, config, weight)) for t in shard}
-        save_file(out, directory / name, metadata={"format": "pt"})
-        names |= dict.fromkeys(out, name)
-        total += sum(array.nbytes for array in out.values())
-        dtypes |= {str(array.dtype) for array in out.values()}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": names}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    written = {t.name: _lazy(t, params, config, dtype, weight) for t in tensors(config)}
+    write_sharded(directory, written, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    dtypes = {str(tensor.dtype) for tensor in written.values()}
     if len(dtypes) == 1:
         data.setdefault("torch_dtype", dtypes.pop())
     text = json.dumps(data, indent=2) + "\n"
@@ -171,39 +156,11 @@ def to_tensors(params: ModelWeights, config: ModelConfig) -> Iterator[tuple[str,
         yield tensor.name, _export(tensor, config, functools.partial(_weight, params, config))
 
 
-class _Files:
-    """The safetensors files of a directory, open for reading."""
-
-    def __init__(self, directory: pathlib.Path, stack: contextlib.ExitStack) -> None:
-        index = directory / INDEX
-        if index.exists():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        else:
-            weight_map, files = None, [SINGLE]
-        missing = [name for name in files if not (directory / name).exists()]
-        if missing:
-            raise CheckpointError(
-                f"{directory} has no {', '.join(missing)}; a model's directory holds {SINGLE}, or "
-                f"{INDEX} and the files it names"
-            )
-        self.handle: dict[str, Any] = {}
-        self.headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for name in files:
-            try:
-                handle = stack.enter_context(safe_open(directory / name, framework="np"))
-            except Exception as error:  # the library has its own error class for a broken header
-                raise CheckpointError(f"{directory / name} cannot be read: {error}") from error
-            for key in handle.keys():  # noqa: SIM118  (a handle is not a mapping)
-                part = handle.get_slice(key)
-                self.handle[key] = handle
-                self.headers[key] = tuple(part.get_shape()), part.get_dtype()
-        lost = sorted(set(weight_map or ()) - self.headers.keys())
-        if lost:
-            raise CheckpointError(f"{index} names {', '.join(lost[:8])}, which no file holds")
-
-    def read(self, name: str) -> np.ndarray:
-        return self.handle[name].get_tensor(name)
+def _open(path: Path) -> Safetensors:
+    try:
+        return open_safetensors(path)
+    except (FileFormatError, FileNotFoundError) as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _assemble(
@@ -213,8 +170,9 @@ def _assemble(
     dtype: Any,
     shardings: Any,
     source: str,
+    release: Callable[[str], None] = lambda name: None,
 ) -> ModelWeights:
-    """The stacked weights from tensors that `read` gives by name."""
+    """The stacked weights from tensors that `read` gives by name, each released after its use."""
     wanted = list(tensors(config))
     names = _match(config, wanted, headers, dtype, source)
     specs = param_specs(config)
@@ -237,6 +195,7 @@ def _assemble(
                 done[place.path] = _zeros(shapes[place.path], part.dtype, sharding)
             one = _put(part, _of_one_layer(sharding))
             done[place.path] = _set_layer(done[place.path], one, place.repeat)
+        release(name)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: done[path_name(path)], specs, is_leaf=is_spec
     )
@@ -311,10 +270,11 @@ def _of_one_layer(sharding: Any) -> Any:
 
 
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:
-    """`array` on the devices, each host placing its own part."""
+    """`array` on the devices, each host reading and placing its own part."""
     if sharding is None:
-        return jnp.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jnp.array(array)
+    # Copied, because on a CPU the result would otherwise be the file's memory.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
@@ -362,19 +322,13 @@ def _check_weights(params: ModelWeights, config: ModelConfig) -> None:
         raise ValueError(f"these weights cannot be saved: {'; '.join(dict.fromkeys(faults))}")
 
 
-def _shards(
-    params: ModelWeights, config: ModelConfig, dtype: Any, max_size: int
-) -> list[list[Tensor]]:
-    """The tensors in files of at most `max_size` bytes, or of one tensor where that is larger."""
-    shards: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors(config):
-        own = attribute(params, "embed").dtype if tensor.layer is None else None
-        own = own or _weight(params, config, tensor.places[0]).dtype
-        size = math.prod(tensor.shape) * jnp.dtype(dtype or own).itemsize
-        if not shards or size > room:
-            shards.append([])
-            room = max_size
-        shards[-1].append(tensor)
-        room -= size
-    return shards
+def _lazy(
+    tensor: Tensor,
+    params: ModelWeights,
+    config: ModelConfig,
+    dtype: Any,
+    weight: Callable[[Place], Any],
+) -> LazyTensor:
+    """A tensor that is made when it is written."""
+    own = np.dtype(dtype or _weight(params, config, tensor.places[0]).dtype)
+    return LazyTensor(own, tensor.shape, lambda: _export(tensor, config, weight))

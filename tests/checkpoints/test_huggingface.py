@@ -286,7 +286,7 @@ def test_what_is_not_a_model_directory(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no model.safetensors; a model's directory"):
         load(tmp_path, config)
     (tmp_path / "model.safetensors").write_bytes(b"PK\x03\x04 something else")
-    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: header length is"):
         load(tmp_path, config)
 
 
@@ -297,10 +297,10 @@ def test_an_index_that_lies(tmp_path):
     weight_map = json.loads(file.read_text())["weight_map"]
     first = next(iter(weight_map.values()))
     file.write_text(json.dumps({"weight_map": weight_map | {"x.weight": first}}))
-    with pytest.raises(CheckpointError, match=r"names x.weight, which no file holds"):
+    with pytest.raises(CheckpointError, match=r"of 'x.weight' is .* a file that holds that tensor"):
         load(tmp_path)
     (tmp_path / first).unlink()
-    with pytest.raises(CheckpointError, match=f"has no {first}"):
+    with pytest.raises(CheckpointError, match=f"is '{first}'; expected a file that exists"):
         load(tmp_path)
 
 
