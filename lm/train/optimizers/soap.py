@@ -179,5 +179,5 @@ def deal(
     dealt_update = jax.shard_map(
         update, mesh=mesh, in_specs=(dealt, dealt, everywhere), out_specs=dealt
     )
-    result = dealt_update(*jax.tree.map(flatten, (gradient, slots)), count)
-    return jax.tree.map(unflatten, result)
+    whole_gradient, whole_slots = jax.tree.map(flatten, (gradient, slots))
+    return jax.tree.map(unflatten, dealt_update(whole_gradient, whole_slots, count))

@@ -1,0 +1,249 @@
+"""Run an experiment with many configurations, and rank the results.
+
+    python -m experiments.sweep --experiment=pretrain --config=quicktest --workdir=runs/sweep \
+        --sweep='train.num_steps=100,200; optimizer.weight_decay=0,0.1'
+
+`a=1,2; b=3,4` is every combination, `a=1,2 & b=3,4` pairs them, `a=1,2 | b=3,4` is one after the
+other; `&` binds closer than `;`, which binds closer than `|`. A value with commas goes in
+parentheses. `--config.key=value` edits what all runs share: with `--config.data.directory=FOLDER`
+they read one data set. Each run is a subprocess in a folder named after what it changes; the same
+command skips finished runs and resumes others. The workdir receives `sweep.json`, the runs ranked,
+and the folders, each with `sweep.log`, what the run printed.
+
+In Python, `product`, `zipped` and `chain` compose `param("optimizer.weight_decay", 0.0, 0.1)`, and
+`configurations(base, sweep)` yields (name, configuration).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from experiments import config as config_lib
+from experiments import fields
+from experiments.config import ConfigError
+
+Edits = dict[str, str]  # texts by dotted key, as on the command line
+Sweep = tuple[Edits, ...]
+MAX_NAME = 120
+
+
+def param(key: str, *values: Any) -> Sweep:
+    """One edit a value: `param("train.num_steps", 100, 200)`."""
+    return tuple({key: value if isinstance(value, str) else fields.show(value)} for value in values)
+
+
+def product(*sweeps: Sweep) -> Sweep:
+    """Every combination; the last sweep varies fastest. ValueError: a key is in two of them."""
+    return tuple(_join(parts) for parts in itertools.product(*sweeps))
+
+
+def zipped(*sweeps: Sweep) -> Sweep:
+    """The first of each together, then the second, ... ValueError: unequal lengths, equal keys."""
+    lengths = [len(sweep) for sweep in sweeps]
+    if len(set(lengths)) > 1:
+        keys = ", ".join("/".join(sweep[0]) for sweep in sweeps if sweep)
+        raise ValueError(f"cannot pair {keys}: they have {', '.join(map(str, lengths))} values")
+    return tuple(_join(parts) for parts in zip(*sweeps, strict=True))
+
+
+def chain(*sweeps: Sweep) -> Sweep:
+    """One after the other."""
+    return tuple(itertools.chain(*sweeps))
+
+
+def _join(parts: Sequence[Edits]) -> Edits:
+    joined: Edits = {}
+    for edits in parts:
+        if twice := joined.keys() & edits.keys():
+            raise ValueError(f"{', '.join(sorted(twice))} is swept twice at once")
+        joined |= edits
+    return joined
+
+
+def parse(text: str) -> Sweep:
+    """A sweep written as `a=1,2; b=3,4 & c=5,6 | d=7`. ValueError names what does not fit."""
+
+    def values(part: str) -> Sweep:
+        key, _, rest = (side.strip() for side in part.partition("="))
+        if not key or not rest:
+            raise ValueError(f"{part.strip()!r} in --sweep is not key=value,value")
+        found = re.findall(r"\s*(\([^()]*\)|[^,]+)", rest)
+        return param(key, *(value.strip() for value in found))
+
+    def combinations(part: str) -> Sweep:
+        return product(*(zipped(*map(values, each.split("&"))) for each in part.split(";")))
+
+    return chain(*map(combinations, text.split("|")))
+
+
+def configurations(base: Any, sweep: Sweep) -> Iterator[tuple[str, Any]]:
+    """(name, configuration) of each run, equal runs once. Errors as `config.override`."""
+    return ((name, config) for name, (config, _) in _runs(base, sweep).items())
+
+
+def _runs(base: Any, sweep: Sweep) -> dict[str, tuple[Any, Edits]]:
+    runs: dict[str, tuple[Any, Edits]] = {}
+    for edits in sweep:
+        config = config_lib.override(base, edits)
+        runs.setdefault(run_name(config, edits), (config, edits))
+    return runs
+
+
+def run_name(config: Any, edits: Edits) -> str:
+    """A file name of the changed keys and their values as read, `optimizer.weight_decay=0.1`.
+
+    The order of keys and how a value is written do not matter. Where a file name cannot hold it,
+    or should not be so long, a hash keeps what is left of it one run's alone.
+    """
+    values = {key: fields.show(_get(config, key)) for key in sorted(edits)}
+    whole = ",".join(f"{key}={value}" for key, value in values.items()) or "base"
+    name = re.sub(r"[^\w.,=+-]+", "_", whole)
+    if name == whole and len(name) <= MAX_NAME:
+        return name
+    return f"{name[:MAX_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def _get(value: Any, key: str) -> Any:
+    for part in key.split("."):
+        value = value[int(part)] if isinstance(value, tuple) else getattr(value, part)
+    return value
+
+
+@dataclasses.dataclass
+class Run:
+    """One run: its name, folder, command, whole configuration, and how it ended."""
+
+    name: str
+    workdir: pathlib.Path
+    command: list[str]
+    config: Any
+    edits: Edits
+    result: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def finished(self) -> bool:
+        """Whether the folder holds the end of a run with this very configuration."""
+        if not (self.workdir / "summary.json").exists():
+            return False
+        saved = json.loads((self.workdir / "config.json").read_text())
+        return not config_lib.difference(saved, self.config)
+
+    def start(self) -> None:
+        """Run to the end; `result` has the exit status and, of a failure, the last line."""
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        began, log = time.time(), self.workdir / "sweep.log"
+        with log.open("wb") as out:
+            status = subprocess.run(self.command, stdout=out, stderr=subprocess.STDOUT).returncode
+        self.result = {"status": status, "seconds": round(time.time() - began, 1)}
+        if status:
+            lines = log.read_text(errors="replace").strip().splitlines()
+            self.result["error"] = lines[-1] if lines else "no output"
+
+    def score(self) -> float | None:
+        """Held-out bits per byte, or None of a run that did not finish."""
+        if not self.finished():
+            return None
+        return json.loads((self.workdir / "summary.json").read_text())["held_out"]["bits_per_byte"]
+
+
+def plan(
+    experiment: str, base: Any, shared: Sequence[str], sweep: Sweep, workdir: pathlib.Path
+) -> list[Run]:
+    """The runs of a sweep; `shared` are the `--config` flags that all of them have."""
+    return [
+        Run(
+            name,
+            workdir / name,
+            [sys.executable, "-m", f"experiments.{experiment}", *shared]
+            + [f"--config.{key}={value}" for key, value in edits.items()]
+            + [f"--workdir={workdir / name}"],
+            config,
+            edits,
+        )
+        for name, (config, edits) in _runs(base, sweep).items()
+    ]
+
+
+def execute(runs: Sequence[Run], jobs: int) -> None:
+    """Start what is not finished, `jobs` at a time."""
+
+    def one(run: Run) -> None:
+        before = run.finished()
+        if not before:
+            run.start()
+        end = "finished before" if before else run.result.get("error", "done")
+        print(f"{run.name}: {end}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, runs))
+
+
+def rank(runs: Sequence[Run], workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Writes `sweep.json`: a row a run, the lowest bits per byte first, failures last."""
+    rows = [
+        {"name": run.name, "edits": run.edits, "bits_per_byte": run.score(), **run.result}
+        for run in runs
+    ]
+    rows.sort(key=lambda row: (row["bits_per_byte"] is None, row["bits_per_byte"]))
+    (workdir / "sweep.json").write_text(json.dumps({"runs": rows}, indent=2) + "\n")
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for the eye."""
+    scores = ["failed" if (s := row["bits_per_byte"]) is None else f"{s:.4f}" for row in rows]
+    shown = zip(["bits/byte", *scores], ["run", *(row["name"] for row in rows)], strict=True)
+    return "\n".join(f"{score:>9}  {name}" for score, name in shown)
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 if every run finished, else 1."""
+    settings = flags.FLAGS
+    try:
+        configs = importlib.import_module(f"experiments.configs.{settings.experiment}")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--experiment={settings.experiment}: {error}") from None
+    base, rest = config_lib.parse(argv, configs)
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}; flags are --name=value")
+    with config_lib.input_errors():
+        workdir = pathlib.Path(settings.workdir).expanduser()
+        runs = plan(settings.experiment, base, argv, parse(settings.sweep), workdir)
+    if settings.dry_run:
+        print("\n".join(shlex.join(run.command) for run in runs))
+        return 0
+    execute(runs, settings.jobs)
+    rows = rank(runs, workdir)
+    print(table(rows))
+    return int(any(row["bits_per_byte"] is None for row in rows))
+
+
+def _program(argv: list[str]) -> None:
+    try:
+        sys.exit(main(argv[1:]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("experiment", "pretrain", "Module of `experiments` to run.")
+    flags.DEFINE_string("sweep", None, "What changes: 'a=1,2; b=3,4'.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder of all runs; the same one resumes.", required=True)
+    flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
+    flags.DEFINE_bool("dry_run", False, "Print the commands and run nothing.")
+    app.run(_program, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
