@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from lm.checkpoints import open_model
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUM_STEPS = 60
 SETTINGS = {
-    "data.files": f"{ROOT}/lm/**/*.py",
+    "data.files": f"{sysconfig.get_path('stdlib')}/email/*.py",
     "data.max_megabytes": "0",
     "data.held_out": "0.1",
     "data.max_held_out_tokens": "5000",
