@@ -45,7 +45,7 @@ def tokenize_live(
         text=True,
         timeout=300,
     )
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-4000:]
     answer = json.loads(result.stdout.splitlines()[-1])
     return answer["version"], answer["ids"]
 
