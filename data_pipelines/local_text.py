@@ -1,53 +1,76 @@
-"""Local text to a tokenizer and a tokenized data set, with no download.
+"""Local text to a tokenizer and tokenized data sets, with no download.
 
     python -m data_pipelines.local_text --output=DIR [--files='dir/**/*.txt'] [--vocab_size=4096]
 
 Without --files the corpus is what every machine with Python has: documentation, docstrings and
-source of the standard library and of the installed packages. DIR receives
+source of the standard library and of the installed packages. With --kind=jsonl the files hold a
+JSON object a line, with --kind=array_record they are TFDS data sets. Several named sources and
+validation sets that share one tokenizer are given in Python. DIR receives
 
     corpus.json            counts, bytes, what was dropped and why, parameters, fingerprints
     tokenizer.model        SentencePiece
-    local_text/1.0.0/      TFDS data set in array_record files, splits `train` and `validation`
+    <source>/1.0.0/        TFDS data sets in array_record files, splits `train` and `validation`
     token_cache/, plans/   memory-mapped copies and pack plans, made when first used
 
 The same command finds DIR complete and changes nothing. A build is made in `.DIR.partial` beside
 it and renamed when complete; one that was cut short starts again.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
 from data_pipelines import texts as stages
-from data_pipelines.texts import Candidate, CorpusError, Text
+from data_pipelines.documents import DataSource, SystemText, ValidationSet
+from data_pipelines.spool import BYTES, Spool, tokenize
+from data_pipelines.texts import Candidate, CorpusError
+from lm.data.batches import PackedSource
 from lm.data.packing import PackPlan, open_plan
-from lm.data.sources import ArraySource, Document, open_source, write_dataset
+from lm.data.sources import ArraySource, open_source, write_dataset
 from lm.tokenizers import SentencePieceTokenizer, train_sentencepiece
 
-_VERSION = 1
+_VERSION = 2
 _SYSTEM_BYTES = 30_000_000
-_ENCODE_BATCH_CHARS = 2_000_000
-_FEW_FILES = 100
-_BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True}
+_TOKENIZER_BYTES = 20_000_000
+_LOCK = ".lock"
+DEFAULT_SOURCE = "local_text"
 SPLITS = ("train", "validation")
+Part = DataSource | ValidationSet | SystemText
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalText:
-    """A complete corpus on disk; `summary` is the content of its corpus.json."""
+    """A complete corpus on disk; `summary` is the content of its corpus.json.
+
+    Where a method takes the name of a source or validation set, None is the only source.
+    """
 
     directory: Path
     summary: dict[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources to train on."""
+        return tuple(self.summary["sources"])
+
+    @property
+    def validation_names(self) -> tuple[str, ...]:
+        """What has a split `validation`: sources by their held-out part, then validation sets."""
+        held = [
+            n for n, about in self.summary["sources"].items() if "validation" in about["splits"]
+        ]
+        return (*held, *self.summary["validation"])
 
     @property
     def tokenizer_path(self) -> Path:
@@ -55,122 +78,293 @@ class LocalText:
 
     @property
     def dataset_path(self) -> Path:
-        return self.directory / "local_text" / "1.0.0"
+        """The data set of the first source."""
+        return self.directory / self.names[0] / "1.0.0"
 
     def tokenizer(self) -> SentencePieceTokenizer:
         return SentencePieceTokenizer(self.tokenizer_path)
 
-    def source(self, split: str) -> ArraySource:
-        """The tokenized documents of a split."""
-        return open_source(self.dataset_path, split, self.directory / "token_cache")
+    def source(self, split: str, name: str | None = None) -> ArraySource:
+        """The tokenized documents of a split.
 
-    def plan(self, split: str, seq_len: int) -> PackPlan:
-        """The pack plan of a split, made the first time."""
+        Raises:
+          CorpusError: no such source; or several and no name.
+        """
+        known = (*self.names, *self.summary["validation"])
+        if name is None and len(self.names) == 1:
+            name = self.names[0]
+        if name not in known:
+            raise CorpusError(f"corpus '{self.directory}' has no {name!r}; name one of {known}")
+        dataset = self.directory / str(name) / "1.0.0"
+        return open_source(dataset, split, self.directory / "token_cache")
+
+    def plan(self, split: str, seq_len: int, name: str | None = None) -> PackPlan:
+        """The pack plan of a split, made the first time; its hash covers text and tokenizer."""
         fingerprint = self.summary["tokenizer"]["fingerprint"]
-        return open_plan(self.source(split), seq_len, self.directory / "plans", fingerprint)
+        source = self.source(split, name)
+        return open_plan(source, seq_len, self.directory / "plans", fingerprint)
 
-    def texts(self, split: str) -> Iterator[str]:
-        """The documents of a split as text, decoded from their tokens without loss."""
-        tokenizer, source = self.tokenizer(), self.source(split)
-        return (tokenizer.decode(source.read(d)) for d in range(len(source)))
+    def packed(self, split: str, seq_len: int, name: str | None = None) -> PackedSource:
+        """Documents and plan of a split, under the name of their source."""
+        plan = self.plan(split, seq_len, name)
+        return PackedSource(self.source(split, name), plan, name or self.names[0])
+
+    def texts(self, split: str, name: str | None = None) -> Iterator[str]:
+        """The documents of a split as text, decoded from their tokens; None is all sources."""
+        tokenizer = self.tokenizer()
+        for each in self.names if name is None else (name,):
+            if name is None and split not in self.summary["sources"][each]["splits"]:
+                continue
+            source = self.source(split, each)
+            yield from (tokenizer.decode(source.read(d)) for d in range(len(source)))
 
 
 def build(
     output: str | os.PathLike[str],
     files: str | Sequence[str] | None = None,
     *,
+    sources: Sequence[DataSource] = (),
+    validation: Sequence[ValidationSet] = (),
+    tokenizer: str | os.PathLike[str] | None = None,
     vocab_size: int = 4096,
     max_bytes: int | None = None,
     held_out: float = 0.05,
     prose_fraction: float = 0.3,
     seed: int = 0,
     progress: bool = True,
+    process_index: int = 0,
+    wait: Callable[[str], object] | None = None,
 ) -> LocalText:
     """Builds the corpus in `output`, or opens it if it is there with the same parameters.
 
+    Weights and caps of sources may differ from those it was built with: they decide the text that
+    trains the tokenizer, and no document.
+
+    With `wait`, a barrier over all hosts such as `multihost_utils.sync_global_devices`, process 0
+    builds and the others open what it built, in a directory they share.
+
     Args:
       output: directory of the result.
-      files: glob patterns of the user's own text; None for the system's documentation and source.
-      max_bytes: text to take, about; None for all of `files`, or 30 MB of the system's.
-      held_out: share of the documents that go to `validation`, chosen by content hash.
+      files: glob patterns of the user's own text, a source named "local_text"; None for
+        `sources`, or without those for the system's documentation and source.
+      sources: to train on; in the order given, the first keeps what several have.
+      validation: text to evaluate on, beside the held-out parts of the sources.
+      tokenizer: a SentencePiece model to use; None to train one on a sample of the sources by
+        their weights.
+      vocab_size: of the tokenizer to train.
+      max_bytes: text of `files` or the system to take, about; None for all of `files`, or 30 MB of
+        the system's.
+      held_out: share of the documents of `files` or the system that go to `validation`, chosen by
+        content hash.
       prose_fraction: share of the system corpus's bytes that is prose, while prose lasts.
       seed: of the order, the choice of files and the split.
+      process_index: of this host.
+      wait: called once by every host, by process 0 when it has built or failed.
 
     Raises:
-      CorpusError: no files, a user file that is not UTF-8, no text left, too little text for the
-        vocabulary or for a held-out split, or `output` holds something else.
+      CorpusError: no files, a user file that cannot be read or is not UTF-8, no text left, too
+        little text for the vocabulary or for a held-out split, or `output` holds something else;
+        on another host, no corpus in `output`.
     """
     output = Path(output)
+    if process_index and wait:
+        wait("corpus")
+        return _open_built(output, process_index)
+    try:
+        parts = _parts(files, sources, validation, max_bytes, held_out, prose_fraction)
+        candidates = {part.name: part.find() for part in parts}
+        parameters = {
+            "version": _VERSION,
+            "sources": [p.name for p in parts if not isinstance(p, ValidationSet)],
+            "validation": [p.name for p in parts if isinstance(p, ValidationSet)],
+            "tokenizer": SentencePieceTokenizer(tokenizer).fingerprint if tokenizer else None,
+            "vocab_size": None if tokenizer else vocab_size,
+            "seed": seed,
+        }
+        for part in parts:
+            parameters |= _described(part, candidates[part.name])
+        if existing := _existing(output, parameters):
+            return existing
+        with _working_directory(output) as partial:
+            if existing := _existing(output, parameters):  # by the build that was waited for
+                return existing
+            summary = {"parameters": parameters}
+            summary |= _write_corpus(
+                partial, parts, candidates, tokenizer, vocab_size, seed, progress
+            )
+            (partial / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
+            if output.is_dir():
+                output.rmdir()
+            partial.rename(output)
+            (output / _LOCK).unlink()
+        return LocalText(output, summary)
+    finally:
+        if wait:
+            wait("corpus")
+
+
+def _parts(
+    files: str | Sequence[str] | None,
+    sources: Sequence[DataSource],
+    validation: Sequence[ValidationSet],
+    max_bytes: int | None,
+    held_out: float,
+    prose_fraction: float,
+) -> list[Part]:
+    """What to read: validation sets first, so that their documents are kept out of the sources."""
     if max_bytes is not None and max_bytes < 1:
         raise CorpusError(f"max_bytes={max_bytes} must be at least 1")
     if not 0 < held_out < 1:
         raise CorpusError(f"held_out={held_out} must lie between 0 and 1, such as 0.05")
     if not 0 <= prose_fraction <= 1:
         raise CorpusError(f"prose_fraction={prose_fraction} must lie in [0, 1]")
-    patterns = [files] if isinstance(files, str) else list(files or [])
-    candidates = stages.find_user_files(patterns) if patterns else None
-    if max_bytes is None and not patterns:
-        max_bytes = _SYSTEM_BYTES
-    parameters = {
-        "version": _VERSION,
-        "files": patterns or None,
-        "listing": _listing(candidates) if candidates else None,
-        "vocab_size": vocab_size,
-        "max_bytes": max_bytes,
-        "held_out": held_out,
-        "prose_fraction": None if patterns else prose_fraction,
-        "seed": seed,
-    }
-    if existing := _existing(output, parameters):
-        return existing
+    if files and sources:
+        raise CorpusError(f"files={files!r} and sources both say what to read; give one of them")
+    parts: list[Part] = [*validation, *sources]
+    if files:
+        patterns = (files,) if isinstance(files, str) else tuple(files)
+        megabytes = (max_bytes or 0) / 1e6
+        source = DataSource(DEFAULT_SOURCE, patterns, max_megabytes=megabytes, held_out=held_out)
+        parts.append(source)
+    elif not sources:
+        max_bytes = max_bytes or _SYSTEM_BYTES
+        parts.append(SystemText(DEFAULT_SOURCE, max_bytes, prose_fraction, held_out))
+    names = [part.name for part in parts]
+    if len(set(names)) < len(names):
+        raise CorpusError(f"sources and validation sets {names} must have distinct names")
+    return parts
 
+
+def _described(part: Part, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """All that decides the documents of a part, with its files' names, sizes and times."""
+    about = dataclasses.asdict(part)
+    for name in ("name", "weight", "max_epochs", "max_tokens"):
+        about.pop(name, None)
+    if not isinstance(part, SystemText):
+        about |= {"files": list(part.files), "listing": _listing(candidates)}
+    return {f"{part.name}.{name}": value for name, value in about.items()}
+
+
+@contextlib.contextmanager
+def _working_directory(output: Path) -> Iterator[Path]:
+    """`.<output>.partial`, empty but for a lock that a process which dies lets go of.
+
+    A second build of the same output waits here until the first is done.
+    """
     partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    lock = _lock(partial)
     try:
-        dropped: Counter[str] = Counter()
-        documents = _documents(candidates, max_bytes, prose_fraction, seed, dropped)
-        total = max_bytes or sum(c.size for c in candidates or [])
-        spool = _Spool.write(partial / "documents.jsonl", documents, total, progress)
-        if not spool.groups:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
-            raise CorpusError(
-                f"the corpus is empty: every document was dropped ({reasons or 'no files'}); add "
-                "text"
-            )
-        summary = {"parameters": parameters, "dropped": dict(sorted(dropped.items()))}
-        summary |= _write_corpus(
-            LocalText(partial, {}), spool, vocab_size, held_out, seed, progress
-        )
-        (partial / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if output.is_dir():
-            output.rmdir()
-        partial.rename(output)
+        for path in partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
+        yield partial
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return LocalText(output, summary)
+        if _lies_in(lock, partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(partial: Path) -> int:
+    """A handle that holds the lock in a directory, which is made."""
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:  # the directory was renamed or removed since
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.warning("another process builds in '%s'; waiting for it", partial)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _lies_in(lock, partial):
+            return lock
+        os.close(lock)
+
+
+def _lies_in(lock: int, partial: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(partial / _LOCK))
+    except FileNotFoundError:
+        return False
 
 
 def _write_corpus(
-    work: LocalText, spool: "_Spool", vocab_size: int, held_out: float, seed: int, progress: bool
+    directory: Path,
+    parts: Sequence[Part],
+    candidates: Mapping[str, Sequence[Candidate]],
+    tokenizer_path: str | os.PathLike[str] | None,
+    vocab_size: int,
+    seed: int,
+    progress: bool,
 ) -> dict[str, Any]:
-    """Splits the spooled documents, trains the tokenizer and writes the data set."""
-    splits = spool.split(held_out, seed, by_file=len(set(spool.groups)) >= _FEW_FILES)
-    try:
-        training_text = (text.text for text in spool.read(splits["train"]))
-        tokenizer = train_sentencepiece(training_text, work.tokenizer_path, vocab_size)
-    except ValueError as error:
-        raise CorpusError(str(error)) from error
-    bar = tqdm(total=spool.num_bytes, desc="tokenize", disable=not progress, **_BYTES)
-    with bar:
-        tokens = {s: _tokenize(spool.read(splits[s]), tokenizer, bar) for s in SPLITS}
-        write_dataset(work.dataset_path, tokens, name="local_text")
-    spool.path.unlink()
+    """Collects the documents of every part, trains the tokenizer and writes the data sets."""
+    spools: dict[str, Spool] = {}
+    splits: dict[str, dict[str, set[int]]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for part in parts:
+        name, dropped = part.name, Counter[str]()
+        texts = part.documents(candidates[name], seed, dropped, seen)
+        total = part.max_bytes or sum(c.size for c in candidates[name])
+        spool = spools[name] = Spool.write(directory / f"{name}.jsonl", texts, total, progress)
+        if not spool.groups:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common())
+            raise CorpusError(
+                f"'{name}' is empty: every document was dropped ({reasons or 'no documents'}); add "
+                "text"
+            )
+        if isinstance(part, ValidationSet):
+            splits[name] = {"validation": spool.all()}
+        else:
+            splits[name] = spool.split(part.held_out, seed)
+        about[name] = {
+            "dropped": dict(sorted(dropped.items())),
+            "bytes_by_kind": dict(sorted(spool.bytes_by_kind.items())),
+        }
+
+    sources = [part for part in parts if not isinstance(part, ValidationSet)]
+    path = directory / "tokenizer.model"
+    if tokenizer_path:
+        shutil.copyfile(tokenizer_path, path)
+        tokenizer = SentencePieceTokenizer(path)
+    else:
+        sample = _sample(
+            [(spools[p.name], splits[p.name]["train"], p.weight) for p in sources], seed
+        )
+        try:
+            tokenizer = train_sentencepiece(sample, path, vocab_size, max_bytes=_TOKENIZER_BYTES)
+        except ValueError as error:
+            raise CorpusError(str(error)) from error
+
+    work = LocalText(directory, {"sources": {p.name: {} for p in sources}, "validation": about})
+    num_bytes = sum(spool.num_bytes for spool in spools.values())
+    with tqdm(total=num_bytes, desc="tokenize", disable=not progress, **BYTES) as bar:
+        for name, spool in spools.items():
+            tokens = {s: tokenize(spool.read(i), tokenizer, bar) for s, i in splits[name].items()}
+            write_dataset(directory / name / "1.0.0", tokens, name=name)
+            spool.path.unlink()
+            found = {split: _split_summary(work.source(split, name)) for split in tokens}
+            about[name] = {"splits": found} | about[name]
+    names = {part.name for part in sources}
     return {
-        "splits": {s: _split_summary(work.source(s)) for s in SPLITS},
-        "bytes_by_kind": dict(sorted(spool.bytes_by_kind.items())),
+        "sources": {n: a for n, a in about.items() if n in names},
+        "validation": {n: a for n, a in about.items() if n not in names},
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
     }
+
+
+def _sample(parts: Sequence[tuple[Spool, set[int], float]], seed: int) -> Iterator[str]:
+    """Text to train the tokenizer on: the sources by their weights, as far as each has text."""
+    total = sum(weight for _, _, weight in parts) or 1.0
+    streams = []
+    for spool, numbers, weight in parts:
+        # Some more than its share, for a draw is not exact and another source may be short.
+        wanted = 1.5 * _TOKENIZER_BYTES * weight / total
+        streams.append((spool.read(spool.sample(numbers, wanted, seed)), weight))
+    return (text.text for text in stages.mix(streams))
 
 
 def open_corpus(directory: str | os.PathLike[str]) -> LocalText:
@@ -188,6 +382,17 @@ def open_corpus(directory: str | os.PathLike[str]) -> LocalText:
     return LocalText(Path(directory), json.loads(path.read_text()))
 
 
+def _open_built(directory: Path, process_index: int) -> LocalText:
+    try:
+        return open_corpus(directory)
+    except CorpusError as error:
+        raise CorpusError(
+            f"host {process_index} finds no corpus at '{directory}' after host 0 was to build it; "
+            "if host 0 reports no error of its own, give a directory that all hosts share, or copy "
+            "host 0's there on each"
+        ) from error
+
+
 def _existing(output: Path, parameters: dict[str, Any]) -> LocalText | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -198,112 +403,24 @@ def _existing(output: Path, parameters: dict[str, Any]) -> LocalText | None:
     corpus = open_corpus(output)
     before = corpus.summary["parameters"]
     changed = [k for k in parameters if before.get(k) != parameters[k]]
-    if changed == ["listing"]:
+    listings = [k for k in changed if k.endswith(".listing")]
+    if changed and changed == listings:
+        patterns = [parameters[k.replace(".listing", ".files")] for k in changed]
         raise CorpusError(
-            f"the files of {parameters['files']} changed since '{output}' was built; delete it or "
-            "choose another output"
+            f"the files of {', '.join(map(str, patterns))} changed since '{output}' was built; "
+            "delete it or choose another output"
         )
     if changed:
         differences = ", ".join(
-            f"{k}={parameters[k]!r} (there: {before.get(k)!r})" for k in changed if k != "listing"
+            f"{k}={parameters[k]!r} (there: {before.get(k)!r})"
+            for k in changed
+            if k not in listings
         )
         raise CorpusError(
             f"'{output}' holds a corpus with other parameters: {differences}; choose another "
             "output, delete it, or pass the same parameters"
         )
     return corpus
-
-
-def _documents(
-    candidates: Sequence[Candidate] | None,
-    max_bytes: int | None,
-    prose_fraction: float,
-    seed: int,
-    dropped: Counter[str],
-) -> Iterator[Text]:
-    def clean(files: Iterable[Candidate]) -> Iterator[Text]:
-        texts = stages.read(stages.shuffled(files, seed), dropped)
-        return stages.deduplicate(stages.keep(texts, dropped), dropped)
-
-    if candidates is not None:
-        # Short enough that a single file still splits into training and held-out sections.
-        total = sum(c.size for c in candidates)
-        section = min(stages.SECTION_BYTES, max(4096, total // 200))
-        return stages.take(stages.cut(clean(candidates), section), max_bytes)
-    system = stages.find_system_files(seed)
-    prose = [c for c in system if c.kind in stages.PROSE_KINDS]
-    source = [c for c in system if c.kind == "source"]
-    mixed = stages.mix(stages.cut(clean(prose)), stages.cut(clean(source)), prose_fraction)
-    return stages.take(mixed, max_bytes)
-
-
-class _Spool:
-    """Clean documents on disk between the passes that need them."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.groups: list[str] = []
-        self.hashes: list[str] = []
-        self.bytes_by_kind: Counter[str] = Counter()
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(self.bytes_by_kind.values())
-
-    @classmethod
-    def write(cls, path: Path, texts: Iterable[Text], total: int, progress: bool) -> "_Spool":
-        spool = cls(path)
-        bar = tqdm(total=total, desc="collect", disable=not progress, **_BYTES)
-        with bar, open(path, "w") as file:
-            for text in texts:
-                file.write(json.dumps(dataclasses.asdict(text)) + "\n")
-                spool.groups.append(text.group)
-                spool.hashes.append(stages.content_hash(text.text))
-                spool.bytes_by_kind[text.kind] += text.num_bytes
-                bar.update(text.num_bytes)
-        return spool
-
-    def split(self, held_out: float, seed: int, by_file: bool) -> dict[str, set[int]]:
-        """Document numbers of each split; with `by_file` a file's sections stay together."""
-        if len(self.hashes) < 2:
-            raise CorpusError(
-                f"the corpus has 1 document of {self.num_bytes} bytes, too little for a held-out "
-                "split; add text (about 100 kB or more)"
-            )
-        keys = self.groups if by_file else self.hashes
-        draws = [stages.uniform(seed, f"split:{key}") for key in keys]
-        held = {i for i, draw in enumerate(draws) if draw < held_out}
-        by_draw = sorted(range(len(draws)), key=draws.__getitem__)
-        held = (held or {by_draw[0]}) - {by_draw[-1]}
-        return {"train": set(range(len(draws))) - held, "validation": held}
-
-    def read(self, numbers: set[int]) -> Iterator[Text]:
-        with open(self.path) as file:
-            for i, line in enumerate(file):
-                if i in numbers:
-                    yield Text(**json.loads(line))
-
-
-def _tokenize(
-    texts: Iterable[Text], tokenizer: SentencePieceTokenizer, bar: tqdm
-) -> Iterator[Document]:
-    batch: list[Text] = []
-
-    def flush() -> Iterator[Document]:
-        encoded = tokenizer.encode_batch([t.text for t in batch], bos=True, eos=True)
-        for text, ids in zip(batch, encoded, strict=True):
-            bar.update(text.num_bytes)
-            yield Document(np.asarray(ids, np.int32), text.num_bytes, text.name)
-        batch.clear()
-
-    chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text.text)
-        if chars >= _ENCODE_BATCH_CHARS:
-            yield from flush()
-            chars = 0
-    yield from flush()
 
 
 def _split_summary(source: ArraySource) -> dict[str, Any]:
@@ -327,6 +444,9 @@ def _listing(candidates: Iterable[Candidate]) -> str:
 def _define_flags() -> None:
     flags.DEFINE_string("output", None, "directory of the result", required=True)
     flags.DEFINE_multi_string("files", [], "glob pattern of your own text; may be repeated")
+    flags.DEFINE_enum("kind", "text", ["text", "jsonl", "array_record"], "of --files")
+    flags.DEFINE_string("field", "text", "that holds the text, of kind jsonl or array_record")
+    flags.DEFINE_string("tokenizer", None, "SentencePiece model to use; trained without")
     flags.DEFINE_integer("vocab_size", 4096, "tokens of the vocabulary")
     flags.DEFINE_float("max_megabytes", None, "text to take; all of --files, 30 without")
     flags.DEFINE_float("held_out", 0.05, "share of the documents held out")
@@ -334,28 +454,39 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "of the order, the choice and the split")
 
 
+def _build_by_flags(values: Any) -> LocalText:
+    megabytes = values.max_megabytes
+    common = {"tokenizer": values.tokenizer, "vocab_size": values.vocab_size, "seed": values.seed}
+    if values.kind == "text":
+        return build(
+            values.output,
+            values.files or None,
+            max_bytes=None if megabytes is None else int(megabytes * 1e6),
+            held_out=values.held_out,
+            prose_fraction=values.prose_fraction,
+            **common,
+        )
+    source = DataSource(
+        DEFAULT_SOURCE, tuple(values.files), values.kind, values.field,
+        max_megabytes=megabytes or 0.0, held_out=values.held_out,
+    )  # fmt: skip
+    return build(values.output, sources=[source], **common)
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {list(argv[1:])}; quote the --files pattern")
     values = flags.FLAGS
-    megabytes = values.max_megabytes
     logging.set_verbosity(logging.WARNING)
     try:
-        corpus = build(
-            values.output,
-            values.files or None,
-            vocab_size=values.vocab_size,
-            max_bytes=None if megabytes is None else int(megabytes * 1e6),
-            held_out=values.held_out,
-            prose_fraction=values.prose_fraction,
-            seed=values.seed,
-        )
+        corpus = _build_by_flags(values)
     except CorpusError as error:
         raise SystemExit(f"error: {error}") from error
     print(json.dumps(corpus.summary, indent=2))
     print(f"corpus: {corpus.directory / 'corpus.json'}")
     print(f"tokenizer: {corpus.tokenizer_path}")
-    print(f"data set: {corpus.dataset_path}")
+    for name in corpus.summary["sources"]:
+        print(f"data set: {corpus.directory / name / '1.0.0'}")
 
 
 if __name__ == "__main__":

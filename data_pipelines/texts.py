@@ -240,9 +240,14 @@ def _fault(text: Text) -> str | None:
     return None
 
 
-def deduplicate(texts: Iterable[Text], dropped: Counter[str]) -> Iterator[Text]:
-    """Drops exact copies, and licences that differ in copyright lines, case or spacing only."""
-    seen: set[str] = set()
+def deduplicate(
+    texts: Iterable[Text], dropped: Counter[str], seen: set[str] | None = None
+) -> Iterator[Text]:
+    """Drops exact copies, and licences that differ in copyright lines, case or spacing only.
+
+    `seen` holds the texts of other sources, and takes up those of this one.
+    """
+    seen = set() if seen is None else seen
     for text in texts:
         key = content_hash(text.text)
         if text.kind == "docs" and _LICENCE_NAME.search(text.name):
@@ -277,18 +282,21 @@ def cut(texts: Iterable[Text], section_bytes: int = SECTION_BYTES) -> Iterator[T
             yield dataclasses.replace(text, name=name, text=body)
 
 
-def mix(prose: Iterator[Text], source: Iterator[Text], prose_fraction: float) -> Iterator[Text]:
-    """Draws from the stream that is behind its share of the bytes; the other when one ends."""
-    streams = [(prose, prose_fraction), (source, 1 - prose_fraction)]
-    streams = [(s, share) for s, share in streams if share > 0]
-    taken = [0.0] * len(streams)
-    while streams:
-        i = min(range(len(streams)), key=lambda i: taken[i])
-        text = next(streams[i][0], None)
+def mix(streams: Sequence[tuple[Iterator[Text], float]]) -> Iterator[Text]:
+    """Draws from the stream that is behind its share of the bytes; the others when one ends.
+
+    Args:
+      streams: texts and their share; a stream of share 0 is left out.
+    """
+    left = [(texts, share) for texts, share in streams if share > 0]
+    taken = [0.0] * len(left)
+    while left:
+        i = min(range(len(left)), key=lambda i: taken[i])
+        text = next(left[i][0], None)
         if text is None:
-            del streams[i], taken[i]
+            del left[i], taken[i]
             continue
-        taken[i] += text.num_bytes / streams[i][1]
+        taken[i] += text.num_bytes / left[i][1]
         yield text
 
 

@@ -194,9 +194,13 @@ class Batches:
         drawn = self.timeline.drawn(step)
         return [n / s.plan.num_rows for n, s in zip(drawn, self.sources, strict=False)]
 
+    def first_row(self, step: int) -> int:
+        """The first global row of a step, rows skipped at it left behind."""
+        return self.timeline.first_row(step)
+
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, plan row) of each row of a step: int64 arrays [B]."""
-        first = self.timeline.first_row(step)
+        first = self.first_row(step)
         return self.locate(np.arange(first, first + self.batch_size(step)))
 
     def locate(self, global_rows) -> tuple[np.ndarray, np.ndarray]:

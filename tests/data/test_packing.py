@@ -52,6 +52,15 @@ def test_rows_equal_a_plain_best_fit_decreasing(lengths):
     assert sorted(used.tolist()) == sorted(20 - room for room in rooms)
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(40, 300))
+def test_short_pieces_leave_little_room(lengths, seq_len):
+    """Any fit: a row is begun when no other holds the piece, so one alone has room for it."""
+    plan = make_plan(source_of([n + 1 for n in lengths]), seq_len)
+    room = plan.waste * plan.num_rows * seq_len
+    assert room <= (plan.num_rows - 1) * (max(lengths) - 1) + seq_len - 1 + 1e-6
+
+
 def test_waste_of_a_realistic_corpus_is_below_one_percent():
     lengths = np.random.default_rng(0).lognormal(6, 1.3, 20_000).astype(int) + 2
     plan = make_plan(ArraySource(np.zeros(0), np.cumsum([0, *lengths]), lengths, "f"), 1024)

@@ -1,8 +1,11 @@
+import concurrent.futures
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -35,6 +38,10 @@ def quiet_build(output, files, **changes):
     return build(output, files, **{"vocab_size": 400, "progress": False, **changes})
 
 
+def splits_of(built, name="local_text"):
+    return built.summary["sources"][name]["splits"]
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     directory = tmp_path_factory.mktemp("corpus")
@@ -48,7 +55,7 @@ def test_every_document_is_in_one_split_and_comes_back_whole(corpus):
     assert sorted(splits["train"] + splits["validation"]) == sorted(texts.values())
     assert 0 < len(splits["validation"]) < len(splits["train"])
     for split, documents in splits.items():
-        about = built.summary["splits"][split]
+        about = splits_of(built)[split]
         assert about["documents"] == len(documents)
         assert about["bytes"] == sum(len(d.encode()) for d in documents)
         assert about["tokens"] == built.source(split).lengths.sum()
@@ -67,7 +74,7 @@ def test_held_out_batches_read_the_validation_text(corpus):
     built, _, _ = corpus
     source, plan = built.source("validation"), built.plan("validation", 64)
     held_out = HeldOut(PackedSource(source, plan), 4)
-    assert held_out.num_bytes == built.summary["splits"]["validation"]["bytes"]
+    assert held_out.num_bytes == splits_of(built)["validation"]["bytes"]
     targets = [int(t) for b in held_out for t in b["targets"][b["weights"] > 0]]
     expected = [int(t) for d in range(len(source)) for t in source.read(d)[1:]]
     assert sorted(targets) == sorted(expected)
@@ -85,10 +92,10 @@ def test_the_result_depends_on_text_and_seed_alone(corpus, tmp_path):
     built, _, _ = corpus
     pattern, _ = write_files(tmp_path)
     same = quiet_build(tmp_path / "same", pattern, held_out=0.1)
-    assert same.summary["splits"] == built.summary["splits"]
+    assert splits_of(same) == splits_of(built)
     assert same.summary["tokenizer"] == built.summary["tokenizer"]
     other = quiet_build(tmp_path / "other", pattern, held_out=0.1, seed=1)
-    assert other.summary["splits"] != built.summary["splits"]
+    assert splits_of(other) != splits_of(built)
 
 
 def test_other_parameters_are_refused(corpus):
@@ -124,7 +131,8 @@ def test_an_interrupted_build_is_redone(tmp_path, monkeypatch):
     built = quiet_build(tmp_path / "out", pattern)
     fresh = quiet_build(tmp_path / "fresh", pattern)
     assert built.summary == fresh.summary
-    assert not list(tmp_path.glob(".*partial*"))
+    assert not list(tmp_path.glob(".*"))
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_one_file_splits_into_sections(tmp_path):
@@ -132,9 +140,9 @@ def test_one_file_splits_into_sections(tmp_path):
     text = " ".join(rng.choice(WORDS) + str(rng.randrange(999)) for _ in range(8000))
     (tmp_path / "book.txt").write_text(text)
     built = quiet_build(tmp_path / "out", str(tmp_path / "book.txt"))
-    validation = built.summary["splits"]["validation"]
+    validation = splits_of(built)["validation"]
     assert 0 < validation["bytes"] < 0.3 * len(text)
-    assert validation["bytes"] + built.summary["splits"]["train"]["bytes"] == len(text.encode())
+    assert validation["bytes"] + splits_of(built)["train"]["bytes"] == len(text.encode())
 
 
 def test_held_out_is_the_share_asked_for(tmp_path):
@@ -152,15 +160,15 @@ def test_max_bytes_bounds_the_text(tmp_path):
     pattern, texts = write_files(tmp_path)
     longest = max(len(t.encode()) for t in texts.values())
     built = quiet_build(tmp_path / "out", pattern, max_bytes=15_000)
-    total = sum(s["bytes"] for s in built.summary["splits"].values())
+    total = sum(s["bytes"] for s in splits_of(built).values())
     assert 15_000 <= total < 15_000 + longest
 
 
 def test_the_system_has_text(tmp_path):
     built = build(tmp_path / "out", max_bytes=700_000, vocab_size=1024, progress=False)
-    kinds = built.summary["bytes_by_kind"]
+    kinds = built.summary["sources"]["local_text"]["bytes_by_kind"]
     assert kinds["source"] / sum(kinds.values()) == pytest.approx(0.7, abs=0.1)
-    assert built.summary["splits"]["train"]["bytes_per_token"] > 1.8
+    assert splits_of(built)["train"]["bytes_per_token"] > 1.8
     assert "def " in "".join(built.texts("train"))
     waste = built.plan("train", 256).waste
     assert waste < 0.01
@@ -187,7 +195,7 @@ def test_an_empty_corpus(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(" \n" * i)
     (tmp_path / "zero.txt").write_bytes(b"\0" * 9)
-    with pytest.raises(CorpusError, match=r"corpus is empty.*3 empty, 1 binary"):
+    with pytest.raises(CorpusError, match=r"'local_text' is empty.*3 empty, 1 binary"):
         quiet_build(tmp_path / "out", f"{tmp_path}/*.txt")
 
 
@@ -218,6 +226,83 @@ def test_an_output_of_something_else(tmp_path):
     pattern, _ = write_files(tmp_path)
     with pytest.raises(CorpusError, match=r"exists and is no corpus.*another output"):
         quiet_build(tmp_path, pattern)
+
+
+KILLED = """
+import os, signal, sys
+from data_pipelines import local_text
+at = sys.argv[1]
+whole = getattr(local_text, at)
+def killed(*args, **kwargs):
+    if at == "write_dataset":
+        whole(*args, **kwargs)  # the data set is there, the rest is not
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(local_text, at, killed)
+local_text.build(sys.argv[2], sys.argv[3], vocab_size=400, progress=False)
+"""
+
+
+@pytest.mark.parametrize("at", ["train_sentencepiece", "write_dataset"])
+def test_a_killed_build_is_never_taken_for_whole(tmp_path, at):
+    pattern, _ = write_files(tmp_path)
+    command = [sys.executable, "-c", KILLED, at, str(tmp_path / "out"), pattern]
+    done = subprocess.run(command, timeout=120, env=os.environ, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / ".out.partial").is_dir()
+    with pytest.raises(CorpusError, match="no corpus"):
+        open_corpus(tmp_path / "out")
+    built = quiet_build(tmp_path / "out", pattern)
+    assert built.summary == quiet_build(tmp_path / "fresh", pattern).summary
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_builds_of_one_output_make_it_once(tmp_path, monkeypatch):
+    pattern, _ = write_files(tmp_path)
+    written = []
+    write_dataset = local_text.write_dataset
+    monkeypatch.setattr(
+        local_text,
+        "write_dataset",
+        lambda *args, **kwargs: written.append(args[0]) or write_dataset(*args, **kwargs),
+    )
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(quiet_build, tmp_path / "out", pattern) for _ in range(3)]
+        summaries = [future.result(60).summary for future in futures]
+    assert summaries[0] == summaries[1] == summaries[2]
+    assert len(written) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_one_host_builds_and_the_others_wait(tmp_path):
+    pattern, _ = write_files(tmp_path)
+    barrier = threading.Barrier(3)
+
+    def host(index):
+        # The files are on the first host alone.
+        files = pattern if index == 0 else "/nowhere/*.txt"
+        return quiet_build(
+            tmp_path / "out", files, process_index=index, wait=lambda _: barrier.wait(60)
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first, *others = (f.result(60) for f in [pool.submit(host, i) for i in range(3)])
+    assert all(other.summary == first.summary for other in others)
+
+
+def test_a_build_that_fails_on_the_first_host_keeps_no_other_waiting(tmp_path):
+    barrier = threading.Barrier(2)
+
+    def host(index):
+        return quiet_build(
+            tmp_path / "out", "/nowhere/*.txt", process_index=index, wait=lambda _: barrier.wait(60)
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, other = (pool.submit(host, i) for i in range(2))
+        with pytest.raises(CorpusError, match="no files match"):
+            first.result(60)
+        with pytest.raises(CorpusError, match=r"host 1 finds no corpus .* share, or copy host 0's"):
+            other.result(60)
 
 
 def test_command_line(tmp_path):

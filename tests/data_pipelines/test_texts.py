@@ -91,7 +91,7 @@ def test_licences_that_differ_in_the_owner_are_one():
 def test_mix_keeps_the_proportion_and_then_the_rest(fraction):
     prose = [Text(f"p{i}", "x" * 10, "docs") for i in range(100)]
     source = [Text(f"s{i}", "x" * 20, "source") for i in range(100)]
-    mixed = list(stages.mix(iter(prose), iter(source), fraction))
+    mixed = list(stages.mix([(iter(prose), fraction), (iter(source), 1 - fraction)]))
     expected = (prose if fraction > 0 else []) + (source if fraction < 1 else [])
     assert sorted(t.name for t in mixed) == sorted(t.name for t in expected)
     if 0.1 < fraction < 0.4:

@@ -1,0 +1,323 @@
+"""What a corpus is made of: named sources and validation sets, and the readers of their files."""
+
+import dataclasses
+import glob
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipelines import texts as stages
+from data_pipelines.texts import Candidate, CorpusError, Text, content_hash
+from lm.data.mixtures import Share
+
+Kind = Literal["text", "jsonl", "array_record"]
+_READ_BATCH = 1024
+_RESERVED = ("token_cache", "plans")
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Documents in files.
+
+    Attributes:
+      name: lower-case letters, digits and underscores.
+      files: glob patterns (`**` crosses directories); of kind array_record, of directories.
+      kind: "text", UTF-8, a document a file; "jsonl", an object a line, plain, `.gz` or `.zst`; or
+        "array_record", TFDS data sets in array_record files.
+      field: that holds the text, of an object or an example.
+      split: of the TFDS data sets.
+      max_megabytes: of text to take, about; 0 for all.
+
+    Raises:
+      CorpusError: a bad name, no files, or a negative size.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    kind: Kind = "text"
+    field: str = "text"
+    split: str = "train"
+    max_megabytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name in _RESERVED:
+            raise CorpusError(
+                f"data source name {self.name!r} must be lower-case letters, digits and "
+                f"underscores, a letter first, and not one of {', '.join(_RESERVED)}"
+            )
+        if isinstance(self.files, str) or not self.files:
+            raise CorpusError(
+                f"files={self.files!r} of '{self.name}' must be a tuple of at least one glob "
+                "pattern, such as ('books/**/*.txt',)"
+            )
+        if not (math.isfinite(self.max_megabytes) and self.max_megabytes >= 0):
+            raise CorpusError(
+                f"max_megabytes={self.max_megabytes} of '{self.name}' must be above 0, or 0 for all"
+            )
+
+    @property
+    def max_bytes(self) -> int | None:
+        return round(self.max_megabytes * 1e6) or None
+
+    def find(self) -> list[Candidate]:
+        """The files, sorted by name.
+
+        Raises:
+          CorpusError: a pattern that matches nothing, or a directory that is no TFDS data set.
+        """
+        if self.kind != "array_record":
+            return stages.find_user_files(self.files)
+        found = []
+        for directory in self._directories():
+            for path in sorted(directory.iterdir()):
+                name = f"{directory.name}/{path.name}"
+                found.append(Candidate(path, name, "user", path.stat().st_size))
+        return found
+
+    def documents(
+        self, candidates: Sequence[Candidate], seed: int, dropped: Counter[str], seen: set[str]
+    ) -> Iterator[Text]:
+        """The documents in the files found, filtered, those in `seen` left out, cut to sections.
+
+        Raises:
+          CorpusError: what cannot be read; it names the file, and the line or example.
+        """
+        section = stages.SECTION_BYTES
+        if self.kind == "text":
+            texts = stages.read(stages.shuffled(candidates, seed), dropped)
+            # Short enough that a single file still splits into training and held-out sections.
+            section = min(section, max(4096, sum(c.size for c in candidates) // 200))
+        elif self.kind == "jsonl":
+            texts = _read_jsonl(stages.shuffled(candidates, seed), self.field)
+        else:
+            texts = _read_examples(self._directories(), self.split, self.field)
+        clean = stages.deduplicate(stages.keep(texts, dropped), dropped, seen)
+        return stages.take(stages.cut(clean, section), self.max_bytes)
+
+    def _directories(self) -> list[Path]:
+        found: dict[str, Path] = {}
+        for pattern in self.files:
+            matches = [
+                Path(p)
+                for p in glob.glob(os.path.expanduser(pattern), recursive=True)
+                if Path(p, "dataset_info.json").is_file()
+            ]
+            if not matches:
+                raise CorpusError(
+                    f"no TFDS data set at '{pattern}' (no directory there with a "
+                    "dataset_info.json); give the directory of a version, such as "
+                    "'tensorflow_datasets/wiki/1.0.0'"
+                )
+            found |= {os.path.realpath(path): path for path in matches}
+        return [found[real] for real in sorted(found)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource(Files):
+    """Documents to train on, and their part in the mixture.
+
+    Attributes:
+      weight: share of the rows, relative to the other sources' weights.
+      max_epochs: times its rows may be read; none for no limit.
+      max_tokens: that may be read; none for no limit.
+      held_out: share of its documents kept for its own validation set; 0 for none.
+    """
+
+    weight: float = 1.0
+    max_epochs: float | None = None
+    max_tokens: int | None = None
+    held_out: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.held_out < 1:
+            raise CorpusError(
+                f"held_out={self.held_out} of '{self.name}' must lie in [0, 1), such as 0.05"
+            )
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise CorpusError(f"weight={self.weight} of '{self.name}' must be a number from 0 up")
+
+    @property
+    def share(self) -> Share:
+        """Its part in a mixture of `lm.data.Batches`."""
+        return Share(self.name, self.weight, self.max_epochs, max_tokens=self.max_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationSet(Files):
+    """Documents to evaluate on. Those that are also in a source are taken out of the source."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemText:
+    """Documentation, docstrings and source of Python's library and the installed packages.
+
+    Attributes:
+      max_bytes: of text to take, about.
+      prose_fraction: share of the bytes that is prose, while prose lasts.
+      held_out, weight: as of `DataSource`.
+    """
+
+    name: str
+    max_bytes: int
+    prose_fraction: float
+    held_out: float
+    weight: float = 1.0
+
+    def find(self) -> list[Candidate]:
+        """Nothing to compare later: what is installed may change, and what was built stays."""
+        return []
+
+    def documents(
+        self, candidates: Sequence[Candidate], seed: int, dropped: Counter[str], seen: set[str]
+    ) -> Iterator[Text]:
+        """As of `Files`."""
+
+        def clean(files: Iterable[Candidate]) -> Iterator[Text]:
+            texts = stages.read(stages.shuffled(files, seed), dropped)
+            return stages.cut(stages.deduplicate(stages.keep(texts, dropped), dropped, seen))
+
+        system = stages.find_system_files(seed)
+        prose = clean(c for c in system if c.kind in stages.PROSE_KINDS)
+        source = clean(c for c in system if c.kind == "source")
+        mixed = stages.mix([(prose, self.prose_fraction), (source, 1 - self.prose_fraction)])
+        return stages.take(mixed, self.max_bytes)
+
+
+def _read_jsonl(candidates: Iterable[Candidate], field: str) -> Iterator[Text]:
+    for candidate in candidates:
+        for number, line in enumerate(_lines(candidate.path), 1):
+            if line.strip():
+                text = _parse(line, field, f"'{candidate.path}', line {number}")
+                name = f"{candidate.name}:{number}"
+                yield Text(name, text, "user", content_hash(text))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file, unpacked by its suffix."""
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                yield from file
+        elif path.suffix == ".zst":
+            yield from _split(_zstandard(path))
+        else:
+            with open(path, "rb") as file:
+                yield from file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorpusError(f"'{path}' is damaged: {error}; make or copy it again") from error
+    except OSError as error:
+        raise CorpusError(f"cannot read '{path}': {error.strerror or error}") from error
+
+
+def _zstandard(path: Path) -> Iterator[bytes]:
+    """Unpacked parts of a file of one or more frames.
+
+    Raises:
+      EOFError: it is damaged or cut short, which the package's own files would not tell.
+    """
+    try:
+        import zstandard  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise CorpusError(
+            f"'{path}' needs the package zstandard; pip install zstandard, or unpack the file"
+        ) from error
+    frame = None
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            while part:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    yield frame.decompress(part)
+                except zstandard.ZstdError as error:
+                    raise EOFError(str(error)) from error
+                part = frame.unused_data
+                if frame.eof:
+                    frame = None
+    if frame:
+        raise EOFError("the file ends within a frame")
+
+
+def _split(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines of the bytes in `parts`."""
+    rest = b""
+    for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _parse(line: bytes, field: str, where: str) -> str:
+    try:
+        value = json.loads(line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").decode())
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{where}: not UTF-8, byte 0x{error.object[error.start]:02x} at byte {error.start + 1};"
+            " convert the file (iconv -f latin1 -t utf-8 OLD > NEW, with its real encoding)"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{where}: not JSON: {error.msg} (character {error.pos + 1})") from error
+    except RecursionError as error:
+        raise CorpusError(f"{where}: nested too deeply") from error
+    if not isinstance(value, dict):
+        raise CorpusError(f"{where}: a JSON {type(value).__name__}, not an object with '{field}'")
+    if field not in value:
+        raise CorpusError(f"{where}: no field '{field}', only {_some(value)}; set field")
+    return _text(value[field], field, where)
+
+
+def _text(text: Any, field: str, where: str) -> str:
+    if not isinstance(text, str):
+        raise CorpusError(f"{where}: field '{field}' is a {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{where}: field '{field}' has half a surrogate pair at character {error.start + 1}, "
+            "which is no Unicode text"
+        ) from error
+    return text.replace("\r\n", "\n")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = [repr(name) for name in names]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"
+
+
+def _read_examples(directories: Sequence[Path], split: str, field: str) -> Iterator[Text]:
+    import tensorflow_datasets as tfds
+
+    for directory in directories:
+        builder: Any = tfds.builder_from_directory(directory)
+        splits: Any = builder.info.splits or {}
+        if split not in splits:
+            raise CorpusError(
+                f"data set '{directory}' has no split '{split}', only {_some(sorted(splits))}"
+            )
+        features = dict(builder.info.features or {})
+        if field not in features:
+            raise CorpusError(
+                f"data set '{directory}' has no feature '{field}', only {_some(sorted(features))};"
+                " set field"
+            )
+        examples = builder.as_data_source(split)
+        for start in range(0, len(examples), _READ_BATCH):
+            stop = min(start + _READ_BATCH, len(examples))
+            for i, example in enumerate(examples.__getitems__(range(start, stop)), start):
+                where = f"'{directory}', {split} example {i}"
+                value = example[field]
+                if isinstance(value, bytes):
+                    try:
+                        value = value.decode()
+                    except UnicodeDecodeError as error:
+                        raise CorpusError(f"{where}: feature '{field}' is not UTF-8") from error
+                text = _text(value, field, where)
+                yield Text(f"{directory.name}/{split}:{i}", text, "user", content_hash(text))
