@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.sharding import current_layout
+from lm.parallel import deal
 from lm.train.optimizers.adamw import AdamW, adam_direction
 from lm.train.optimizers.base import PathRule, Slots, is_hidden_matrix, refuse_rules
 from lm.weights import ParamSpec
 
 SIDES = ("left", "right")
-# Mesh axes that split stacks and matrices come before those that hold copies.
-DEAL_ORDER = ("stage", "expert", "fsdp", "tensor", "slice", "data", "context")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +80,11 @@ class Soap:
     def update(
         self, gradient: jax.Array, slots: Slots, weight: jax.Array, count: jax.Array
     ) -> tuple[jax.Array, Slots]:
-        return deal(self._update, gradient, slots, count)
+        return deal(self._update, (gradient, slots), count)
 
-    def _update(
-        self, gradient: jax.Array, slots: Slots, count: jax.Array
-    ) -> tuple[jax.Array, Slots]:
-        """The update of whole matrices [S, in, out]."""
+    def _update(self, stacks: tuple[jax.Array, Slots], count: jax.Array) -> tuple[jax.Array, Slots]:
+        """The update of whole matrices [*stack, in, out], from gradients and slots."""
+        gradient, slots = stacks
         bases = {side: slots[f"{side}_basis"] for side in self.sides(gradient.shape)}
         mu = self.b1 * slots["mu"] + (1 - self.b1) * jnp.where(count == 0, 0.0, gradient)
         nu = self.b2 * slots["nu"] + (1 - self.b2) * jnp.square(rotate(gradient, bases))
@@ -136,48 +130,3 @@ def eigenvectors(stats: jax.Array, basis: jax.Array) -> jax.Array:
 def power_iteration(stats: jax.Array, basis: jax.Array) -> jax.Array:
     """One step of orthogonal iteration from `basis` (arXiv:2409.11321, algorithm 4)."""
     return jnp.linalg.qr(jnp.matmul(stats, basis, precision="highest"))[0]
-
-
-def deal(
-    update: Callable[[jax.Array, Slots, jax.Array], tuple[jax.Array, Slots]],
-    gradient: jax.Array,
-    slots: Slots,
-    count: jax.Array,
-) -> tuple[jax.Array, Slots]:
-    """`update` with the matrices of each stack dealt out whole among all devices.
-
-    XLA splits no decomposition, and would gather every basis of a stack for the rotations. Of a
-    stack of S matrices on N devices, a device holds and computes ceil(S / N) instead, which costs
-    an exchange of parts for wholes before and after.
-    """
-    layout = current_layout()
-    if layout is None:
-        return update(gradient, slots, count)
-    mesh, stack = layout.mesh, gradient.shape[:-2]
-    num_matrices = math.prod(stack)
-    padding = ((0, -num_matrices % mesh.size), (0, 0), (0, 0))
-    # Axis by axis each change is one exchange; all at once, XLA would gather everything first.
-    axes = [axis for axis in DEAL_ORDER if mesh.shape[axis] > 1]
-    free = PartitionSpec.UNCONSTRAINED
-
-    def constrain(x: jax.Array, num_axes: int) -> jax.Array:
-        spec = PartitionSpec(tuple(axes[:num_axes]) or None, free, free)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    def flatten(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x.reshape(-1, *x.shape[-2:]), padding)
-        for num_axes in range(1, len(axes) + 1):
-            x = constrain(x, num_axes)
-        return x
-
-    def unflatten(x: jax.Array) -> jax.Array:
-        for num_axes in range(len(axes) - 1, -1, -1):
-            x = constrain(x, num_axes)
-        return x[:num_matrices].reshape(*stack, *x.shape[-2:])
-
-    dealt, everywhere = PartitionSpec(tuple(axes) or None), PartitionSpec()
-    dealt_update = jax.shard_map(
-        update, mesh=mesh, in_specs=(dealt, dealt, everywhere), out_specs=dealt
-    )
-    whole_gradient, whole_slots = jax.tree.map(flatten, (gradient, slots))
-    return jax.tree.map(unflatten, dealt_update(whole_gradient, whole_slots, count))
