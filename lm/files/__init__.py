@@ -1,1 +1,25 @@
-"""GGUF and safetensors files: containers, blocks and where packaged models lie. Without JAX."""
+"""GGUF and safetensors files: containers, blocks, and models that packages bring. Without JAX."""
+
+from lm.files.base import FileFormatError
+from lm.files.gguf import GGUF, read_gguf
+from lm.files.gguf_blocks import dequantize, quantize
+from lm.files.gguf_writer import GGUFTensor, write_gguf
+from lm.files.packaged import find_packaged
+from lm.files.safetensors import Safetensors, open_safetensors
+from lm.files.safetensors_writer import LazyTensor, write_safetensors, write_sharded
+
+__all__ = [
+    "GGUF",
+    "FileFormatError",
+    "GGUFTensor",
+    "LazyTensor",
+    "Safetensors",
+    "dequantize",
+    "find_packaged",
+    "open_safetensors",
+    "quantize",
+    "read_gguf",
+    "write_gguf",
+    "write_safetensors",
+    "write_sharded",
+]

@@ -19,7 +19,7 @@ Decoder = Callable[[np.ndarray, BlockType], np.ndarray]
 Encoder = Callable[[np.ndarray, BlockType, np.ndarray], None]
 
 # Numbers decoded at a time: temporaries stay in the processor's cache.
-_CHUNK = 1 << 15
+_CHUNK = 1 << 17
 _F32 = np.float32
 _IQ4 = np.array(IQ4_LEVELS, _F32)
 _FP4 = np.array(FP4_LEVELS, _F32)
