@@ -74,7 +74,7 @@ class Batches:
 
     Args:
       sources: what to mix, by distinct names. Plans of another sequence length are other sources.
-      stages: batch sizes and mixtures; a number is one stage of that batch size.
+      batch_size: rows of every step, over all hosts; or stages of batch sizes and mixtures.
       seed: of the order.
       num_steps: steps the run will ask for; checked against the caps.
       block: rows in which a mixture is exact.
@@ -88,7 +88,7 @@ class Batches:
     def __init__(
         self,
         sources: Sequence[PackedSource],
-        stages: int | Sequence[Stage],
+        batch_size: int | Sequence[Stage],
         *,
         seed: int = 0,
         num_steps: int | None = None,
@@ -105,7 +105,7 @@ class Batches:
             s.name: {"plan": s.plan.hash, "num_rows": s.plan.num_rows, "seq_len": s.plan.seq_len}
             for s in sources
         }
-        stages = [Stage(stages)] if isinstance(stages, int) else list(stages)
+        stages = [Stage(batch_size)] if isinstance(batch_size, int) else list(batch_size)
         self.timeline = Timeline(names, self._begun(stages), (), seed, block, num_steps)
         self._check_lengths()
 
@@ -347,6 +347,12 @@ class Batches:
                     "the data set, tokenizer or sequence length changed; restore it, or give the "
                     "changed source another name"
                 )
+            for other in self._about.keys() - state["sources"].keys():
+                if name not in self._about and self._about[other] == about:
+                    raise ValueError(
+                        f"data order: source '{other}' is what the checkpoint calls '{name}'; name "
+                        "it so, or its epoch would begin again"
+                    )
 
     def skipped(self, at_step: int, rows: int) -> "Batches":
         """The stream whose steps from `at_step` on begin `rows` rows further on.

@@ -355,6 +355,13 @@ def test_a_source_may_join_and_leave():
         third.host_batch(1)
 
 
+def test_a_source_under_a_new_name_is_noticed():
+    web = source("web", 20)
+    state = Batches([web], 4).state(3)
+    with pytest.raises(ValueError, match="source 'net' is what the checkpoint calls 'web'; name"):
+        Batches([dataclasses.replace(web, name="net")], 4).resume(state)
+
+
 def test_check_tells_what_differs():
     web, books = source("web", 20), source("books", 7)
     batches = Batches([web], 4, seed=1)
