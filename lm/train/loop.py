@@ -103,7 +103,7 @@ class Instruments:
                 f"the loss of step {done} is {values['loss']}; lower the learning rate, or go on "
                 "from the last checkpoint with another seed"
             )
-        self.throughput.add(values["tokens"])
+        self.throughput.add(_num_tokens(values))
         self.goodput.done(done)
         return values
 
@@ -116,13 +116,18 @@ class Instruments:
         seen = memory(jax.local_devices()) if row_is_due else {}
         shown = {name: values[name] for name in ("grad_norm", "learning_rate") if name in values}
         shown |= {"skipped_steps": values.get("skipped_total", 0.0)} | seen
-        self.progress.update(done, loss=values["loss"], num_tokens=int(values["tokens"]), **shown)
+        self.progress.update(done, loss=values["loss"], num_tokens=_num_tokens(values), **shown)
         if row_is_due:
             rates = self.throughput.read()
             self.writer.write(done, values | rates | seen | self.goodput.row() | extra)
         if values.get("skipped"):
             details = {name: values[name] for name in ("loss", "grad_norm") if name in values}
             self.writer.event("skipped", done, **details)
+
+
+def _num_tokens(values: Values) -> int:
+    """Of a step; none where bad data has made even their count something else than a number."""
+    return int(values["tokens"]) if np.isfinite(values["tokens"]) else 0
 
 
 @dataclasses.dataclass(frozen=True)

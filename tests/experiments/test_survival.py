@@ -192,8 +192,8 @@ def test_three_spikes_rewind_skip_their_data_and_lower_the_rate(
     }  # fmt: skip
     workdir = run(finished, tmp_path / "spikes", **changes)
     (event,) = (row for row in survival.rows(workdir) if row.get("event") == "rewound")
-    assert (event["step"], event["from_step"]) == (28, 34)
-    assert event["skipped_rows"] == (6 + 4) * 16
+    assert (event["step"], event["from_step"]) == (28, 33)
+    assert event["skipped_rows"] == (5 + 4) * 16
     steps = {row["step"]: row for row in survival.rows(workdir) if "event" not in row}
     assert list(steps) == list(range(1, 41))
     rates = [steps[step]["learning_rate"] for step in range(27, 36)]
