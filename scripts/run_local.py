@@ -60,23 +60,7 @@ def prefix(process: int, stream: IO[bytes]) -> None:
 
 def run(command: list[str], num_processes: int, devices: int, grace: float) -> int:
     """Run `command` to the end in every process; the first exit status that is not 0."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            command,
-            env=environment(i, num_processes, devices, port, os.environ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        for i in range(num_processes)
-    ]
-    readers = [
-        threading.Thread(target=prefix, args=(i, process.stdout), daemon=True)
-        for i, process in enumerate(processes)
-    ]
-    for reader in readers:
-        reader.start()
+    processes: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: object) -> None:
         for process in processes:
@@ -85,16 +69,28 @@ def run(command: list[str], num_processes: int, devices: int, grace: float) -> i
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
+    port, readers = free_port(), []
+    for i in range(num_processes):
+        process = subprocess.Popen(
+            command,
+            env=environment(i, num_processes, devices, port, os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        processes.append(process)
+        readers.append(threading.Thread(target=prefix, args=(i, process.stdout), daemon=True))
+        readers[-1].start()
     status, deadline = 0, float("inf")
-    while any(process.poll() is None for process in processes):
+    while None in (statuses := [process.poll() for process in processes]):
         time.sleep(0.05)
-        failed = [p.returncode for p in processes if p.returncode]
+        failed = [code for code in statuses if code]
         if failed and not status:
             status, deadline = failed[0], time.monotonic() + grace
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
-    status = status or next((p.returncode for p in processes if p.returncode), 0)
+    status = status or next((code for code in statuses if code), 0)
     for reader in readers:
         reader.join(10.0)
     return 128 - status if status < 0 else status

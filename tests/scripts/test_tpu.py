@@ -1,0 +1,238 @@
+"""The TPU script: its gcloud commands against gcloud's reference, its life against a stand-in."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = [sys.executable, str(ROOT / "scripts" / "tpu.py")]
+WHERE = ["--name=llama", "--zone=us-east5-a"]
+
+# From the reference pages of gcloud compute tpus ...: flags that must be there, flags that may.
+EVERYWHERE = {"--zone", "--project", "--quiet", "--format"}
+REFERENCE = {
+    ("tpu-vm", "create"): ({"--accelerator-type", "--version"}, {"--spot"}),
+    ("tpu-vm", "describe"): (set(), set()),
+    ("tpu-vm", "delete"): (set(), {"--async"}),
+    ("tpu-vm", "ssh"): (set(), {"--worker", "--command"}),
+    ("tpu-vm", "scp"): (set(), {"--worker", "--recurse", "--compress"}),
+    ("queued-resources", "create"): (
+        {"--accelerator-type", "--runtime-version"},
+        {"--node-id", "--node-count", "--node-prefix", "--spot", "--async"},
+    ),
+    ("queued-resources", "describe"): (set(), set()),
+    ("queued-resources", "delete"): (set(), {"--force", "--async"}),
+    ("queued-resources", "ssh"): (set(), {"--node", "--worker", "--command", "--batch-size"}),
+    ("queued-resources", "scp"): (set(), {"--node", "--worker", "--recurse", "--batch-size"}),
+}
+
+
+def call(*args: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*SCRIPT, *args], capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def dry(*args: str) -> list[list[str]]:
+    """The gcloud commands that would be run."""
+    result = call(*args[:1], *WHERE, "--dry_run", *args[1:], env={"PATH": ""})
+    assert result.returncode == 0, result.stderr
+    words = shlex.split(result.stdout)
+    starts = [i for i, word in enumerate(words) if word == "gcloud"] + [len(words)]
+    return [words[a:b] for a, b in itertools.pairwise(starts)]
+
+
+@pytest.mark.parametrize("kind", [[], ["--direct"], ["--num_slices=2"], ["--project=p", "--spot"]])
+def test_commands_are_what_the_reference_allows(kind):
+    commands = dry("watch", "--accelerator_type=v5litepod-16", *kind, "--", "true")
+    for verb in ("create", "copy", "setup", "status", "teardown"):
+        commands += dry(verb, "--accelerator_type=v5litepod-16", *kind)
+    assert len(commands) >= 14
+    for command in commands:
+        assert command[:3] == ["gcloud", "compute", "tpus"]
+        required, allowed = REFERENCE[command[3], command[4]]
+        flags = {word.partition("=")[0] for word in command[5:] if word.startswith("--")}
+        assert required <= flags <= required | allowed | EVERYWHERE, command
+        assert ("--project" in flags) == ("--project=p" in kind)
+        places = [word for word in command[5:] if not word.startswith("--")]
+        assert len(places) == (2 if command[4] == "scp" else 1)
+
+
+def test_commands_word_for_word():
+    gcloud, place = ["gcloud", "compute", "tpus"], ["--zone=us-east5-a", "--quiet"]
+    assert dry("create", "--accelerator_type=v6e-64", "--spot") == [
+        [*gcloud, "queued-resources", "create", "llama", "--node-id=llama",
+         "--accelerator-type=v6e-64", "--runtime-version=v2-alpha-tpuv6e", "--spot", *place],
+    ]  # fmt: skip
+    assert dry("create", "--accelerator_type=v5p-8", "--num_slices=4", "--version=mine") == [
+        [*gcloud, "queued-resources", "create", "llama", "--node-count=4", "--node-prefix=llama",
+         "--accelerator-type=v5p-8", "--runtime-version=mine", *place],
+    ]  # fmt: skip
+    assert dry("create", "--accelerator_type=v4-8", "--direct") == [
+        [*gcloud, "tpu-vm", "create", "llama", "--accelerator-type=v4-8",
+         "--version=tpu-ubuntu2204-base", *place],
+    ]  # fmt: skip
+    assert dry("teardown") == [[*gcloud, "queued-resources", "delete", "llama", "--force", *place]]
+    assert dry("teardown", "--direct") == [[*gcloud, "tpu-vm", "delete", "llama", *place]]
+    unpack = "--command=mkdir -p lm && tar -xzf lm.tar.gz -C lm"
+    assert dry("copy")[1] == [*gcloud, "tpu-vm", "ssh", "llama", "--worker=all", unpack, *place]
+    assert dry("copy", "--num_slices=2")[1] == [
+        *gcloud, "queued-resources", "ssh", "llama", "--node=all", "--worker=all", unpack, *place,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["create"], "create needs --accelerator_type, for example"),
+        (
+            ["create", "--accelerator_type=v99-8"],
+            "no usual runtime image for v99-8; give --version",
+        ),
+        (["run"], "run: give a command after --"),
+        (["setup", "--", "true"], "setup: unexpected a command"),
+        (["setup", "--name=Llama"], "--name=Llama: lower-case letters"),
+        (["setup", "--direct", "--num_slices=2"], "several only through the queue"),
+    ],
+)
+def test_mistakes(args, message):
+    result = call(args[0], *WHERE, *args[1:])
+    assert result.returncode == 2 and message in result.stderr.replace("\n", " ")
+
+
+class World:
+    """The stand-in on PATH, and what it was asked."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        program = folder / "bin" / "gcloud"
+        program.parent.mkdir()
+        fake = ROOT / "tests" / "scripts" / "fake_gcloud.py"
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {fake} "$@"\n')
+        program.chmod(0o755)
+        path = f"{program.parent}:{os.environ['PATH']}"
+        self.environ = {**os.environ, "PATH": path, "FAKE_GCLOUD": str(folder)}
+        self.tell(state="", queue=[], lives=[])
+
+    def tell(self, **state) -> None:
+        (self.folder / "state.json").write_text(json.dumps(state))
+
+    def verbs(self) -> list[str]:
+        """Of the calls, looks left out."""
+        calls = [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+        scripts = [" ".join(c) for c in calls if c[4] != "describe"]
+        return [
+            "setup" if "pip install" in s else "run" if "setsid" in s
+            else "probe" if "run.status ]" in s else "unpack" if "tar -x" in s else s.split()[4]
+            for s in scripts
+        ]  # fmt: skip
+
+    def script(self, *args: str) -> subprocess.CompletedProcess[str]:
+        verb, *rest = args
+        return call(verb, *WHERE, "--interval=0.1", *rest, env=self.environ)
+
+
+@pytest.fixture
+def world(tmp_path):
+    world = World(tmp_path)
+    yield world
+    pid = tmp_path / "home/lm/run.pid"
+    if pid.exists():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+
+# A run in ten steps that resumes from what it has written to the bucket; it notes its argument.
+RUN = """
+import pathlib, sys, time
+steps = pathlib.Path(sys.argv[1])
+for step in range(len(steps.read_text()) if steps.exists() else 0, 10):
+    time.sleep(0.3)
+    with steps.open("a") as file:
+        file.write("x")
+    print("step", step + 1, "of 10", sys.argv[2], flush=True)
+"""
+BIRTH = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+TYPE = "--accelerator_type=v6e-8"
+AWKWARD = 'it\'s $HOME; "b" `c` &'
+
+
+def test_watch_lives_through_preemption(world):
+    world.tell(state="", queue=[], lives=[[*BIRTH, *["ACTIVE"] * 4, "SUSPENDED"], BIRTH])
+    bucket = world.folder / "bucket"
+    command = ["python3", "-c", RUN, str(bucket), AWKWARD]
+    result = world.script("watch", TYPE, "--", *command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert bucket.read_text() == "x" * 10, "every step once"
+    assert f"step 10 of 10 {AWKWARD}" in result.stdout
+    assert "llama is SUSPENDED; starting again in" in result.stdout
+    life = ["create", "scp", "unpack", "setup", "run"]
+    verbs = [verb for verb in world.verbs() if verb != "probe"]
+    assert verbs == [*life, "delete", *life]
+    # What was copied is the checkout without what .gitignore names.
+    home = world.folder / "home/lm"
+    assert (home / "scripts/tpu.py").read_bytes() == (ROOT / "scripts/tpu.py").read_bytes()
+    assert not (home / ".git").exists() and not (home / ".venv").exists()
+
+
+def test_watch_gives_up_on_what_always_fails(world):
+    world.tell(state="ACTIVE", queue=[], lives=[])
+    (world.folder / "home").mkdir()
+    result = world.script("watch", TYPE, "--max_restarts=1", "--", "sh", "-c", "echo no; exit 7")
+    assert result.returncode == 1
+    assert "run ended 7 after 2 starts in a row; not started again" in result.stderr
+    assert world.verbs().count("run") == 2 and "delete" not in world.verbs()
+    result = world.script("watch", TYPE, "--", "sh", "-c", "exit 2")
+    assert result.returncode == 1, "what it finds is the other command's end; it starts this one"
+    assert "refused its arguments" in result.stderr
+
+
+def test_watch_bears_a_gcloud_that_fails_now_and_then(world):
+    world.tell(state="ACTIVE", queue=[], lives=[], fail=["ssh"])
+    (world.folder / "home").mkdir()
+    process = subprocess.Popen(
+        [*SCRIPT, "watch", *WHERE, TYPE, "--interval=0.1", "--", "echo", "well"],
+        env=world.environ, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        while "no answer (2)" not in process.stdout.readline():
+            assert process.poll() is None
+        world.tell(state="ACTIVE", queue=[], lives=[])
+        output = process.stdout.read()
+        assert process.wait(60) == 0 and "# well" in output
+    finally:
+        process.kill()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_run_ends_the_one_before(world):
+    world.tell(state="ACTIVE", queue=[], lives=[])
+    home = world.folder / "home/lm"
+    home.mkdir(parents=True)
+    assert world.script("run", "--", "sleep", "300").returncode == 0
+    first = int((home / "run.pid").read_text())
+    assert is_alive(first)
+    assert world.script("run", "--", "sleep", "301").returncode == 0
+    second = int((home / "run.pid").read_text())
+    assert is_alive(second) and not is_alive(first)
+    assert "running" in world.script("status").stdout
+
+
+def test_a_missing_gcloud_is_said():
+    result = call("teardown", *WHERE, env={"PATH": "/nonexistent"})
+    assert result.returncode == 1 and "gcloud is not installed; see" in result.stderr
