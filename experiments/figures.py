@@ -87,10 +87,16 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> Points:
 def held_out_sets(rows: Rows, name: str) -> dict[str, str]:
     """Title -> key of the held-out metric `name`, "held_out_loss" or one of each validation set.
 
-    "held_out_loss" is "held-out", "held_out_loss/wiki" is "held-out: wiki".
+    "held_out_loss" is "held-out", "held_out_loss/wiki" is "held-out: wiki", and with averaged
+    weights "ema_held_out_loss" is "held-out, EMA".
     """
-    keys = {key: None for row in rows for key in row if key.partition("/")[0] == name}
-    return {"held-out" + f": {k.partition('/')[2]}" * ("/" in k): k for k in keys}
+    found = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        measure, slash, held_out = key.partition("/")
+        if measure.removeprefix("ema_") == name:
+            averaged = ", EMA" if measure.startswith("ema_") else ""
+            found["held-out" + f": {held_out}" * bool(slash) + averaged] = key
+    return found
 
 
 def events(rows: Rows, metric: str = "loss") -> list[tuple[int, str]]:
@@ -215,7 +221,7 @@ def _draw(axes: Any, line: Line) -> None:
     if line.raw:
         axes.plot(*_columns(line.raw), color=color, linewidth=0.8, alpha=0.3)
     alone = {"marker": "o"} if len(line.points) == 1 else {}
-    axes.plot(*_columns(line.points), color=color, **_dashes(line), **alone)
+    axes.plot(*_columns(line.points), color=color, **(_dashes(line) | alone))
     finite = [(x, y) for x, y in line.points if math.isfinite(y)]
     for event, (marker, _) in MARKS.items():
         at = [x for x, found in line.marks if found == event and finite]

@@ -27,7 +27,7 @@ from experiments.figures import Line, Points, Rows
 from lm.train import metrics as metrics_lib
 from lm.train.goodput import duration
 
-X_LABELS = {"step": "step", "tokens": "training tokens", "time": "hours of the run"}
+X_LABELS = {"step": "step", "tokens": "training tokens", "time": "{unit} of the run"}
 FOCUS = 0.1  # of a run is steep: the y axis shows the lines after it
 # Figures that are drawn where nothing else is asked for: metric -> title.
 TITLES = {
@@ -106,10 +106,10 @@ def _num_shared(parts: Sequence[Sequence[str]]) -> int:
 
 
 def abscissa(run: Run, x: str) -> Callable[[float], float]:
-    """step -> the run's place on the x axis: steps, tokens or hours; between rows, interpolated.
+    """step -> the run's place on the x axis: steps, tokens or seconds; between rows, interpolated.
 
     Tokens are added up from the tokens of the steps logged, each standing for those since the row
-    before. Hours are wall time of the run's processes.
+    before. Seconds are wall time of the run's processes.
 
     Raises:
       ValueError: the run has not logged what the axis needs.
@@ -122,7 +122,7 @@ def abscissa(run: Run, x: str) -> Callable[[float], float]:
         raise ValueError(f"{run.name} has logged no {key!r}, which --x={x} needs; use --x=step")
     steps = [0.0] + [step for step, _ in points]
     if x == "time":
-        places = [0.0] + [seconds / 3600 for _, seconds in points]
+        places = [0.0] + [seconds for _, seconds in points]
     else:
         passed = (b - a for a, b in itertools.pairwise(steps))
         taken = (n * tokens for n, (_, tokens) in zip(passed, points, strict=True))
@@ -162,15 +162,16 @@ def draw(
     runs: Sequence[Run], metric: str, title: str, x: str, weight: float, size: Any, first: bool
 ) -> Any:
     """A figure: one line a run, smoothed over the faint line of what was logged."""
+    scale, unit = _time_unit(runs) if x == "time" else (1, "")
     lines = []
     for color, run in enumerate(runs):
         points = figures.series(run.rows, metric)
         if not points:
             continue
-        place = abscissa(run, x)
+        place = _scaled(abscissa(run, x), scale)
         placed: Points = [(place(step), value) for step, value in points]
         marks = [(place(step), event) for step, event in figures.events(run.rows, metric)]
-        if metric.startswith("held_out"):
+        if metric.removeprefix("ema_").startswith("held_out"):
             finite = [(at, y) for at, y in placed if math.isfinite(y)]
             lines.append(Line(run.name, finite, color, dotted=True))
         elif metric == "learning_rate" or not weight or len(placed) < 20:
@@ -181,8 +182,26 @@ def draw(
     name = "".join(c if c.isalnum() else "-" for c in metric)
     zero = metric in ("tokens_per_second", "learning_rate")
     return figures.plot(
-        name, title, lines, x_label=X_LABELS[x], size=size, from_zero=zero, focus=FOCUS, marks=first
+        name,
+        title,
+        lines,
+        x_label=X_LABELS[x].format(unit=unit),
+        size=size,
+        from_zero=zero,
+        focus=FOCUS,
+        marks=first,
     )
+
+
+def _time_unit(runs: Sequence[Run]) -> tuple[float, str]:
+    """Seconds and name of the unit in which the longest run is read best."""
+    longest = max((s for run in runs for _, s in figures.series(run.rows, "seconds")), default=0)
+    units = ((1, "seconds"), (60, "minutes"), (3600, "hours"), (86400, "days"))
+    return max((unit for unit in units if longest >= 2 * unit[0]), default=units[0])
+
+
+def _scaled(place: Callable[[float], float], scale: float) -> Callable[[float], float]:
+    return lambda step: place(step) / scale
 
 
 def final_figures(runs: Sequence[Run]) -> list[dict[str, Any]]:

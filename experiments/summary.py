@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -54,6 +55,7 @@ def summarize(
         "ngram_bits_per_byte": ngram.bits_per_byte(documents),
         "loss": last["held_out_loss"],
         "num_bytes": num_bytes,
+        "figures": held_out_figures(last),
     }
     samples = draw_samples(config, state, tokenizer)
     summary = {
@@ -90,6 +92,23 @@ def summarize(
         path = text.directory if name == "data" else workdir / name
         if path.exists():
             say(f"  {path}")
+
+
+def held_out_figures(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Bits per byte and loss of each held-out set, with the last weights and their average."""
+    found = []
+    for key in row:
+        measure, _, name = key.partition("/")
+        if measure.removeprefix("ema_") == "held_out_bits_per_byte":
+            found.append(
+                {
+                    "set": name or "validation",
+                    "weights": "EMA" if measure.startswith("ema_") else "last",
+                    "bits_per_byte": row[key],
+                    "loss": row[key.replace("bits_per_byte", "loss", 1)],
+                }
+            )
+    return found if len(found) > 1 else []
 
 
 def held_out_documents(config: Pretrain, text: LocalText) -> list[bytes]:

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from experiments import figures, report
+from experiments.summary import held_out_figures
 from lm.train.goodput import KINDS
 from lm.train.metrics import MetricsWriter
 
@@ -158,6 +159,16 @@ def test_page_shows_several_validation_sets_and_averaged_weights(tmp_path):
     assert "set weights bits per byte loss wiki last 1.25 3 wiki average 1.125 2.5" in page.text
 
 
+def test_held_out_figures_of_a_row():
+    row = {"loss": 1.0, "held_out_loss": 2.0, "held_out_bits_per_byte": 3.0}
+    assert held_out_figures(row) == []  # the headline says it all
+    row |= {"ema_held_out_loss/wiki": 4.0, "ema_held_out_bits_per_byte/wiki": 5.0}
+    assert held_out_figures(row) == [
+        {"set": "validation", "weights": "last", "bits_per_byte": 3.0, "loss": 2.0},
+        {"set": "wiki", "weights": "EMA", "bits_per_byte": 5.0, "loss": 4.0},
+    ]
+
+
 def test_a_worse_model_is_not_praised(tmp_path):
     held_out = {"bits_per_byte": 3.0, "ngram_bits_per_byte": 2.4}
     _, page = render(tmp_path, metrics=[], summary={"held_out": held_out})
@@ -209,6 +220,7 @@ def test_figures_take_the_colours_of_the_page(tmp_path):
         [],
         rows(1),
         rows(2),
+        rows(20),  # one held-out point
         [{"event": "resumed", "step": 0}],
         [{"step": 1, "loss": math.nan}],
         [{"step": 1, "held_out_loss": 2.0}],
