@@ -7,17 +7,21 @@ from typing import Any
 import jinja2
 
 from lm.tokenizers.base import Tokenizer
-from lm.tokenizers.sandbox import Span, TemplateError, budget, make_environment, spend
+from lm.tokenizers.sandbox import Span, TemplateError, make_environment, metered, spend
 
 Message = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """Text, and the characters [start, end) of it that `{% generation %}` blocks hold."""
+    """Text, and the characters [start, end) of it that the assistant wrote.
+
+    `located` is False where the template has generation blocks whose place is not known.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    located: bool = True
 
 
 class ChatTemplate:
@@ -98,7 +102,7 @@ class ChatTemplate:
         spans: list[tuple[int, int]] = []
         length = 0
         try:
-            with budget():
+            with metered() as meter:
                 for chunk in self._template.generate(
                     messages=list(messages),
                     tools=tools,
@@ -109,7 +113,7 @@ class ChatTemplate:
                     **variables,
                 ):
                     spend(len(chunk))
-                    if isinstance(chunk, Span) and chunk:
+                    if isinstance(chunk, Span):
                         spans.append((length, length + len(chunk)))
                     length += len(chunk)
                     chunks.append(chunk)
@@ -121,7 +125,8 @@ class ChatTemplate:
             raise TemplateError(f"the template breaks out of its sandbox: {error}") from error
         except (Exception, RecursionError) as error:
             raise TemplateError(f"the template fails: {type(error).__name__}: {error}") from error
-        return Rendered("".join(chunks), tuple(spans))
+        located = len(spans) == meter.num_generations
+        return Rendered("".join(chunks), tuple(spans), located)
 
     def spans(
         self,
@@ -139,6 +144,11 @@ class ChatTemplate:
         """
         whole = self._render(messages, False, tools, variables)
         if self._has_generation:
+            if not whole.located:
+                raise TemplateError(
+                    "the template has a {% generation %} block inside a macro, a call or a set "
+                    "block, where its place in the text is not known; move it out"
+                )
             return whole
         spans = []
         for i, message in enumerate(messages):

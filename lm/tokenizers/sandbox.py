@@ -6,6 +6,7 @@ each rendering has, so a hostile template ends with an error, soon and the same 
 
 import contextlib
 import contextvars
+import dataclasses
 import datetime
 import functools
 import json
@@ -36,7 +37,15 @@ _REMOVED_METHODS = {
 }
 
 
-_left: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("left", default=None)
+@dataclasses.dataclass
+class Meter:
+    """One rendering: what it may still spend, and how many generation blocks it met."""
+
+    left: int = _BUDGET
+    num_generations: int = 0
+
+
+_meter: contextvars.ContextVar[Meter | None] = contextvars.ContextVar("meter", default=None)
 
 
 class TemplateError(ValueError):
@@ -48,20 +57,21 @@ class Span(str):
 
 
 @contextlib.contextmanager
-def budget() -> Iterator[None]:
-    """One rendering's share of work."""
-    token = _left.set([_BUDGET])
+def metered() -> Iterator[Meter]:
+    """The meter of one rendering."""
+    meter = Meter()
+    token = _meter.set(meter)
     try:
-        yield
+        yield meter
     finally:
-        _left.reset(token)
+        _meter.reset(token)
 
 
 def spend(amount: int) -> None:
-    left = _left.get()
-    if left is not None:
-        left[0] -= amount
-        if left[0] < 0:
+    meter = _meter.get()
+    if meter is not None:
+        meter.left -= amount
+        if meter.left < 0:
             raise TemplateError(
                 "the template does too much work: its loops or its output do not end in reason"
             )
@@ -79,7 +89,7 @@ def make_environment() -> "Environment":
     environment.filters["tojson"] = _tojson
     for name in _REMOVED_FILTERS:
         del environment.filters[name]
-    environment.filters = {name: _metered(name, f) for name, f in environment.filters.items()}
+    environment.filters = {name: _paying(name, f) for name, f in environment.filters.items()}
     del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
@@ -189,6 +199,8 @@ class _Generation(jinja2.ext.Extension):
         return nodes.CallBlock(self.call_method("_mark"), [], [], body, lineno=line)
 
     def _mark(self, caller: Callable[[], str]) -> Span:
+        if (meter := _meter.get()) is not None:
+            meter.num_generations += 1
         return Span(caller())
 
 
@@ -210,7 +222,7 @@ def _spend_on(value: Any) -> None:
             pending += value.values()
         elif isinstance(value, list | tuple):
             pending += value
-        spend(16 + (len(value) if isinstance(value, str | list | tuple | dict) else 0))
+        spend(64 + (len(value) if isinstance(value, str | list | tuple | dict) else 0))
 
 
 def _spend_on_text(operation: str, text: Any, *args: Any) -> None:
@@ -227,7 +239,7 @@ def _spend_on_text(operation: str, text: Any, *args: Any) -> None:
         spend(_length(parts) * _length(separator))
 
 
-def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _paying(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that pays first, and whose `width` and `indent` are bounded."""
 
     @functools.wraps(function)

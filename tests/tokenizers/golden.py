@@ -9,6 +9,7 @@ lines come from `lines.synthetic`. Ids are kept as hashes of BLOCK lines.
 import hashlib
 import io
 import json
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,26 @@ def all_lines() -> list[str]:
 
 
 def c1_control(line: str) -> bool:
-    """llama.cpp's tables have no category for U+0080 to U+009F, so words end there."""
-    return any("\x80" <= char <= "\x9f" for char in line)
+    """llama.cpp's tables have no category for U+0080 to U+009F but U+0085: words end there."""
+    return any("\x80" <= char <= "\x9f" and char != "\x85" for char in line)
 
 
 def cased(line: str) -> bool:
-    """llama.cpp takes every letter but a-z for upper case, and every one but A-Z for lower."""
-    return c1_control(line) or any(char > "\x7f" and char.isupper() for char in line)
+    """llama.cpp leaves marks out of words, and takes letters beyond ASCII for either case."""
+    return c1_control(line) or any(
+        char > "\x7f" and (char.isupper() or unicodedata.category(char)[0] == "M") for char in line
+    )
 
 
 def wide_space(line: str) -> bool:
-    """llama.cpp takes no space for part of the range U+0800 to U+4E00, which this rule names."""
-    return c1_control(line) or any(char >= "\u0800" and char.isspace() for char in line)
+    """llama.cpp takes no space for part of the range U+0800 to U+4E00, which this rule names.
+
+    Nor does it know the hieroglyphs of Unicode 16.
+    """
+    return c1_control(line) or any(
+        "\U00013460" <= char <= "\U000143fa" or (char >= "\u0800" and char.isspace())
+        for char in line
+    )
 
 
 def never(line: str) -> bool:
