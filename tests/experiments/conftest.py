@@ -1,0 +1,74 @@
+"""A small run that met bad data, went back and finished, for commands that look at runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from experiments import config as config_lib
+from experiments import pretrain
+from experiments.assemble import Run, assemble
+from lm.data.batches import Batches
+from lm.train import metrics as metrics_lib
+from tests.experiments.survival import SETTINGS
+
+CHANGES = {
+    "train.num_steps": "24",
+    "train.dtype": "float32",
+    "learning_rate.decay": "constant",
+    "stability.warmup": "8",
+    "stability.window": "8",
+    "intervals.save": "1",
+    "ema.decay": "0.8",
+}
+FIRST_BAD, NUM_BAD = 14, 3  # steps, from 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Spiked:
+    """The run; its rows of metrics; and the distinct batches read for each step, in order.
+
+    While it is in use, the data of the bad rows is bad: their targets are one token, over and over.
+    """
+
+    run: Run
+    rows: list[dict]
+    read: dict[int, list[dict[str, np.ndarray]]]
+
+    @property
+    def workdir(self) -> pathlib.Path:
+        return self.run.workdir
+
+    def row(self, step: int) -> dict:
+        return next(r for r in self.rows if r["step"] == step and "event" not in r)
+
+    def events(self, name: str) -> list[dict]:
+        return [row for row in self.rows if row.get("event") == name]
+
+
+@pytest.fixture(scope="package")
+def spiked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spiked]:
+    workdir = tmp_path_factory.mktemp("spiked")
+    read: dict[int, list[dict[str, np.ndarray]]] = {}
+    host_batch = Batches.host_batch
+
+    def spoiled(stream: Batches, step: int, rows=None) -> dict[str, np.ndarray]:
+        batch = host_batch(stream, step, rows)
+        size = stream.batch_size(step)
+        if 0 <= stream.timeline.first_row(step) // size - (FIRST_BAD - 1) < NUM_BAD:
+            batch["targets"][batch["weights"] > 0] = 3
+        seen = read.setdefault(step + 1, [])
+        if not any(np.array_equal(batch["ids"], other["ids"]) for other in seen):
+            seen.append({name: x.copy() for name, x in batch.items()})
+        return batch
+
+    config = config_lib.override(pretrain.configs.quicktest(), SETTINGS | CHANGES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "host_batch", spoiled)
+        pretrain.main(config, workdir)
+        rows = metrics_lib.read(workdir / "metrics.jsonl")
+        yield Spiked(assemble(config, workdir), rows, {s: list(b) for s, b in read.items()})
