@@ -22,6 +22,8 @@ from experiments.configs.pretrain import Pretrain
 from lm.checkpoints.store import Checkpoints
 from lm.data.batches import Batches, HeldOut, PackedSource
 from lm.data.packing import make_plan
+from lm.data.sources import TokenSource
+from lm.data.stages import Stage
 from lm.kernels.attention import IMPLEMENTATIONS, attention
 from lm.model import check_mesh, param_specs
 from lm.sharding import (
@@ -32,10 +34,11 @@ from lm.sharding import (
     named_sharding,
     pretend_cpu_devices,
 )
+from lm.sharding.distributed import barrier, is_first_process
 from lm.tokenizers.base import Tokenizer
 from lm.train.objective import NextToken
 from lm.train.optimizers import Optimizer, make_optimizer
-from lm.train.schedules import Schedule
+from lm.train.schedules import BatchRamp, BatchStage, Schedule, linear_ramp
 from lm.train.state import TrainState, abstract_state, init_state
 from lm.train.step import Accumulation, TrainStep, make_eval_step, make_train_step
 
@@ -157,8 +160,17 @@ def assemble(config: Pretrain, workdir: pathlib.Path) -> Run:
         check_vocabulary(config, tokenizer.vocab_size, text.directory)
         t = config.train
         stream = make_stream(config, text)
-        small = text.source("validation").head(config.data.max_held_out_tokens)
-        held_out = HeldOut(PackedSource(small, make_plan(small, t.sequence_length)), t.batch_size)
+        held_out = {
+            name: HeldOut(
+                PackedSource(
+                    small := held_out_source(config, text, name),
+                    make_plan(small, t.sequence_length),
+                    name,
+                ),
+                t.batch_size,
+            )
+            for name in text.validation_names
+        }
         return Run(
             config=config,
             workdir=workdir,
@@ -166,7 +178,7 @@ def assemble(config: Pretrain, workdir: pathlib.Path) -> Run:
             text=text,
             tokenizer=tokenizer,
             stream=stream,
-            held_out={"validation": held_out},
+            held_out=held_out,
             objective=NextToken(t.z_loss),
             optimizer=make_optimizer(config.optimizer),
             schedule=make_schedule(config),
@@ -206,16 +218,27 @@ def make_layout(config: Pretrain) -> Layout:
 
 
 def build_corpus(config: Pretrain, workdir: pathlib.Path) -> local_text.LocalText:
-    """Tokenizer and data set, made the first time."""
+    """Tokenizer and data sets, made the first time: by the first process, for all."""
     data = config.data
     directory = pathlib.Path(data.directory).expanduser() if data.directory else workdir / "data"
     return local_text.build(
         directory,
         data.files.replace(",", " ").split() or None,
+        sources=data.sources,
+        validation=data.validation,
+        tokenizer=data.tokenizer or None,
         vocab_size=config.model.vocab_size,
         max_bytes=int(data.max_megabytes * 1e6) or None,
         held_out=data.held_out,
+        progress=is_first_process(),
+        process_index=jax.process_index(),
+        wait=barrier if jax.process_count() > 1 else None,
     )
+
+
+def held_out_source(config: Pretrain, text: local_text.LocalText, name: str) -> TokenSource:
+    """The documents of a held-out set that are evaluated."""
+    return text.source("validation", name).head(config.data.max_held_out_tokens)
 
 
 def make_checkpoints(config: Pretrain, workdir: pathlib.Path) -> Checkpoints:
@@ -228,10 +251,33 @@ def make_checkpoints(config: Pretrain, workdir: pathlib.Path) -> Checkpoints:
 
 
 def make_stream(config: Pretrain, text: local_text.LocalText) -> Batches:
-    """The batches of every step: a function of the pack plan, the seed and the step."""
+    """The batches of every step: a function of the pack plans, the mixture, the seed, the step."""
+    t, data = config.train, config.data
+    mixture = tuple(source.share for source in data.sources) or None
+    stages = make_ramp(config).stages
+    return Batches(
+        [text.packed("train", t.sequence_length, name) for name in text.names],
+        [Stage(stage.batch_size, mixture, stage.first_step) for stage in stages],
+        seed=data.seed,
+        num_steps=t.num_steps,
+    )
+
+
+def make_ramp(config: Pretrain) -> BatchRamp:
+    """The batch size as a function of the step.
+
+    Raises:
+      ValueError: a size that micro-batches and the mesh do not divide.
+    """
     t = config.train
-    packed = PackedSource(text.source("train"), text.plan("train", t.sequence_length), "train")
-    return Batches([packed], t.batch_size, seed=config.data.seed)
+    if t.ramp is None:
+        return BatchRamp((BatchStage(0, t.batch_size),))
+    mesh, rules = make_mesh(config.mesh), make_rules()
+    shards = math.prod(mesh.shape[axis] for axis in rules.activations["batch"])
+    return linear_ramp(
+        t.ramp.first, t.batch_size, t.ramp.num_stages, t.ramp.num_steps,
+        divisor=shards * t.num_micro_batches,
+    )  # fmt: skip
 
 
 def check_vocabulary(config: Pretrain, vocab_size: int, directory: pathlib.Path) -> None:

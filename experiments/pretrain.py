@@ -53,12 +53,14 @@ MAY_CHANGE = (
     "sampling.",
     "rewind.",
     "data.directory",
+    "data.sources.",
     "train.num_steps",
     "train.batch_size",
     "train.num_micro_batches",
     "train.remat",
     "train.unroll",
     "train.attention",
+    "train.peak_tflops",
     "checkpoints.",
 )
 
@@ -137,6 +139,7 @@ class Training:
         if state is None:
             return self.run.new_state()
         self.writer.event("resumed", step=done)
+        self.writer.event("goodput", step=done, **self.goodput.event())
         if changes:
             self.writer.event("changed", step=done, changes=changes)
         say(f"resumed from step {done} of {self.run.config.train.num_steps}")
@@ -162,7 +165,7 @@ class Training:
         hardware = Hardware(
             len(devices),
             train_flops(config.model, config.train.sequence_length),
-            peak_flops(devices[0].device_kind),
+            config.train.peak_tflops * 1e12 or peak_flops(devices[0].device_kind),
         )
         saving = Saving(run, self.stream, intervals, self.tell_failures)
         clock = self.goodput.step_clock
@@ -209,7 +212,7 @@ class Training:
                 f"training has gone back {rewind.limit} times (rewind.limit) already; lower the "
                 "learning rate or look at the data with python -m experiments.replay"
             )
-        rows = sum(self.stream.batch_size(step) for step in range(target, outcome.done))
+        rows = self.stream.first_row(outcome.done) - self.stream.first_row(target)
         rows += rewind.skip_steps * self.stream.batch_size(target)
         self.stream = self.stream.skipped(target, rows)
         if rewind.learning_rate < 1:
@@ -220,6 +223,7 @@ class Training:
             "rewound", step=target, from_step=outcome.done, skipped_rows=rows,
             learning_rate=rewind.learning_rate,
         )  # fmt: skip
+        self.writer.event("goodput", step=target, **self.goodput.event())
         say(f"{rewind.patience} steps in a row were skipped: back from step {outcome.done} to "
             f"{target}, and on with {rows} rows of data skipped")  # fmt: skip
         return state

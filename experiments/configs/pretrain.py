@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from data_pipelines.documents import DataSource, ValidationSet
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Norm, Rope, Stack
 from lm.sharding import MeshShape
 from lm.train.ema import Ema
@@ -23,6 +24,9 @@ class Data:
     Attributes:
       files: glob patterns of UTF-8 text files, separated by commas or blanks; none for the
         documentation, docstrings and source that come with Python and its packages.
+      sources: instead of `files`: named sources, with weights and caps.
+      validation: named held-out sets, beside the held-out part of every source.
+      tokenizer: a SentencePiece model to use; none to train one.
       directory: where tokenizer and data set are, or are made; none for `<workdir>/data`.
       max_megabytes: of text, about; 0 for all of `files`.
       held_out: share of the documents kept for evaluation.
@@ -31,6 +35,9 @@ class Data:
     """
 
     files: str = ""
+    sources: tuple[DataSource, ...] = ()
+    validation: tuple[ValidationSet, ...] = ()
+    tokenizer: str = ""
     directory: str = ""
     max_megabytes: float = 30.0
     held_out: float = 0.05
@@ -72,12 +79,28 @@ class LearningRate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ramp:
+    """A batch size that grows to `train.batch_size` in equal steps.
+
+    Attributes:
+      first: rows of a step at the beginning.
+      num_stages: sizes on the way, both ends included; each is compiled for.
+      num_steps: after which `train.batch_size` is reached.
+    """
+
+    first: int = 8
+    num_stages: int = 4
+    num_steps: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
     """The run.
 
     Attributes:
       num_steps: of the optimizer.
       batch_size: rows of a step, over all devices and micro-batches.
+      ramp: smaller batches at the beginning; none for none.
       sequence_length: tokens of a row.
       num_micro_batches: a step's rows are taken in this many parts.
       dtype: of compute; weights and their updates are float32.
@@ -86,11 +109,13 @@ class Train:
       unroll: write the layers out instead of looping over them: faster on CPU, slow to compile.
       z_loss: coefficient of the squared log-sum-exp of the logits.
       max_grad_norm: gradients are scaled down to this norm.
+      peak_tflops: of a device, for MFU where the chip is not known; 0 for the table's figure.
       seed: of the initial weights.
     """
 
     num_steps: int = 300
     batch_size: int = 16
+    ramp: Ramp | None = None
     sequence_length: int = 256
     num_micro_batches: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -99,6 +124,7 @@ class Train:
     unroll: bool = False
     z_loss: float = 0.0
     max_grad_norm: float = 1.0
+    peak_tflops: float = 0.0
     seed: int = 0
 
 

@@ -198,8 +198,7 @@ def train(
                 state, metrics = step(state, batch)
             if pending is not None:
                 values = instruments.read(*pending)
-        if values is not None:
-            tell(done, values, done % intervals.log == 0, {})
+                tell(done, values, done % intervals.log == 0, {})
         done += 1
         last, stopping = done == num_steps, preempted(done)
         evaluating = done % intervals.evaluate == 0 or last
@@ -216,12 +215,14 @@ def train(
                 instruments.writer.flush()
                 with goodput.spend("checkpoint"):
                     save(state, done, stopping or last)
+                instruments.writer.event("goodput", done, **goodput.event())
             save_is_late = saving and spiking
         if patience and values is not None and values.get("spikes_in_a_row", 0) >= patience:
             return Outcome(state, "spikes", done)
         if stopping or last:
             return Outcome(state, "finished" if last else "preempted", done)
     if pending is not None:
-        values = instruments.read(*pending)
+        with goodput.spend("step"):
+            values = instruments.read(*pending)
         tell(done, values, True, {})
     return Outcome(state, "finished", done)
