@@ -35,6 +35,8 @@ from lm.sharding.roll_call import roll_call
 
 PEER_FAILED = 75  # exit status: another host failed, try again (EX_TEMPFAIL of sysexits.h)
 _GRACE_SECONDS = 2.0
+# How long hosts that have finished wait for those still at work, such as writing a report.
+_FINISH_SECONDS = 4 * 3600
 # How much later than a broken collective the word of its cause may come.
 _CONSEQUENCE_SECONDS = 5.0
 _RUNTIME_ERROR = re.compile(
@@ -97,6 +99,7 @@ def _initialize(cluster: Cluster, timeout: float, start_timeout: float) -> _Watc
         initialization_timeout=int(start_timeout),
         # The watch speaks first; the runtime is there for what it cannot see.
         heartbeat_timeout_seconds=max(10, int(1.5 * timeout)),
+        shutdown_timeout_seconds=_FINISH_SECONDS,
     )
     return watcher
 
@@ -230,6 +233,7 @@ class PreemptionNotice:
 
     def __init__(self) -> None:
         self.received = False
+        self.num_calls = 0
 
     def install(self) -> None:
         """Be told of SIGTERM; call it on the main thread, after `start`."""
@@ -237,13 +241,13 @@ class PreemptionNotice:
             signal.signal(signal.SIGTERM, self._on_signal)
 
     def agreed(self, step: int) -> bool:
-        """Whether every host saves and ends now. To be asked by all, before or after each step.
+        """Whether every host saves and ends now, `step` steps done; asked by all after each step.
 
-        Args:
-          step: the same sequence of numbers, each one more than the last, on every host.
+        It is the number of questions that hosts agree on, so a run may go back to an earlier step.
         """
+        self.num_calls += 1
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self.num_calls)
         return self.received
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -285,3 +289,13 @@ def broadcast(value: Any) -> Any:
     buffer = np.zeros(max(1024, 1 << (length - 1).bit_length()), np.uint8)
     buffer[: len(data)] = np.frombuffer(data, np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(buffer)[:length].tobytes())
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays of a tree, on every host, as NumPy arrays. To be called by all processes.
+
+    An array spread over hosts cannot be read by one of them alone.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

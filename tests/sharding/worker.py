@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.sharding.distributed import PreemptionNotice, barrier, broadcast, say, start
+from lm.sharding.distributed import PreemptionNotice, barrier, broadcast, fetch, say, start
 
 
 def loop(num_steps: int, failing: int | None) -> None:
@@ -83,9 +82,8 @@ def train_once(path: pathlib.Path) -> None:
     )
     numbers: dict[str, Any] = {name: np.float32(value) for name, value in metrics.items()}
     numbers["held_out"] = np.float64(sum(float(term.sum) for term in terms) / held_out.num_pairs)
-    gradients = multihost_utils.process_allgather(state.opt_state, tiled=True)
-    for key, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-        numbers["gradient/" + path_name(key)] = np.asarray(gradient)
+    for key, gradient in jax.tree_util.tree_leaves_with_path(fetch(state.opt_state)):
+        numbers["gradient/" + path_name(key)] = gradient
     if jax.process_index() == 0:
         np.savez(path, **numbers)
     say("WRITTEN", dataclasses.asdict(case.mesh))
