@@ -94,18 +94,23 @@ class Run:
     def new_state(self) -> TrainState:
         """The state of step 0."""
         key = jax.random.key(self.config.train.seed)
-        return init_state(self.specs, self.optimizer, key, self.layout, **self._extras)
+        return init_state(
+            self.specs, self.optimizer, key, self.layout, ema=self._has_ema, health=self._has_health
+        )
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, to restore into."""
-        return abstract_state(self.specs, self.optimizer, self.layout, **self._extras)
+        return abstract_state(
+            self.specs, self.optimizer, self.layout, ema=self._has_ema, health=self._has_health
+        )
 
     @property
-    def _extras(self) -> dict[str, bool]:
-        return {
-            "ema": self.config.ema is not None,
-            "health": self.config.stability is not None,
-        }
+    def _has_ema(self) -> bool:
+        return self.config.ema is not None
+
+    @property
+    def _has_health(self) -> bool:
+        return self.config.stability is not None
 
     @functools.cached_property
     def _eval_step(self) -> Callable[..., Any]:

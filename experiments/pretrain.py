@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import flags, logging
 
 from experiments import config as config_lib
@@ -79,8 +80,12 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             config_lib.save(config, workdir / "config.json")
         outcome = Training(run, goodput)(changes)
-        if outcome.reason == "finished" and is_first_process():
-            summarize(config, workdir, outcome.state, run.text, run.tokenizer)
+        if outcome.reason == "finished":
+            params = outcome.state.params
+            if jax.process_count() > 1 and config.sampling.prompts:
+                params = distributed.fetch(params)
+            if is_first_process():
+                summarize(run, params)
     if outcome.reason == "preempted":
         sys.exit(distributed.PreemptionNotice.EXIT)
 

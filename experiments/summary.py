@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from data_pipelines.local_text import LocalText
 from experiments import report
+from experiments.assemble import Run, held_out_source
 from experiments.configs.pretrain import Pretrain
 from lm.data.ngram import ByteNgram
 from lm.infer.generate import LocalSampler
@@ -26,8 +27,8 @@ from lm.infer.requests import Request
 from lm.model import num_params, train_flops, unstack
 from lm.tokenizers.base import Tokenizer
 from lm.train import metrics as metrics_lib
-from lm.train.state import TrainState
 
+Tree = Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -36,14 +37,14 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def summarize(
-    config: Pretrain,
-    workdir: pathlib.Path,
-    state: TrainState,
-    text: LocalText,
-    tokenizer: Tokenizer,
-) -> None:
-    """Write `summary.json` and `report.html`, and name every file the run made."""
+def summarize(run: Run, params: Tree) -> None:
+    """Write `summary.json` and `report.html`, and name every file the run made.
+
+    Args:
+      run: what was trained.
+      params: the model, in arrays that this process can read.
+    """
+    config, workdir, text = run.config, run.workdir, run.text
     rows = metrics_lib.read(workdir / "metrics.jsonl")
     last = [row for row in rows if "held_out_bits_per_byte" in row][-1]
     documents = held_out_documents(config, text)
@@ -57,9 +58,10 @@ def summarize(
         "num_bytes": num_bytes,
         "figures": held_out_figures(last),
     }
-    samples = draw_samples(config, state, tokenizer)
+    samples = draw_samples(config, params, run.tokenizer)
+    own_text = config.data.files or config.data.sources
     summary = {
-        "title": f"Pre-training on {'your text' if config.data.files else 'local text'}",
+        "title": f"Pre-training on {'your' if own_text else 'local'} text",
         "held_out": held_out,
         "model": {
             "num_parameters": num_params(config.model),
@@ -112,14 +114,17 @@ def held_out_figures(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def held_out_documents(config: Pretrain, text: LocalText) -> list[bytes]:
-    """The held-out text that training was evaluated on."""
-    count = len(text.source("validation").head(config.data.max_held_out_tokens))
-    return [t.encode() for t in itertools.islice(text.texts("validation"), count)]
+    """The text of the first held-out set, as far as training was evaluated on it."""
+    name = text.validation_names[0]
+    count = len(held_out_source(config, text, name))
+    return [t.encode() for t in itertools.islice(text.texts("validation", name), count)]
 
 
-def draw_samples(config: Pretrain, state: TrainState, tokenizer: Tokenizer) -> list[dict[str, str]]:
+def draw_samples(config: Pretrain, params: Tree, tokenizer: Tokenizer) -> list[dict[str, str]]:
     """What the model goes on with after each of the configured prompts."""
-    params = jax.device_put(unstack(state.params), jax.devices()[0])
+    if not config.sampling.prompts:
+        return []
+    params = jax.device_put(unstack(params), jax.local_devices()[0])
     sampler = LocalSampler(params, config.model, tokenizer=tokenizer, dtype=jnp.float32)
     requests = [
         Request(

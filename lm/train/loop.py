@@ -125,6 +125,11 @@ class Instruments:
             self.writer.event("skipped", done, **details)
 
 
+def is_ready(value: Any) -> bool:
+    """Whether an array has been computed."""
+    return value.is_ready()
+
+
 def _num_tokens(values: Values) -> int:
     """Of a step; none where bad data has made even their count something else than a number."""
     return int(values["tokens"]) if np.isfinite(values["tokens"]) else 0
@@ -189,7 +194,7 @@ def train(
     save_is_late = False
 
     def is_busy() -> bool:
-        return pending is not None and not pending[1]["loss"].is_ready()
+        return pending is not None and not is_ready(pending[1]["loss"])
 
     for batch in goodput.waiting(batches, busy=is_busy):
         values = None
