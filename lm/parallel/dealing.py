@@ -22,8 +22,8 @@ def deal(function: Callable[..., Tree], stacks: Tree, *everywhere: Any) -> Tree:
 
     XLA splits no decomposition, and would gather whole stacks for it. Of S matrices on N devices, a
     device holds and computes ceil(S / N), which costs an exchange of parts for wholes before and
-    after; with fewer matrices than devices, some compute on zeros. Without a layout the function is
-    called as it is.
+    after; with fewer matrices than devices, some compute on zeros. Without a layout, or on one
+    device, the function is called as it is.
 
     Args:
       function: of stacks, to a tree of such; it treats each matrix of a stack by itself.
@@ -31,7 +31,7 @@ def deal(function: Callable[..., Tree], stacks: Tree, *everywhere: Any) -> Tree:
       everywhere: arrays that every device has.
     """
     layout = current_layout()
-    if layout is None:
+    if layout is None or layout.mesh.size == 1:
         return function(stacks, *everywhere)
     mesh, stack = layout.mesh, jax.tree.leaves(stacks)[0].shape[:-2]
     num_matrices = math.prod(stack)
@@ -61,5 +61,6 @@ def deal(function: Callable[..., Tree], stacks: Tree, *everywhere: Any) -> Tree:
         mesh=mesh,
         in_specs=(dealt, *(PartitionSpec() for _ in everywhere)),
         out_specs=dealt,
+        check_vma=False,  # jax's own loops for TPU decompositions do not pass the check
     )
     return jax.tree.map(unflatten, dealt_function(jax.tree.map(flatten, stacks), *everywhere))

@@ -10,8 +10,10 @@ from lm.model import param_specs
 from lm.sharding import MeshShape
 from lm.train.optimizers import (
     NEWTON_SCHULZ,
+    Adafactor,
     AdamW,
     Muon,
+    Soap,
     clip_by_global_norm,
     is_hidden_matrix,
     is_matrix,
@@ -127,7 +129,14 @@ def test_which_weights_are_matrices():
 
 
 @pytest.mark.parametrize(
-    "config", [AdamW(weight_decay=0.5), Muon(dtype="float32")], ids=["adamw", "muon"]
+    "config",
+    [
+        AdamW(weight_decay=0.5),
+        Muon(dtype="float32"),
+        pytest.param(Adafactor(), marks=pytest.mark.slow),
+        pytest.param(Soap(frequency=2), marks=pytest.mark.slow),
+    ],
+    ids=["adamw", "muon", "adafactor", "soap"],
 )
 def test_training_on_a_mesh_equals_one_device(config):
     optimizer = make_optimizer(config)
@@ -148,8 +157,9 @@ def test_training_on_a_mesh_equals_one_device(config):
     assert expected[2] < expected[0] and expected[3] < expected[1]
     one, many = (jax.tree.leaves(jax.device_get(state.params)) for state in (one, many))
     for x, y in zip(one, many, strict=True):
-        # Adam divides by the root of moments that may be rounding errors of zero.
-        assert np.mean(np.abs(x - y)) < 1e-5
+        # Adam divides by the root of moments that may be rounding errors of zero; SOAP's gradients
+        # are of low rank here, and rounding chooses the eigenvectors of what they leave out.
+        assert np.mean(np.abs(x - y)) < (1e-4 if isinstance(config, Soap) else 1e-5)
 
 
 def test_clip_by_global_norm():

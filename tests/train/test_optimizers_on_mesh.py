@@ -10,7 +10,7 @@ import pytest
 
 from lm.model import param_specs
 from lm.sharding import MeshShape, use_layout
-from lm.train.optimizers import Adafactor, Lion, Soap, make_optimizer
+from lm.train.optimizers import Adafactor, Lion, Muon, Soap, make_optimizer
 from lm.train.state import bytes_per_device, state_shardings
 from lm.weights import abstract, initialize, path_name, shardings
 from tests.train.hlo import collectives
@@ -108,11 +108,16 @@ def test_updates_equal_one_devices(config, mesh):
         assert set(bytes_per_device(state).values()) == {promised(config, 8)}
 
 
-def test_soap_exchanges_matrices_and_gathers_none():
+@pytest.mark.parametrize("config", [SOAP, Muon(dtype="float32")], ids=["soap", "muon"])
+def test_matrices_are_exchanged_and_none_is_gathered(config):
     mesh = MeshShape(fsdp=8)
-    compiled = updates(SOAP, mesh)[2]
+    compiled = updates(config, mesh)[2]
     ops = {c.op for c in collectives(compiled.as_text(), Case(mesh).layout.mesh)}
     assert "all-to-all" in ops and "all-gather" not in ops
-    decomposed = [line for line in compiled.as_text().splitlines() if "lapack_sgeqrf" in line]
+
+
+def test_soap_decomposes_whole_matrices_dealt_to_devices():
+    compiled = updates(SOAP, MeshShape(fsdp=8))[2]
     # One of the two layers' matrices, and on six devices a padding of zeros.
+    decomposed = [line for line in compiled.as_text().splitlines() if "lapack_sgeqrf" in line]
     assert decomposed and all("f32[1,32,32]" in line for line in decomposed)

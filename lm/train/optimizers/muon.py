@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.parallel import deal
 from lm.train.optimizers.adamw import AdamW
 from lm.train.optimizers.base import PathRule, Slots, is_hidden_matrix, refuse_rules
 from lm.weights import ParamSpec
@@ -56,7 +57,8 @@ class Muon:
         momentum = self.momentum * slots["momentum"] + (1 - self.momentum) * gradient
         nesterov = self.momentum * momentum + (1 - self.momentum) * gradient
         scale = 0.2 * max(gradient.shape[-2:]) ** 0.5
-        orthogonal = orthogonalize(nesterov, self.steps, jnp.dtype(self.dtype))
+        # Split within matrices, each of the iteration's products would gather its operands.
+        orthogonal = deal(lambda x: orthogonalize(x, self.steps, jnp.dtype(self.dtype)), nesterov)
         return scale * orthogonal.astype(jnp.float32), {"momentum": momentum}
 
 
