@@ -147,20 +147,28 @@ def open_run(workdir: str | pathlib.Path, edits: Mapping[str, str] | None = None
             f"{workdir} has no config.json, so it is not the folder of a run; give one that "
             "experiments.pretrain was given as --workdir"
         )
-    config = config_lib.load(workdir / "config.json", Pretrain)
-    return assemble(config_lib.override(config, edits or {}), workdir)
+    config = config_lib.override(config_lib.load(workdir / "config.json", Pretrain), edits or {})
+    with input_errors():
+        return assemble(config, workdir, local_text.open_corpus(corpus_directory(config, workdir)))
 
 
-def assemble(config: Pretrain, workdir: pathlib.Path) -> Run:
-    """The parts of a run; the corpus is built the first time.
+def assemble(
+    config: Pretrain, workdir: pathlib.Path, text: local_text.LocalText | None = None
+) -> Run:
+    """The parts of a run.
+
+    Args:
+      config, workdir: of the run.
+      text: the corpus; None to build it, or to open it if it has been built.
 
     Raises:
       ConfigError: sizes that do not divide, a corpus that is empty or does not fit the model.
     """
-    pretend_cpu_devices(config.mesh)
+    if jax.process_count() == 1:
+        pretend_cpu_devices(config.mesh)
     with input_errors():
         layout = make_layout(config)
-        text = build_corpus(config, workdir)
+        text = text or build_corpus(config, workdir)
         tokenizer = text.tokenizer()
         check_vocabulary(config, tokenizer.vocab_size, text.directory)
         t = config.train
@@ -222,12 +230,17 @@ def make_layout(config: Pretrain) -> Layout:
     return Layout(mesh, rules)
 
 
+def corpus_directory(config: Pretrain, workdir: pathlib.Path) -> pathlib.Path:
+    """Where tokenizer and data sets are."""
+    directory = config.data.directory
+    return pathlib.Path(directory).expanduser() if directory else workdir / "data"
+
+
 def build_corpus(config: Pretrain, workdir: pathlib.Path) -> local_text.LocalText:
     """Tokenizer and data sets, made the first time: by the first process, for all."""
     data = config.data
-    directory = pathlib.Path(data.directory).expanduser() if data.directory else workdir / "data"
     return local_text.build(
-        directory,
+        corpus_directory(config, workdir),
         data.files.replace(",", " ").split() or None,
         sources=data.sources,
         validation=data.validation,

@@ -44,6 +44,17 @@ def hints(cls: type) -> dict[str, Any]:
     return {field.name: resolved[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+def required(cls: type) -> set[str]:
+    """A dataclass's fields without a default."""
+    return {
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    }
+
+
 def item_annotations(annotation: Any, length: int) -> list[Any] | None:
     """The annotation of each of `length` items, or None where the annotation is no such tuple."""
     for member in members(annotation):
@@ -206,9 +217,11 @@ def decode(value: Any, annotation: Any, path: str) -> Any:
     if name not in classes:
         raise ValueError(f"{path}.class={name!r} is not one of {', '.join(classes)}")
     fields = hints(classes[name])
-    for problem, keys in (("unknown", values.keys() - fields), ("missing", fields - values.keys())):
+    unknown, missing = values.keys() - fields, required(classes[name]) - values.keys()
+    for problem, keys in (("unknown", unknown), ("missing", missing)):
         if keys:
             names = ", ".join(f"{path}.{key}" for key in sorted(keys))
             raise ValueError(f"{problem} configuration key {names}")
-    decoded = {k: decode(values[k], each, f"{path}.{k}") for k, each in fields.items()}
+    # A field added to the code since the value was written takes its default.
+    decoded = {k: decode(v, fields[k], f"{path}.{k}") for k, v in values.items()}
     return classes[name](**decoded)

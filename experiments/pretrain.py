@@ -13,9 +13,10 @@ SIGTERM saves and ends the run; `--profile_steps=10:15` traces steps into `<work
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ from lm.train.loop import Instruments, Intervals, Outcome, train
 from lm.train.metrics import MetricsWriter, Progress
 from lm.train.metrics import read as read_metrics
 from lm.train.profile import Profiler, parse_steps
-from lm.train.stability import begin_recovery
+from lm.train.stability import begin_recovery, restart_statistics
 from lm.train.state import TrainState
 
 # What may differ between the first start of a run and a later one.
@@ -73,7 +74,10 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
     keep_freed_memory()
     if logging.get_verbosity() == logging.INFO:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
-    with distributed.start(), goodput.watch_compilation():
+    with contextlib.ExitStack() as stack:
+        with input_errors():
+            stack.enter_context(distributed.start())
+        stack.enter_context(goodput.watch_compilation())
         changes = claim_workdir(config, workdir)
         run = assemble(config, workdir)
         if is_first_process():
@@ -147,6 +151,8 @@ class Training:
         self.writer.event("goodput", step=done, **self.goodput.event())
         if changes:
             self.writer.event("changed", step=done, changes=changes)
+            if state.health is not None:
+                state = restart_statistics(state)
         say(f"resumed from step {done} of {self.run.config.train.num_steps}")
         return state
 
@@ -294,8 +300,14 @@ def claim_workdir(config: Pretrain, workdir: pathlib.Path) -> list[str]:
     """Check that the run begun here, if any, is this one. What changed since, of what may.
 
     Raises:
-      ConfigError: the folder holds a run with another configuration; every difference is named.
+      ConfigError: `workdir` is no path, or the folder holds a run with another configuration; every
+        difference is named.
     """
+    if re.match(r"\w+:/", str(workdir)):
+        raise ConfigError(
+            f"workdir {workdir} is an address, and a run writes to a file system: mount the bucket "
+            "(gcsfuse, s3fs) and give the path below it"
+        )
     path = workdir / "config.json"
     if not any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         return []
@@ -304,7 +316,7 @@ def claim_workdir(config: Pretrain, workdir: pathlib.Path) -> list[str]:
             f"{workdir} holds metrics or checkpoints but no config.json, so it is not known "
             "whose they are; give another --workdir"
         )
-    changed = config_lib.difference(json.loads(path.read_text()), config)
+    changed = config_lib.difference(config_lib.load(path, Pretrain), config)
     other = [line for line in changed if not line.startswith(MAY_CHANGE)]
     if other:
         raise ConfigError(

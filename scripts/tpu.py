@@ -1,7 +1,7 @@
 """Batch jobs on TPU VMs: create, copy, set up, run, watch, tear down.
 
     python scripts/tpu.py watch --name=llama --zone=us-east5-a --accelerator_type=v6e-64 --spot \\
-        -- python -m experiments.pretrain --config=quicktest --workdir=gs://BUCKET/llama
+        -- python -m experiments.pretrain --config=quicktest --workdir=/mnt/BUCKET/llama
 
 `watch` does all there is to do: creates the TPU if there is none, copies this checkout, installs
 the pinned packages, starts the command on every worker, shows the log's last line, and when the TPU

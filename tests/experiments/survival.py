@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -41,21 +41,36 @@ SETTINGS = {
 }
 
 
-def start(workdir: pathlib.Path, settings: dict[str, str], **environment: str) -> subprocess.Popen:
-    """The command a user types, in the background; its output goes to `<workdir>.log`."""
-    command = [sys.executable, "-m", "experiments.pretrain", "--config=quicktest"]
+def start(
+    workdir: pathlib.Path,
+    settings: dict[str, str],
+    launcher: Sequence[str] = (),
+    **environment: str,
+) -> subprocess.Popen:
+    """The command a user types, in the background; its output goes to `<workdir>.log`.
+
+    Args:
+      workdir: of the run.
+      settings: of its configuration.
+      launcher: arguments of Python that come before the command.
+    """
+    command = [sys.executable, *launcher, *([sys.executable] if launcher else [])]
+    command += ["-m", "experiments.pretrain", "--config=quicktest"]
     command += [f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
     inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     with open(f"{workdir}.log", "a") as log:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=inherited | environment, stdout=log, stderr=log
-        )
+        return subprocess.Popen(command, cwd=ROOT, env=inherited, stdout=log, stderr=log)
 
 
-def finish(workdir: pathlib.Path, settings: dict[str, str], **environment: str) -> None:
+def finish(
+    workdir: pathlib.Path,
+    settings: dict[str, str],
+    launcher: Sequence[str] = (),
+    **environment: str,
+) -> None:
     """Run the command to its end."""
-    process = start(workdir, settings, **environment)
+    process = start(workdir, settings, launcher, **environment)
     try:
         code = process.wait(timeout=300)
     finally:

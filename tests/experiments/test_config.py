@@ -261,7 +261,6 @@ def test_nan_round_trips(tmp_path):
     ("change", "message"),
     [
         (lambda v: v.update(extra=1), r"unknown configuration key config\.extra"),
-        (lambda v: v["model"].pop("rope"), r"missing configuration key config\.model\.rope"),
         (lambda v: v["model"].update(rope="x"), r"config\.model\.rope='x' is not one of plain"),
         (lambda v: v.update(num_steps=True), r"config\.num_steps=True is not an int"),
         (lambda v: v.update(num_steps=1.0), r"config\.num_steps=1\.0 is not an int"),
@@ -271,7 +270,7 @@ def test_nan_round_trips(tmp_path):
         ),
         (
             lambda v: v["model"]["stacks"][1].clear(),
-            r"stacks\.1\.moe, config\.model\.stacks\.1\.num",
+            r"missing configuration key config\.model\.stacks\.1\.num_repeats",
         ),
     ],
 )
@@ -283,6 +282,14 @@ def test_load_names_what_does_not_fit(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message) as caught:
         config_lib.load(path, Config)
     assert str(path) in str(caught.value)
+
+
+def test_a_field_younger_than_the_file_takes_its_default(tmp_path):
+    values = config_lib.to_dict(small())
+    del values["model"]["rope"], values["num_steps"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    assert config_lib.load(path, Config) == small()
 
 
 def test_load_of_no_file_and_of_no_json(tmp_path):

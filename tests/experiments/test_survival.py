@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 import pytest
 
 from experiments import config as config_lib
@@ -128,6 +129,41 @@ def test_it_goes_on_with_another_mesh_on_the_same_tokens(
     for step, values in theirs.items():
         assert ours[step][3] == values[3], "other tokens"
         np.testing.assert_allclose(ours[step][0], values[0], atol=0.03)  # bfloat16 compute
+
+
+@pytest.mark.slow
+def test_a_killed_host_ends_all_and_two_hosts_go_on_as_one_did(
+    finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """One host of 8 devices, two of 4, or one of one: the same tokens, losses up to rounding."""
+    workdir = tmp_path / "hosts"
+    launcher = ["scripts/run_local.py", "--num_processes=2", "--devices=4", "--grace=60", "--"]
+    ours = settings(finished, mesh__fsdp="4", mesh__tensor="2")
+    process = survival.start(workdir, ours, launcher)
+
+    def workers() -> list[psutil.Process]:
+        children = psutil.Process(process.pid).children(recursive=True)
+        return [p for p in children if "experiments.pretrain" in " ".join(p.cmdline())]
+
+    def hit() -> bool:
+        if last_step(workdir) < 20:
+            return False
+        workers()[1].kill()
+        return True
+
+    code = survival.stop_when(process, hit, number=0)
+    assert code != 0
+    log = pathlib.Path(f"{workdir}.log").read_text()
+    assert "the run ends; start the same command again" in log, log[-3000:]
+    survival.finish(workdir, ours, launcher)
+    one = tmp_path / "one"
+    survival.finish(one, settings(finished, mesh__fsdp="4", mesh__tensor="2"))
+    for other in (one, finished):
+        theirs, found = course(other), course(workdir)
+        assert theirs.keys() == found.keys()
+        for step, values in theirs.items():
+            assert found[step][3] == values[3], "other tokens"
+            np.testing.assert_allclose(found[step][0], values[0], atol=0.03)
 
 
 class Poison:
