@@ -1,0 +1,237 @@
+"""What formats of scaled blocks share: products without the whole matrix, gradients, sharding.
+
+Such a leaf stands for a matrix that is cut into blocks along one of its dimensions, K; the other
+is R. Every array of it is `[*stack, K times a ratio, R]`, or has 1 in place of either. R is last
+because the numbers of a block then lie in different vectors, not in different lanes of one:
+unpacking is four times faster on CPU, and fills the lanes of a TPU.
+
+Blocks lie along `in` for a matrix that is multiplied by, so K = in and R = out. An embedding table
+`[vocab, embed]`, of which rows are taken, has them along `out`: K = out and R = in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from lm.kernels.matmul import dot
+from lm.sharding import Rules, check_divides, current_layout, named_sharding
+from lm.weights import leaf as leaves
+from lm.weights.leaf import Leaf
+
+Along = Literal["in", "out"]
+# On CPU: numbers decoded at a time, so that they stay in its caches.
+TILE = 1 << 20
+
+
+class Blocked(Leaf):
+    """A matrix in scaled blocks. Its arrays are frozen: they get no gradient.
+
+    Attributes:
+      along: the dimension that is cut into blocks, "in" or "out"; a static field.
+    """
+
+    along: Any = "in"
+    # Arrays of another shape than `[*stack, K times a ratio, R]`; sharded over the stack alone.
+    other_arrays = ()
+
+    # -- What a format says. ----------------------------------------------------------------------
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """K and R."""
+        raise NotImplementedError
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """How many numbers along K, and along R, cannot be parted."""
+        raise NotImplementedError
+
+    def core(self, dtype: Any) -> jax.Array:
+        """The matrix as [*stack, K, R], without the factor `after`."""
+        raise NotImplementedError
+
+    @property
+    def after(self) -> jax.Array | None:
+        """A factor of each column, float32 [*stack, 1, R], for after a product."""
+        return None
+
+    def simple(self) -> Self:
+        """The same matrix with every array `[*stack, K times a ratio, R]`."""
+        return self
+
+    # -- What follows from it. --------------------------------------------------------------------
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return jax.tree.leaves(self)[0].shape[:-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        K, R = self.size
+        return (*self.stack, K, R) if self.along == "in" else (*self.stack, R, K)
+
+    def dequantize(self, dtype: Any) -> jax.Array:
+        matrix = self.core(jnp.float32)
+        if self.after is not None:
+            matrix = matrix * self.after
+        matrix = matrix.astype(dtype)
+        return matrix if self.along == "in" else jnp.swapaxes(matrix, -1, -2)
+
+    def linear(self, x: jax.Array) -> jax.Array:
+        return product(x, self.simple(), self.along == "out", x.dtype)
+
+    def grouped_linear(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        def multiply(x: jax.Array, leaf: Self) -> jax.Array:
+            return leaves.grouped_linear(x, leaf.dequantize(x.dtype), group_sizes)
+
+        # Keeps the blocks for the backward pass, not the matrices.
+        return jax.checkpoint(multiply)(x, jax.lax.stop_gradient(self))
+
+    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        if self.along == "in":
+            return leaves.take(self.dequantize(dtype), ids, dtype)
+        K, R = self.size
+        ids = jnp.clip(ids, 0, R - 1)
+
+        def columns(a: jax.Array) -> jax.Array:
+            last = a.shape[-1]
+            return a if last == 1 else jnp.take(a, ids.reshape(-1) // (R // last), axis=-1)
+
+        rows = jax.tree.map(columns, self.simple()).dequantize(dtype)
+        return rows.reshape(*ids.shape, K)
+
+    def unembed(self, x: jax.Array, transposed: bool) -> jax.Array:
+        over_blocks = (self.along == "in") != transposed
+        return product(x, self.simple(), not over_blocks, jnp.float32)
+
+    def shardings(self, axes: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> Self:
+        """Shardings at rest, for a matrix with these logical axes.
+
+        Raises:
+          ValueError: a shard would end inside a block; the message has the number of shards that
+            would not.
+        """
+        K_axis, R_axis = axes[-2:] if self.along == "in" else axes[:-3:-1]
+        for axis, size, unit in zip((K_axis, R_axis), self.size, self.unit, strict=True):
+            if split := rules.weights.get(axis or "", ()):
+                blocks = f"{self} {list(self.shape)}: number of blocks of {unit} along {axis}"
+                check_divides(mesh, split, str(axis) if unit == 1 else blocks, size // unit)
+
+        def sharding(a: Any) -> NamedSharding:
+            k, r = a.shape[-2:]
+            own = (*axes[:-2], None if k == 1 else K_axis, None if r == 1 else R_axis)
+            return named_sharding(mesh, rules.weights, own, a.shape)
+
+        def over_stack(a: Any) -> NamedSharding:
+            own = (*axes[:-2], *[None] * (a.ndim - len(axes) + 2)) if a.ndim else ()
+            return named_sharding(mesh, rules.weights, own, a.shape)
+
+        others = {name: getattr(self, name) for name in self.other_arrays}
+        placed = jax.tree.map(sharding, dataclasses.replace(self, **dict.fromkeys(others)))  # type: ignore[type-var]
+        return dataclasses.replace(placed, **jax.tree.map(over_stack, others))
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: jax.Array, leaf: Blocked, transpose: bool, out_dtype: Any) -> jax.Array:
+    """x [..., K] times the matrix [K, R], or, with `transpose`, x [..., R] times its transpose.
+
+    Added up in float32. The backward pass decodes the blocks again instead of keeping the matrix.
+    """
+    scale = leaf.after
+    if transpose and scale is not None:
+        x = (x.astype(jnp.float32) * scale[0]).astype(x.dtype)
+    wide = jnp.float32 if scale is not None or x.dtype == jnp.float32 else out_dtype
+
+    def whole(x: jax.Array, leaf: Blocked) -> jax.Array:
+        return dot(x, leaf.core(x.dtype), transpose_y=transpose, out_dtype=wide)
+
+    def tiles(x: jax.Array, leaf: Blocked) -> jax.Array:
+        return _by_tiles(x, leaf, transpose, wide)
+
+    # Elsewhere the compiler reads blocks as it multiplies; split over devices, tiles would move.
+    if current_layout() is None:
+        y = jax.lax.platform_dependent(x, leaf, cpu=tiles, default=whole)
+    else:
+        y = whole(x, leaf)
+    if not transpose and scale is not None:
+        y = y * scale[0]
+    return y.astype(out_dtype)
+
+
+def _product_forward(x, leaf, transpose, out_dtype):
+    return product(x, leaf, transpose, out_dtype), (leaf, jnp.zeros((0,), x.dtype))
+
+
+def _product_backward(transpose, out_dtype, saved, dy):
+    leaf, like = saved
+    return product(dy, leaf, not transpose, like.dtype), None
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _by_tiles(x: jax.Array, leaf: Blocked, transpose: bool, dtype: Any) -> jax.Array:
+    """The product, decoding some columns of the matrix at a time.
+
+    XLA's CPU backend would compute a decoded number again for each row of x, one at a time, where
+    it fuses decoding into the product; the barrier keeps it from that.
+    """
+    K, R = leaf.size
+    tile = _tile(K, R, leaf.unit[1])
+    if tile == R:
+        matrix = jax.lax.optimization_barrier(leaf.core(x.dtype))
+        return dot(x, matrix, transpose_y=transpose, out_dtype=dtype)
+    rows = x.reshape(-1, x.shape[-1])
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        def columns(a: jax.Array) -> jax.Array:
+            size = tile * a.shape[-1] // R
+            return a if a.shape[-1] == 1 else jax.lax.dynamic_slice_in_dim(a, i * size, size, -1)
+
+        matrix = jax.lax.optimization_barrier(jax.tree.map(columns, leaf).core(x.dtype))
+        if transpose:
+            part = jax.lax.dynamic_slice_in_dim(rows, i * tile, tile, -1)
+            return y + dot(part, matrix, transpose_y=True, out_dtype=jnp.float32)
+        part = dot(rows, matrix, out_dtype=dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y, part, i * tile, -1)
+
+    start = jnp.zeros((len(rows), K), jnp.float32) if transpose else jnp.zeros((len(rows), R), dtype)
+    y = jax.lax.fori_loop(0, R // tile, step, start)
+    return y.reshape(*x.shape[:-1], y.shape[-1]).astype(dtype)
+
+
+def _tile(K: int, R: int, unit: int) -> int:
+    """Columns at a time: the largest divisor of R that fits, if there is one worth a loop."""
+    fits = [t for t in range(unit, R + 1, unit) if R % t == 0 and K * t <= TILE]
+    return fits[-1] if fits and fits[-1] >= min(R, 64) else R
+
+
+def lookup(codes: jax.Array, table: Sequence[float]) -> jax.Array:
+    """float32 table[codes], codes being of fewer bits than 8.
+
+    A tree of selections on bits: vector units have no fast table in memory.
+    """
+    values = [jnp.float32(value) for value in table]
+    bit = 0
+    while len(values) > 1:
+        chosen = (codes >> bit & 1).astype(bool)
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(chosen, high, low) for low, high in pairs]
+        bit += 1
+    return values[0]
+
+
+def spread(blocks: jax.Array, size: int, axis: int = -2) -> jax.Array:
+    """Each number repeated along `axis` until it has `size`; 1 stays, as it broadcasts."""
+    count = blocks.shape[axis]
+    return blocks if count in (1, size) else jnp.repeat(blocks, size // count, axis=axis)
