@@ -185,7 +185,7 @@ def in_fresh_python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("module", ["lm", "lm.infer.requests"])
+@pytest.mark.parametrize("module", ["lm", "lm.files", "lm.infer.requests", "lm.tokenizers"])
 def test_loads_without_jax(module):
     code = (
         f"import sys, {module};"

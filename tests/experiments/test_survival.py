@@ -154,7 +154,7 @@ def test_a_killed_host_ends_all_and_two_hosts_go_on_as_one_did(
     code = survival.stop_when(process, hit, number=0)
     assert code != 0
     log = pathlib.Path(f"{workdir}.log").read_text()
-    assert "the run ends; start the same command again" in log, log[-3000:]
+    assert "was killed or crashed; the run ends. Start the same command again" in log, log[-3000:]
     survival.finish(workdir, ours, launcher)
     one = tmp_path / "one"
     survival.finish(one, settings(finished, mesh__fsdp="4", mesh__tensor="2"))
