@@ -2,6 +2,7 @@
 
 from lm.weights.int8 import Int8
 from lm.weights.leaf import Leaf, Weight, grouped_linear, linear, take, unembed
+from lm.weights.lora import LoRA, MultiLoRA, bind
 from lm.weights.specs import (
     ParamSpec,
     abstract,
@@ -13,14 +14,18 @@ from lm.weights.specs import (
     path_name,
     shard_like,
     shardings,
+    specs_of,
 )
 
 __all__ = [
     "Int8",
     "Leaf",
+    "LoRA",
+    "MultiLoRA",
     "ParamSpec",
     "Weight",
     "abstract",
+    "bind",
     "cast",
     "count",
     "gather",
@@ -31,6 +36,7 @@ __all__ = [
     "path_name",
     "shard_like",
     "shardings",
+    "specs_of",
     "take",
     "unembed",
 ]

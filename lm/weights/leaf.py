@@ -6,6 +6,7 @@ that knows how to multiply by itself. Heads are a reshape of activations, never 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Self
 
 import jax
@@ -47,6 +48,15 @@ class Leaf:
     def layer(self, index: int | jax.Array) -> Self:
         """The leaf of one layer out of a stack."""
         return jax.tree.map(lambda a: a[index], self)
+
+    def cast(self, dtype: Any) -> Self:
+        """The leaf with what is held in floating point for computing in `dtype`; others as is."""
+        return self
+
+    def specs(self, spec: Any) -> Any:
+        """The specs of what the leaf holds; by default one, of the matrix, that knows the leaf."""
+        shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self)
+        return dataclasses.replace(spec, leaf=shape)
 
     def shardings(self, axes: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> Self:
         """A tree like this leaf, of NamedShardings, for a matrix with these logical axes."""

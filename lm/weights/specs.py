@@ -32,6 +32,8 @@ class ParamSpec:
       init: "normal" (standard deviation `scale`), "ones" or "zeros".
       scale: standard deviation of "normal".
       dtype: of the master weight.
+      leaf: what holds the weight where it is no array: a `Leaf` of ShapeDtypeStructs. Such a weight
+        comes from a file or a quantizer, never from `initialize`.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +41,7 @@ class ParamSpec:
     init: Literal["normal", "ones", "zeros"] = "normal"
     scale: float = 0.02
     dtype: Any = jnp.float32
+    leaf: Any = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -54,6 +57,11 @@ def map_specs(f, specs: Tree, *trees: Tree) -> Tree:
     return jax.tree.map(f, specs, *trees, is_leaf=is_spec)
 
 
+def specs_of(params: Tree, specs: Tree) -> Tree:
+    """The specs of weights as they are held, with leaves and adapters, from the model's specs."""
+    return map_specs(lambda s, w: w.specs(s) if isinstance(w, Leaf) else s, specs, params)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path as `stacks/0/layers/0/attention/query`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -62,7 +70,15 @@ def path_name(path: tuple[Any, ...]) -> str:
 def abstract(specs: Tree, rules: Rules | None = None, mesh: Mesh | None = None) -> Tree:
     """The tree of `jax.ShapeDtypeStruct`, with shardings at rest where a mesh is given."""
 
-    def leaf(spec: ParamSpec) -> jax.ShapeDtypeStruct:
+    def leaf(spec: ParamSpec) -> Any:
+        if spec.leaf is not None:
+            if mesh is None or rules is None:
+                return spec.leaf
+            return jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                spec.leaf,
+                spec.leaf.shardings(spec.axes, rules, mesh),
+            )
         sharding = None
         if mesh is not None and rules is not None:
             sharding = named_sharding(mesh, rules.weights, spec.axes, spec.shape)
@@ -75,6 +91,9 @@ def initialize(specs: Tree, key: jax.Array) -> Tree:
     """Initial weights. Call it under `jit` with `out_shardings` to make each shard in place."""
 
     def leaf(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
+        if spec.leaf is not None:
+            name = type(spec.leaf).__name__
+            raise ValueError(f"{path_name(path)} is a {name}, which has no initial value; load it")
         if spec.init == "zeros":
             return jnp.zeros(spec.shape, spec.dtype)
         if spec.init == "ones":
@@ -97,7 +116,7 @@ def shardings(specs: Tree, rules: Rules, mesh: Mesh, params: Tree = None, kind: 
       specs: the tree of ParamSpec.
       rules: the tables.
       mesh: the mesh.
-      params: the weights, needed only where some of them are a `Leaf`.
+      params: the weights, needed only where some are a `Leaf` that the specs do not know of.
       kind: which table of `rules`.
 
     Raises:
@@ -106,9 +125,10 @@ def shardings(specs: Tree, rules: Rules, mesh: Mesh, params: Tree = None, kind: 
     table = getattr(rules, kind)
 
     def leaf(path: tuple[Any, ...], spec: ParamSpec, weight: Any = None) -> Any:
-        if isinstance(weight, Leaf):
-            return weight.shardings(spec.axes, rules, mesh)
         try:
+            if isinstance(weight, Leaf) or spec.leaf is not None:
+                held = spec.leaf if weight is None else weight
+                return held.shardings(spec.axes, rules, mesh)
             return named_sharding(mesh, table, spec.axes, spec.shape)
         except ValueError as error:
             raise ValueError(f"{path_name(path)} {list(spec.shape)}: {error}") from None
@@ -118,10 +138,12 @@ def shardings(specs: Tree, rules: Rules, mesh: Mesh, params: Tree = None, kind: 
 
 
 def cast(params: Tree, dtype: Any) -> Tree:
-    """Floating-point arrays of the tree in `dtype`; a `Leaf` keeps its own format."""
+    """Floating-point arrays of the tree in `dtype`; a `Leaf` knows what of it may change."""
 
     def leaf(x: Any) -> Any:
-        if isinstance(x, Leaf) or not jnp.issubdtype(x.dtype, jnp.floating):
+        if isinstance(x, Leaf):
+            return x.cast(dtype)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return x.astype(dtype)
 
@@ -144,7 +166,8 @@ def gather(params: Tree, specs: Tree) -> Tree:
 
     def leaf(spec: ParamSpec, weight: Any) -> Any:
         if isinstance(weight, Leaf):
-            return weight
+            inner = weight.specs(spec)
+            return weight if is_spec(inner) else map_specs(leaf, inner, weight)
         forward = named_sharding(mesh, used, spec.axes)
         backward = named_sharding(mesh, rules.gradients, spec.axes)
         return reshard(weight, forward, backward)
