@@ -1,8 +1,14 @@
 """Weights: their specs, the leaf types that hold them, and the four functions that use them."""
 
+from lm.weights.blocked import Blocked
+from lm.weights.fp8 import Fp8
+from lm.weights.gguf import GGUFBlocks
+from lm.weights.int4 import Int4
 from lm.weights.int8 import Int8
 from lm.weights.leaf import Leaf, Weight, grouped_linear, linear, take, unembed
 from lm.weights.lora import LoRA, MultiLoRA, bind
+from lm.weights.nf4 import NF4
+from lm.weights.rtn import FORMATS, rtn
 from lm.weights.specs import (
     ParamSpec,
     abstract,
@@ -18,6 +24,12 @@ from lm.weights.specs import (
 )
 
 __all__ = [
+    "FORMATS",
+    "NF4",
+    "Blocked",
+    "Fp8",
+    "GGUFBlocks",
+    "Int4",
     "Int8",
     "Leaf",
     "LoRA",
@@ -34,6 +46,7 @@ __all__ = [
     "is_spec",
     "linear",
     "path_name",
+    "rtn",
     "shard_like",
     "shardings",
     "specs_of",

@@ -205,7 +205,9 @@ def _by_tiles(x: jax.Array, leaf: Blocked, transpose: bool, dtype: Any) -> jax.A
         part = dot(rows, matrix, out_dtype=dtype)
         return jax.lax.dynamic_update_slice_in_dim(y, part, i * tile, -1)
 
-    start = jnp.zeros((len(rows), K), jnp.float32) if transpose else jnp.zeros((len(rows), R), dtype)
+    start = (
+        jnp.zeros((len(rows), K), jnp.float32) if transpose else jnp.zeros((len(rows), R), dtype)
+    )
     y = jax.lax.fori_loop(0, R // tile, step, start)
     return y.reshape(*x.shape[:-1], y.shape[-1]).astype(dtype)
 

@@ -7,6 +7,7 @@ that knows how to multiply by itself. Heads are a reshape of activations, never 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Self
 
 import jax
@@ -24,6 +25,16 @@ class Leaf:
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix it stands for, `[*stack, in, out]`."""
         raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        arrays = jax.tree.leaves(self)
+        return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / math.prod(self.shape)
 
     def dequantize(self, dtype: Any) -> jax.Array:
         """The matrix itself, as an array of `dtype`."""
