@@ -57,7 +57,7 @@ _ATTENTION = flags.DEFINE_string(
     "attention", None, "on accelerators: implementation; default cudnn on GPU"
 )
 _PEAK = flags.DEFINE_float(
-    "peak_tflops", 989.0, "of the accelerator; the default is an H100's or H200's dense bfloat16"
+    "peak_tflops", None, "of the accelerator, dense bfloat16; default from lm.sharding.chips"
 )
 _WORKER = flags.DEFINE_string("worker", None, "internal: the contender this process is")
 
@@ -353,10 +353,15 @@ def benchmark_train() -> None:
                 rows += group
         text = table(rows)
     else:
+        from lm.sharding.chips import peak_flops
+
+        peak_tflops = _PEAK.value or (peak_flops(device) or 0) / 1e12
+        if not peak_tflops:
+            raise BenchmarkError(f"the peak of {device!r} is not known; give --peak_tflops")
         attention = _ATTENTION.value or ("cudnn" if kind in ("gpu", "cuda", "rocm") else None)
         row = time_accelerator(
             _MODEL.value, _BATCH.value, _LENGTH.value, _REMAT.value or "full", attention,
-            _ROUNDS.value, _PEAK.value,
+            _ROUNDS.value, peak_tflops,
         )  # fmt: skip
         rows.append(row)
         facts = environment(device)

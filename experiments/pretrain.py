@@ -66,6 +66,11 @@ MAY_CHANGE = (
     "checkpoints.",
 )
 
+CONFIGS = {
+    "quicktest": configs.quicktest,
+    "demo": configs.demo,
+    "twenty_minutes": configs.twenty_minutes,
+}
 PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps to trace, such as 10:15.")
 
 
@@ -363,4 +368,4 @@ def describe(run: Run, stream: Batches) -> str:
 
 
 if __name__ == "__main__":
-    config_lib.run(main, {"quicktest": configs.quicktest, "demo": configs.demo})
+    config_lib.run(main, CONFIGS)

@@ -217,3 +217,20 @@ def demo() -> Pretrain:
         learning_rate=LearningRate(peak=1e-2, warmup_steps=20),
         intervals=Intervals(log=10, evaluate=90, save=36),
     )
+
+
+def twenty_minutes() -> Pretrain:
+    """Twenty minutes on two cores: the demo's model and corpus, for longer, with an average.
+
+    Command: python -m experiments.pretrain --config=twenty_minutes --workdir=runs/twenty_minutes
+    """
+    return dataclasses.replace(
+        demo(),
+        train=Train(num_steps=1400, batch_size=16, sequence_length=256, unroll=True),
+        learning_rate=LearningRate(
+            peak=1e-2, warmup_steps=50, decay="wsd", decay_fraction=0.4, final_fraction=0.0,
+            cooldown="1-sqrt",
+        ),
+        intervals=Intervals(log=10, evaluate=200, save=100),
+        ema=Ema(0.99),
+    )  # fmt: skip
