@@ -164,7 +164,7 @@ def assemble(
     Raises:
       ConfigError: sizes that do not divide, a corpus that is empty or does not fit the model.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         pretend_cpu_devices(config.mesh)
     with input_errors():
         layout = make_layout(config)
