@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from lm.train.optimizers.base import PathRule, Slots, is_hidden_matrix, refuse_r
 from lm.weights import ParamSpec
 
 SIDES = ("left", "right")
+FIRST_ITERATIONS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +23,10 @@ class Soap:
 
     A matrix G [in, out] of gradients has the statistics L of G G^T and R of G^T G, and Adam's
     second moment is kept of Q_L^T G Q_R, where Q_L and Q_R are their eigenvectors. The first update
-    finds them by `eigh` and moves nothing; afterwards one step of power iteration and a QR
-    decomposition refresh them. A dimension above `max_precond_dim` is not rotated; a matrix with
-    both above, and every other weight, has AdamW.
+    finds them, roughly, and moves nothing; afterwards one step of power iteration and a QR
+    decomposition refresh them. The authors' code begins with `eigh`; this begins with steps of the
+    same iteration, since `eigh` of large matrices compiles for minutes on TPU. A dimension above
+    `max_precond_dim` is not rotated; a matrix with both above, and every other weight, has AdamW.
 
     Attributes:
       b1, b2: decay of the first and second moments.
@@ -102,9 +105,11 @@ class Soap:
         return self.stats_decay * stats + (1 - self.stats_decay) * gram
 
     def _refresh(self, stats: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
+        first = count == 0
         due = (count % self.frequency == 0).astype(jnp.int32)
-        branches = [lambda stats, basis: basis, power_iteration, eigenvectors]
-        return jax.lax.switch(jnp.where(count == 0, 2, due), branches, stats, basis)
+        start = jnp.where(first, jnp.eye(basis.shape[-1]), basis)
+        rounds = jnp.where(first, FIRST_ITERATIONS, due)
+        return jax.lax.fori_loop(0, rounds, lambda _, basis: power_iteration(stats, basis), start)
 
 
 def rotate(x: jax.Array, bases: Slots) -> jax.Array:
@@ -121,12 +126,36 @@ def rotate_back(x: jax.Array, bases: Slots) -> jax.Array:
     return x @ bases["right"].swapaxes(-1, -2) if "right" in bases else x
 
 
-def eigenvectors(stats: jax.Array, basis: jax.Array) -> jax.Array:
-    """Eigenvectors of symmetric matrices, in columns, the largest eigenvalue's first."""
-    del basis
-    return jnp.linalg.eigh(stats)[1][..., ::-1]
-
-
 def power_iteration(stats: jax.Array, basis: jax.Array) -> jax.Array:
     """One step of orthogonal iteration from `basis` (arXiv:2409.11321, algorithm 4)."""
-    return jnp.linalg.qr(jnp.matmul(stats, basis, precision="highest"))[0]
+    # Neither the scale nor a multiple of the identity changes eigenvectors, and with them no column
+    # of the product vanishes, even where all gradients were zero.
+    mean = jnp.trace(stats, axis1=-2, axis2=-1)[..., None, None] / stats.shape[-1]
+    product = jnp.matmul(stats / (mean + 1e-30), basis, precision="highest")
+    return orthonormal(product + 1e-6 * basis)
+
+
+def orthonormal(x: jax.Array, panel: int = 128) -> jax.Array:
+    """Q of the QR decomposition of square matrices [*stack, n, n], up to the columns' signs.
+
+    Block Gram-Schmidt over panels of columns, repeated so that nothing is lost where columns nearly
+    depend on each other: on TPU a decomposition of the whole compiles for minutes.
+    """
+    n = x.shape[-1]
+    if n <= panel:
+        return jnp.linalg.qr(x)[0]
+    matmul = functools.partial(jnp.matmul, precision="highest")
+
+    def add_panel(i: jax.Array, done: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * panel, n - panel)  # the last one may overlap the one before
+        before = jnp.where(jnp.arange(n) < start, done, 0.0)
+
+        def clean(_: jax.Array, columns: jax.Array) -> jax.Array:
+            columns = columns - matmul(before, matmul(before.swapaxes(-1, -2), columns))
+            return jnp.linalg.qr(columns)[0]
+
+        columns = jax.lax.dynamic_slice_in_dim(x, start, panel, axis=-1)
+        columns = jax.lax.fori_loop(0, 3, clean, columns)
+        return jax.lax.dynamic_update_slice_in_dim(done, columns, start, axis=-1)
+
+    return jax.lax.fori_loop(0, -(-n // panel), add_panel, jnp.zeros_like(x))
