@@ -119,7 +119,7 @@ class LoRA(Leaf):
     def cast(self, dtype: Any) -> Self:
         """The base, `a` and `b` in `dtype`; scale and magnitude stay float32."""
         base, a, b = cast((self.base, self.a, self.b), dtype)
-        return self.replace(base=base, a=a, b=b)
+        return dataclasses.replace(self, base=base, a=a, b=b)
 
     def specs(self, spec: ParamSpec) -> Self:
         """A tree like this one, of specs: `a` lies by the axis of `in`, `b` by that of `out`."""
@@ -226,7 +226,7 @@ class MultiLoRA(Leaf):
 
     def cast(self, dtype: Any) -> Self:
         base, a, b = cast((self.base, self.a, self.b), dtype)
-        return self.replace(base=base, a=a, b=b)
+        return dataclasses.replace(self, base=base, a=a, b=b)
 
     def specs(self, spec: ParamSpec) -> Self:
         *stack, rows, columns = spec.axes
@@ -252,6 +252,6 @@ def bind(params: Tree, rows: jax.Array) -> Tree:
         if not isinstance(weight, MultiLoRA):
             return weight
         shape = (*weight.a.shape[:-3], *rows.shape)
-        return weight.replace(rows=jnp.broadcast_to(rows, shape))
+        return dataclasses.replace(weight, rows=jnp.broadcast_to(rows, shape))
 
     return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, Leaf))
