@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 
+from data_pipelines.documents import DataSource, ValidationSet
 from experiments import config as config_lib
 from experiments import pretrain
 from experiments.config import ConfigError
+from lm.checkpoints import Checkpoints
 from lm.train import metrics as metrics_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -109,6 +113,41 @@ def test_a_run_goes_on_with_another_mesh(finished: pathlib.Path, tmp_path: pathl
     ours, theirs = losses(workdir), losses(finished)
     assert ours.keys() == theirs.keys()
     assert max(abs(ours[step] - theirs[step]) for step in ours) < 0.05  # bfloat16 compute
+
+
+def test_a_mixture_with_named_validation_sets_and_another_batch_size_later(
+    tmp_path: pathlib.Path,
+) -> None:
+    library = sysconfig.get_path("stdlib")
+    documents = [path.read_text() for path in sorted(pathlib.Path(library, "json").glob("*.py"))]
+    (tmp_path / "json.jsonl").write_text("".join(json.dumps({"body": d}) + "\n" for d in documents))
+    sources = (
+        DataSource("email", (f"{library}/email/*.py",), weight=3.0),
+        DataSource("json", (f"{tmp_path}/json.jsonl",), "jsonl", "body", max_epochs=0.5),
+    )
+    config = small(train__ramp__first="4", train__ramp__num_steps="6", train__ramp__num_stages="2")
+    data = dataclasses.replace(
+        config.data, files="", sources=sources,
+        validation=(ValidationSet("wsgi", (f"{library}/wsgiref/*.py",)),),
+    )  # fmt: skip
+    config = dataclasses.replace(config, data=data)
+    workdir = tmp_path / "run"
+    pretrain.main(config_lib.override(config, {"train.num_steps": "10"}), workdir)
+    (last,) = (row for row in metrics_lib.read(workdir / "metrics.jsonl") if row["step"] == 10
+               and "event" not in row)  # fmt: skip
+    sets = {name.split("/")[1] for name in last if name.startswith("held_out_loss/")}
+    assert "held_out_loss" in last and sets == {"json", "wsgi"}
+    by_name = Checkpoints(workdir / "checkpoints").metadata(10)["data"]
+    assert [stage["batch_size"] for stage in by_name["stages"]] == [4, 8]
+    changed = config_lib.override(config, {"train.num_steps": "14", "train.batch_size": "16"})
+    pretrain.main(changed, workdir)
+    rows = metrics_lib.read(workdir / "metrics.jsonl")
+    (event,) = (row for row in rows if row.get("event") == "changed")
+    assert event["step"] == 10 and "train.batch_size: 8 -> 16" in event["changes"]
+    stages = Checkpoints(workdir / "checkpoints").metadata(14)["data"]["stages"]
+    assert [(stage["first_step"], stage["batch_size"]) for stage in stages[-1:]] == [(10, 16)]
+    tokens = {row["step"]: row["tokens"] for row in rows if "event" not in row}
+    assert tokens[3] < 1.1 * 4 * 64 < 8 * 50 < tokens[9] < 1.1 * 8 * 64 < 16 * 50 < tokens[14]
 
 
 @pytest.mark.parametrize(
