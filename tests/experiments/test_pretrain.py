@@ -23,7 +23,7 @@ from lm.train import metrics as metrics_lib
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = {"quicktest": pretrain.configs.quicktest}
 SMALL = {
-    "data.files": f"{ROOT}/lm/**/*.py",
+    "data.files": f"{sysconfig.get_path('stdlib')}/email/*.py",
     "data.max_megabytes": "0",
     "data.held_out": "0.1",
     "model.vocab_size": "512",
