@@ -1,6 +1,7 @@
 """Weights on disk: training checkpoints, and the formats of others."""
 
 from lm.checkpoints.checksums import CheckpointError, DamagedError
+from lm.checkpoints.gguf import load_gguf, read_gguf_config
 from lm.checkpoints.huggingface import (
     from_tensors,
     load,
@@ -10,6 +11,7 @@ from lm.checkpoints.huggingface import (
 )
 from lm.checkpoints.huggingface_config import from_huggingface, to_huggingface
 from lm.checkpoints.model_json import register
+from lm.checkpoints.models import Opened, open_any
 from lm.checkpoints.opening import open_model, read_weights, weight_names
 from lm.checkpoints.reference import Reference
 from lm.checkpoints.store import Checkpoints, Failure, Restored, SaveInterval
@@ -19,14 +21,18 @@ __all__ = [
     "Checkpoints",
     "DamagedError",
     "Failure",
+    "Opened",
     "Reference",
     "Restored",
     "SaveInterval",
     "from_huggingface",
     "from_tensors",
     "load",
+    "load_gguf",
+    "open_any",
     "open_model",
     "read_config",
+    "read_gguf_config",
     "read_weights",
     "register",
     "save",

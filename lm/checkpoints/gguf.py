@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.checkpoints.gguf_config import Keys, from_gguf
-from lm.checkpoints.gguf_tables import IGNORED, Rows, rows, unstacked_specs
+from lm.checkpoints.gguf_tables import IGNORED, Rows, rows
 from lm.checkpoints.huggingface import _by_layer
 from lm.checkpoints.store import CheckpointError
 from lm.files import ggml
@@ -24,8 +24,10 @@ from lm.files.base import FileFormatError
 from lm.files.gguf import GGUF, read_gguf
 from lm.files.gguf_blocks import dequantize
 from lm.model import ModelConfig, ModelWeights
+from lm.model.params import unstacked_specs
 from lm.sharding import Layout, named_sharding
-from lm.weights import is_spec, path_name
+from lm.weights import GGUFBlocks, is_spec, path_name
+from lm.weights.gguf import KINDS
 
 INTEGERS = ("I8", "I16", "I32", "I64")
 
@@ -48,8 +50,8 @@ def load_gguf(
     Args:
       path: of the file, or of the first part of a split model.
       dtype: of the weights that are arrays.
-      keep_quantized: keep blocks as `lm.weights.GGUFBlocks`; what the file has as plain numbers
-        becomes arrays all the same.
+      keep_quantized: keep matrices in blocks as `lm.weights.GGUFBlocks`; plain numbers, and blocks
+        of types that are not computed on, become arrays all the same.
       layout: place each shard by these rules; None for the default device.
       vocab_multiple: see `ModelConfig`. Rows of padding are zeros.
 
@@ -120,8 +122,15 @@ def _check_tensors(file: GGUF, wanted: list[Rows], config: ModelConfig, source: 
 def _place(file: GGUF, each: Rows, dtype: Any, keep_quantized: bool, layout: Layout | None) -> Any:
     """One of our weights, on its devices."""
     kind = ggml.TYPES[file.tensors[each.tensor].type]
-    blocks = raw_rows(file, each)
-    read = _reader(blocks, kind, each, dtype)
+    raw = raw_rows(file, each)
+    if keep_quantized and len(each.spec.shape) == 2 and kind.name in KINDS:
+        along = "in" if each.transposed else "out"
+        shape = (len(raw), each.tensor_shape[1])
+        leaf = GGUFBlocks.from_bytes(raw, kind.name, shape, along)
+        if layout is None:
+            return jax.device_put(leaf)
+        return jax.device_put(leaf, leaf.shardings(each.spec.axes, layout.rules, layout.mesh))
+    read = _reader(raw, kind, each, dtype)
     shape = each.spec.shape
     if layout is None:
         return jnp.asarray(read(tuple(slice(0, size) for size in shape)))

@@ -1,5 +1,6 @@
-"""Metadata of a GGUF file to `ModelConfig`. Keys and defaults as in llama.cpp (docs/gguf.md of ggml,
-src/llama-model.cpp).
+"""Metadata of a GGUF file to `ModelConfig`.
+
+Keys and defaults as in llama.cpp (docs/gguf.md of ggml, src/llama-model.cpp).
 """
 
 from __future__ import annotations

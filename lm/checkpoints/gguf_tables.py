@@ -1,7 +1,7 @@
 """Which tensor of a GGUF file holds which of our weights: one table an architecture.
 
-Their matrices are rows of `out` by `in`, ours `[in, out]`; several of ours may be rows of one tensor
-of theirs. Names as in gguf-py's tensor_mapping.py.
+Their matrices are rows of `out` by `in`, ours `[in, out]`; several of ours may be rows of one
+tensor of theirs. Names as in gguf-py's tensor_mapping.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from lm.checkpoints.huggingface_tables import attribute
-from lm.model import Layer, ModelConfig, ModelWeights, Unstacked
-from lm.model.params import LayerWeights, layer_specs, param_specs
+from lm.model import Layer, ModelConfig
+from lm.model.params import unstacked_specs
 from lm.weights import ParamSpec
 
 
@@ -23,7 +23,6 @@ class Table:
     """The tensors of an architecture; one whose weights the model does not have is left out.
 
     Attributes:
-      outside: tensor -> path of our weight in `ModelWeights`.
       layer: tensor of a layer, without `blk.N.` -> paths in `LayerWeights`, in the order of rows.
       interleaved: rows of queries and keys lie so that rotated pairs are neighbours.
       plus_one: weights of norms are stored with the one added (ours are without, by `Norm`).
@@ -121,16 +120,6 @@ class Rows:
     order: np.ndarray | None
     transposed: bool
     minus: float
-
-
-def unstacked_specs(config: ModelConfig) -> ModelWeights:
-    """The specs of every weight of the model, in the unstacked form."""
-
-    def layer(each: Layer) -> LayerWeights:
-        return layer_specs(each, config.embed_dim, config.num_layers)
-
-    stacks = tuple(Unstacked(tuple(map(layer, stack.layers))) for stack in config.stacks)
-    return dataclasses.replace(param_specs(config), stacks=stacks)
 
 
 def rows(config: ModelConfig, architecture: str) -> Iterator[Rows]:

@@ -26,6 +26,7 @@ from lm.files.base import FileFormatError
 from lm.files.safetensors import INDEX, Safetensors, open_safetensors
 from lm.files.safetensors_writer import LazyTensor, write_sharded
 from lm.model import ModelConfig, ModelWeights, Unstacked, param_specs
+from lm.model.params import unstacked_specs
 from lm.weights import Leaf, is_spec, path_name
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -61,17 +62,19 @@ def load(
     shardings: Any = None,
     vocab_multiple: int = 128,
     ignore: Collection[str] = (),
+    stacked: bool = True,
 ) -> tuple[ModelWeights, ModelConfig]:
-    """The weights of a Hugging Face model, stacked, and its configuration.
+    """The weights of a Hugging Face model and its configuration.
 
     Args:
       path: directory with `config.json` and `model.safetensors`, or its shards and their index.
       config: instead of the one `config.json` says.
       dtype: of the weights; None for the file's.
-      shardings: a tree of shardings like the weights (`lm.weights.shardings`); None for the
-        default device.
+      shardings: a tree of shardings like the stacked weights (`lm.weights.shardings`); None for
+        the default device.
       vocab_multiple: see `ModelConfig`. Rows of padding are zeros.
       ignore: see `from_huggingface`.
+      stacked: the training form; otherwise the serving form, each layer its own arrays.
 
     Raises:
       CheckpointError: tensors are missing, surplus, of another shape or not floating-point; all
@@ -82,7 +85,9 @@ def load(
         config = read_config(path, vocab_multiple=vocab_multiple, ignore=ignore)
     file = _open(path)
     headers = {name: (info.shape, info.dtype) for name, info in file.tensors.items()}
-    params = _assemble(config, headers, file.array, dtype, shardings, str(path), file.release)
+    params = _assemble(
+        config, headers, file.array, dtype, shardings, str(path), file.release, stacked
+    )
     return params, config
 
 
@@ -171,8 +176,9 @@ def _assemble(
     shardings: Any,
     source: str,
     release: Callable[[str], None] = lambda name: None,
+    stacked: bool = True,
 ) -> ModelWeights:
-    """The stacked weights from tensors that `read` gives by name, each released after its use."""
+    """The weights from tensors that `read` gives by name, each released after its use."""
     wanted = list(tensors(config))
     names = _match(config, wanted, headers, dtype, source)
     specs = param_specs(config)
@@ -191,14 +197,25 @@ def _assemble(
             if place.stack is None:
                 done[place.path] = _put(part, sharding)
                 continue
+            if not stacked:
+                done[_unstacked_path(place, config)] = _put(part, _of_one_layer(sharding))
+                continue
             if place.path not in done:
                 done[place.path] = _zeros(shapes[place.path], part.dtype, sharding)
             one = _put(part, _of_one_layer(sharding))
             done[place.path] = _set_layer(done[place.path], one, place.repeat)
         release(name)
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: done[path_name(path)], specs, is_leaf=is_spec
+        lambda path, _: done[path_name(path)],
+        specs if stacked else unstacked_specs(config),
+        is_leaf=is_spec,
     )
+
+
+def _unstacked_path(place: Place, config: ModelConfig) -> str:
+    assert place.stack is not None
+    index = place.repeat * len(config.stacks[place.stack].pattern) + place.position
+    return f"stacks/{place.stack}/layers/{index}/{place.field}"
 
 
 def _match(

@@ -19,10 +19,14 @@ class Request:
       prompt_token_ids: what to continue; at least one id.
       max_new_tokens: most tokens to generate.
       temperature: divides the logits; 0 is greedy.
+      top_k: draw among so many likeliest tokens, and any as likely as the last; 0 for all.
+      top_p: then among the fewest likeliest whose probabilities add up to this; 1 for all.
       seed: of this request's own randomness, in [0, 2**32). The same request gives the same tokens
         whatever it is batched with; several samples of one prompt need several seeds.
       stop_ids: tokens that end the sample, beside the tokenizer's end of sequence.
+      stop: texts that end the sample, and are left out of its text; they need a tokenizer.
       logprobs: whether the sample carries its log-probabilities.
+      top_logprobs: how many of the likeliest tokens it carries for each of its own.
 
     Raises:
       ValueError: a value is out of range.
@@ -35,6 +39,10 @@ class Request:
     seed: int = 0
     stop_ids: Sequence[int] = ()
     logprobs: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: Sequence[str] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -53,6 +61,17 @@ class Request:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}; use 0 to {2**32 - 1}")
+        for name in ("top_k", "top_logprobs"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; use 0 for none, or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}; use more than 0, and 1 for all")
+        if isinstance(self.stop, str):
+            raise TypeError(f"stop={self.stop!r} is one text; give a sequence of them")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if "" in self.stop:
+            raise ValueError(f"stop={list(self.stop)} has an empty text, which ends at once")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +81,11 @@ class Sample:
     Attributes:
       prompt_token_ids: the request's prompt.
       token_ids: the new tokens, the one that stopped it included.
-      finish_reason: "stop" at a stop token; "length" at `max_new_tokens` or a full context.
+      finish_reason: "stop" at a stop token or text; "length" at `max_new_tokens` or a full context.
       logprobs: of each of `token_ids` under the model itself (temperature 1), where asked for.
-      text: of `token_ids` without the token that stopped it, where there is a tokenizer.
+      top_logprobs: for each of `token_ids` the likeliest tokens and their log-probabilities, best
+        first, where asked for.
+      text: of `token_ids` without the token or text that stopped it, where there is a tokenizer.
 
     Raises:
       ValueError: an unknown finish reason, or log-probabilities that do not match the tokens.
@@ -75,15 +96,18 @@ class Sample:
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None = None
     text: str | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.finish_reason not in get_args(FinishReason):
             raise ValueError(f"finish_reason={self.finish_reason!r}; use 'stop' or 'length'")
-        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
-            raise ValueError(
-                f"logprobs has {len(self.logprobs)} values for {len(self.token_ids)} token_ids; "
-                "give one for each, or None"
-            )
+        for name in ("logprobs", "top_logprobs"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.token_ids):
+                raise ValueError(
+                    f"{name} has {len(values)} values for {len(self.token_ids)} token_ids; "
+                    "give one for each, or None"
+                )
 
 
 class Sampler(Protocol):

@@ -12,7 +12,12 @@ def token_keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def sample_tokens(
-    logits: jax.Array, keys: jax.Array, temperatures: jax.Array, vocab_size: int
+    logits: jax.Array,
+    keys: jax.Array,
+    temperatures: jax.Array,
+    vocab_size: int,
+    top_ks: jax.Array | None = None,
+    top_ps: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw one token a row from softmax(logits / temperature); the largest logit at temperature 0.
 
@@ -21,6 +26,8 @@ def sample_tokens(
       keys: random keys [B]; not used by rows at temperature 0.
       temperatures: float32 [B].
       vocab_size: tokens of the tokenizer.
+      top_ks: int32 [B], see `Request`; None for all tokens.
+      top_ps: float32 [B], see `Request`; None for all tokens.
 
     Returns:
       tokens int32 [B], and their log-probabilities at temperature 1, float32 [B].
@@ -30,6 +37,10 @@ def sample_tokens(
 
     def draw(_: None) -> jax.Array:
         scaled = logits / jnp.where(greedy, 1.0, temperatures)[:, None]
+        if top_ks is not None:
+            scaled = _where_any(top_ks > 0, keep_top_k, scaled, top_ks)
+        if top_ps is not None:
+            scaled = _where_any(top_ps < 1, keep_top_p, scaled, top_ps)
         return jax.vmap(jax.random.categorical)(keys, scaled)
 
     best = jnp.argmax(logits, axis=-1)
@@ -38,3 +49,43 @@ def sample_tokens(
     tokens = jnp.where(greedy, best, drawn)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _where_any(rows, keep, logits: jax.Array, values: jax.Array) -> jax.Array:
+    """`keep(logits, values)` in the rows that ask for it; nothing is done where none does."""
+    return jax.lax.cond(
+        jnp.any(rows),
+        lambda _: jnp.where(rows[:, None], keep(logits, values), logits),
+        lambda _: logits,
+        None,
+    )
+
+
+def keep_top_k(logits: jax.Array, top_ks: jax.Array) -> jax.Array:
+    """The `top_ks` [B] largest of each row of logits [B, V] and their equals; -inf elsewhere."""
+    ones = jnp.ones(logits.shape, jnp.float32)
+    return _keep(logits, ones, top_ks.astype(jnp.float32))
+
+
+def keep_top_p(logits: jax.Array, top_ps: jax.Array) -> jax.Array:
+    """The fewest of each row whose probabilities add up to `top_ps` [B] (arXiv:1904.09751)."""
+    return _keep(logits, jax.nn.softmax(logits, axis=-1), top_ps)
+
+
+def _keep(logits: jax.Array, weights: jax.Array, least: jax.Array) -> jax.Array:
+    """The fewest largest of each row whose weights add up to `least`, and what equals the last.
+
+    The bound is found bit by bit, from the highest: 32 sums instead of a sort, which accelerators
+    are slow at.
+    """
+    bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+    # Floats in the order of unsigned integers: negative ones reversed, below the others.
+    order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+    def step(i: jax.Array, bound: jax.Array) -> jax.Array:
+        higher = bound | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        total = jnp.sum(jnp.where(order >= higher[:, None], weights, 0.0), axis=-1)
+        return jnp.where(total >= least, higher, bound)
+
+    bound = jax.lax.fori_loop(0, 32, step, jnp.zeros(logits.shape[0], jnp.uint32))
+    return jnp.where(order >= bound[:, None], logits, -jnp.inf)

@@ -166,6 +166,16 @@ def param_specs(config: ModelConfig) -> ModelWeights:
     )
 
 
+def unstacked_specs(config: ModelConfig) -> ModelWeights:
+    """The specs of every weight of the model, in the serving form."""
+
+    def layer(each: Layer) -> LayerWeights:
+        return layer_specs(each, config.embed_dim, config.num_layers)
+
+    stacks = tuple(Unstacked(tuple(map(layer, stack.layers))) for stack in config.stacks)
+    return dataclasses.replace(param_specs(config), stacks=stacks)
+
+
 def layer_at(stack: Stacked | Unstacked, index: int) -> LayerWeights:
     """Weights of layer `index` of a stack, in either form."""
     if isinstance(stack, Unstacked):

@@ -27,6 +27,27 @@ CONFIG = ModelConfig(61, 32, (Stack((LAYER,), 2),), vocab_multiple=64, max_lengt
 PROMPTS = [[5, 3, 8], [1], [9, 9, 2, 60, 4, 4, 7, 1, 0, 3, 2, 1, 5, 6, 7, 8, 9, 2, 3], [7, 7]]
 
 
+def spell(ids) -> str:
+    return "".join(chr(48 + i) for i in ids)
+
+
+class Letters:
+    """A tokenizer whose tokens are one character each."""
+
+    def __init__(self, *eos_ids):
+        self.eos_ids = eos_ids
+
+    def stream(self, *, continuation):
+        assert continuation
+        return self
+
+    def push(self, token_id):
+        return spell([token_id])
+
+    def finish(self):
+        return ""
+
+
 @pytest.fixture(scope="module")
 def params():
     """Random weights whose logits are far enough apart that rounding decides no argmax."""
@@ -144,21 +165,15 @@ def test_the_context_ends_a_sample(params):
 
 
 def test_text_leaves_the_stop_token_out(params):
-    class Letters:
-        def __init__(self, eos_id):
-            self.eos_id = eos_id
-
-        def decode(self, ids):
-            return "".join(chr(65 + i) for i in ids)
-
     tokens, _ = recomputed(params, [5], 6)
     absent = next(i for i in range(61) if i not in tokens)
     at = tokens.index(tokens[-1])
     request = Request(prompt_token_ids=[5], max_new_tokens=6)
     (free,) = LocalSampler(params, CONFIG, tokenizer=Letters(absent)).sample([request])
-    assert (free.text, free.finish_reason) == (Letters(0).decode(tokens), "length")
-    (stopped,) = LocalSampler(params, CONFIG, tokenizer=Letters(tokens[at])).sample([request])
-    assert (stopped.text, stopped.finish_reason) == (Letters(0).decode(tokens[:at]), "stop")
+    assert (free.text, free.finish_reason) == (spell(tokens), "length")
+    ends = Letters(59, tokens[at])
+    (stopped,) = LocalSampler(params, CONFIG, tokenizer=ends).sample([request])
+    assert (stopped.text, stopped.finish_reason) == (spell(tokens[:at]), "stop")
 
 
 def test_weights_of_any_form(params):
