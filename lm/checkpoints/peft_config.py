@@ -1,0 +1,212 @@
+"""`adapter_config.json` of PEFT: which modules a LoRA adapter is for, with what rank and scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from lm.checkpoints.checksums import CheckpointError
+
+CONFIG = "adapter_config.json"
+Values = Mapping[str, Any]
+
+# Keys whose value does not change what a finished adapter computes.
+_METADATA_KEYS = """
+auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode
+init_lora_weights loftq_config lora_dropout lora_ga_config megatron_core peft_type peft_version
+qalora_group_size revision runtime_config task_type
+"""
+_READ_KEYS = """
+alpha_pattern bias exclude_modules layers_pattern layers_to_transform lora_alpha modules_to_save r
+rank_pattern target_modules use_dora use_rslora
+"""
+_METADATA, _READ = frozenset(_METADATA_KEYS.split()), frozenset(_READ_KEYS.split())
+# Ways to begin that leave the base as it was; others (PiSSA, OLoRA, ...) take the adapter from it.
+_INITS = (True, False, None, "true", "gaussian", "eva", "orthogonal")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The keys that say what an adapter computes.
+
+    Attributes:
+      rank, alpha: of modules that no pattern names.
+      target_modules: a regular expression, or names and ends of names; None where it is not said.
+      exclude_modules: the same, of modules that have none.
+      rank_pattern, alpha_pattern: regular expression of a name's end -> rank, alpha.
+      layers, layers_pattern: only these layers, found behind one of these names.
+      rslora, dora: see `LoRA`.
+      modules_to_save: ends of names of modules that the adapter replaces.
+    """
+
+    rank: int = 8
+    alpha: float = 8
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+
+    def targets(self, name: str, is_output: bool, is_embedding: bool) -> bool | None:
+        """Whether module `name` has an adapter; None where the configuration does not say."""
+        if self.exclude_modules and _names(self.exclude_modules, name):
+            return False
+        if self.replaces(name):
+            return False
+        if self.target_modules is None:
+            return None
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == "all-linear":
+                return not is_output and not is_embedding
+            return _names(self.target_modules, name)
+        if not _names(self.target_modules, name):
+            return False
+        return name in self.target_modules or self.layers is None or self._layer(name)
+
+    def replaces(self, name: str) -> bool:
+        """Whether the adapter holds a whole module `name`."""
+        return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in self.modules_to_save)
+
+    def _layer(self, name: str) -> bool:
+        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+            if match := re.match(pattern, name):
+                return int(match[1]) in (self.layers or ())
+        return False
+
+    def rank_of(self, name: str) -> int:
+        return int(_by_pattern(self.rank_pattern, name, self.rank))
+
+    def scale_of(self, name: str) -> float:
+        rank, alpha = self.rank_of(name), _by_pattern(self.alpha_pattern, name, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _names(pattern: str | tuple[str, ...], name: str) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return name in pattern or any(name.endswith(f".{end}") for end in pattern)
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def read_adapter_config(directory: pathlib.Path) -> AdapterConfig:
+    """The `adapter_config.json` in a directory.
+
+    Raises:
+      CheckpointError: there is none, it is not JSON, or of another kind of adapter than LoRA.
+      ValueError: it asks for what is not supported; the message names the key.
+    """
+    file = directory / CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist; give a PEFT adapter's directory") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        kind = values.get("peft_type") if isinstance(values, dict) else values
+        raise CheckpointError(f"{file} has peft_type {kind!r}; only 'LORA' is read here")
+    return parse_adapter_config(values)
+
+
+def parse_adapter_config(values: Values) -> AdapterConfig:
+    """The configuration in the keys of `adapter_config.json`. Errors as `read_adapter_config`."""
+    if values.get("bias", "none") != "none":
+        raise ValueError(
+            f"{CONFIG} key 'bias' is {values['bias']!r}: trained biases are not read; use 'none'"
+        )
+    init = values.get("init_lora_weights", True)
+    if init not in _INITS:
+        raise ValueError(
+            f"{CONFIG} key 'init_lora_weights' is {init!r}, which changes the base model as well; "
+            "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
+    for key, value in values.items():
+        if key not in _METADATA | _READ and value:
+            raise ValueError(f"{CONFIG} key {key!r}={value!r} is not supported")
+    layers = values.get("layers_to_transform")
+    if isinstance(layers, int):
+        layers = [layers]
+    config = AdapterConfig(
+        rank=values.get("r", 8),
+        alpha=values.get("lora_alpha", 8),
+        target_modules=_strings(values.get("target_modules")),
+        exclude_modules=_strings(values.get("exclude_modules")),
+        rank_pattern=values.get("rank_pattern") or {},
+        alpha_pattern=values.get("alpha_pattern") or {},
+        layers=tuple(layers) if layers else None,
+        layers_pattern=_tuple(values.get("layers_pattern")),
+        rslora=bool(values.get("use_rslora")),
+        dora=bool(values.get("use_dora")),
+        modules_to_save=_tuple(values.get("modules_to_save")),
+    )
+    for rank in (config.rank, *config.rank_pattern.values()):
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"{CONFIG} has rank {rank!r}; a rank is 1 or more")
+    return config
+
+
+def _strings(value: Any) -> str | tuple[str, ...] | None:
+    if not isinstance(value, list):
+        return value
+    # PEFT itself writes the shorthand as the only entry of a list, too.
+    return "all-linear" if value == ["all-linear"] else tuple(value)
+
+
+def _tuple(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def write_adapter_config(
+    modules: Mapping[str, tuple[int, float]], others: set[str], dora: bool, base_model: str | None
+) -> dict[str, Any]:
+    """`adapter_config.json`, as a dictionary.
+
+    Args:
+      modules: name -> rank and scale, of those with an adapter.
+      others: names of the modules without.
+      dora: whether they have magnitudes.
+      base_model: its name, for the reader.
+    """
+    alphas = {name: _number(rank * scale) for name, (rank, scale) in modules.items()}
+    rank = Counter(rank for rank, _ in modules.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    ends = {name.rsplit(".", 1)[-1] for name in modules}
+    if ends & {name.rsplit(".", 1)[-1] for name in others}:
+        ends = set(modules)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ends),
+        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "use_dora": dora,
+        "use_rslora": False,
+        "bias": "none",
+    }
+
+
+def _number(x: float) -> float:
+    """A whole number as such: what float32 makes of it is taken for it."""
+    near = round(x)
+    return near if abs(x - near) < 1e-6 * max(1.0, abs(x)) else x
