@@ -150,11 +150,11 @@ def raw_rows(file: GGUF, each: Rows) -> np.ndarray:
 
 def _reader(
     raw: np.ndarray, kind: ggml.BlockType, each: Rows, dtype: Any
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function from a part of our weight to its numbers, decoding the rows it needs."""
+) -> Callable[[Any], np.ndarray]:
+    """A function from an index (slices) of our weight to its numbers, decoding the rows it needs."""
     width = each.tensor_shape[1:]
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         row_slice = index[-1] if each.transposed else index[0]
         part = raw[row_slice]
         numbers = dequantize(part.reshape(-1), kind.name, (len(part), *width))

@@ -57,13 +57,13 @@ class Keys:
 
     def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
         self.metadata, self.source = metadata, source
-        arch = metadata.get("general.architecture")
+        arch: Any = metadata.get("general.architecture")
         if arch not in ARCHITECTURES:
             raise CheckpointError(
                 f"{source}: general.architecture is {arch!r}, which is not supported; "
                 f"{nearest(str(arch), list(ARCHITECTURES))}"
             )
-        self.arch: str = arch
+        self.arch = str(arch)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of the architecture."""

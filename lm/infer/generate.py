@@ -213,20 +213,20 @@ class _Batch:
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, Controls, int, int]:
         """Prompts, their lengths, controls; positions of the cache; number of likeliest tokens."""
         requests, most = self.requests, self.sampler.max_length
-        B = _bucket(len(requests), 1, self.sampler.max_batch)
+        B = bucket(len(requests), 1, self.sampler.max_batch)
         # Rows that only fill the batch have a prompt of one token and are done at once.
         lengths, ends = np.ones(B, np.int32), np.zeros(B, np.int32)
         for i, r in enumerate(requests):
             lengths[i] = len(r.prompt_token_ids)
             ends[i] = min(lengths[i] + r.max_new_tokens, most)
-        T = _bucket(int(lengths.max()), MIN_PROMPT, most)
-        S = _bucket(int(ends.max()), MIN_CACHE, most)
+        T = bucket(int(lengths.max()), MIN_PROMPT, most)
+        S = bucket(int(ends.max()), MIN_CACHE, most)
         num_top = max(r.top_logprobs for r in requests)
-        num_top = _bucket(num_top, 1, self.sampler.config.vocab_size) if num_top else 0
+        num_top = bucket(num_top, 1, self.sampler.config.vocab_size) if num_top else 0
         ids = np.zeros((B, T), np.int32)
         seeds, top_ks = np.zeros(B, np.uint32), np.zeros(B, np.int32)
         temperatures, top_ps = np.zeros(B, np.float32), np.ones(B, np.float32)
-        stop_ids = np.full((B, _bucket(max(map(len, self.stops)), MIN_STOPS)), -1, np.int32)
+        stop_ids = np.full((B, bucket(max(map(len, self.stops)), MIN_STOPS)), -1, np.int32)
         for i, r in enumerate(requests):
             ids[i, : lengths[i]] = r.prompt_token_ids
             seeds[i], temperatures[i] = r.seed, r.temperature
@@ -288,7 +288,7 @@ class _Batch:
         )
 
 
-def _bucket(size: int, smallest: int, largest: int | None = None) -> int:
+def bucket(size: int, smallest: int, largest: int | None = None) -> int:
     """The next power of two, from `smallest` and up to `largest`."""
     bucket = max(smallest, 1 << (size - 1).bit_length()) if size else smallest
     return bucket if largest is None else min(bucket, largest)

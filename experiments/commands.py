@@ -1,0 +1,89 @@
+"""What the commands that use a finished model share: flags, opening it, errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import jax.numpy as jnp
+from absl import app, flags, logging
+
+from experiments.config import ConfigError, input_errors
+from lm.checkpoints import Opened, open_any
+from lm.checkpoints.models import DTYPES
+
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "A Hugging Face directory, a .gguf file, a checkpoint or workdir of a run, or the name of a "
+    "model that an installed package brings.",
+)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where the tokenizer is, if not with --model.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of weights and compute.")
+_KEEP_QUANTIZED = flags.DEFINE_bool(
+    "keep_quantized", False, "Compute on the blocks of a .gguf file instead of decoding them once."
+)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run `main()` as an absl program. A ConfigError is one message on stderr, and status 2."""
+
+    def program(argv: Sequence[str]) -> None:
+        logging.set_verbosity(max(flags.FLAGS.verbosity, logging.WARNING))
+        try:
+            if argv[1:]:
+                raise ConfigError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+            main()
+        except ConfigError as error:
+            if flags.FLAGS["verbosity"].present and flags.FLAGS.verbosity > 0:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except BrokenPipeError:  # whoever reads has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+
+    app.run(program)
+    raise AssertionError("app.run returned")
+
+
+def open_model() -> Opened:
+    """The model the flags name.
+
+    Raises:
+      ConfigError: there is none, or it cannot be opened.
+    """
+    if not _MODEL.value:
+        raise ConfigError("no model; give one with --model=PATH_OR_NAME")
+    with input_errors():
+        return open_any(
+            _MODEL.value,
+            dtype=dtype(),
+            keep_quantized=_KEEP_QUANTIZED.value,
+            tokenizer=_TOKENIZER.value,
+        )
+
+
+def dtype() -> jnp.dtype:
+    """What `--dtype` says."""
+    return jnp.dtype(_DTYPE.value)
+
+
+def read_text(path: str) -> str:
+    """The text of a file, which has to be UTF-8.
+
+    Raises:
+      ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start} "
+            f"({error.reason}); convert it, with iconv for example"
+        ) from error

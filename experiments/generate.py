@@ -1,0 +1,197 @@
+"""Generate text with any model there is.
+
+    python -m experiments.generate --model=smollm2-135m-instruct --prompt='The capital of France is'
+    python -m experiments.generate --model=runs/demo --prompts=prompts.jsonl --logprobs=5 \\
+        --format=json
+
+A model is a Hugging Face directory, a .gguf file, a checkpoint or workdir of a run of ours, or the
+name of a model that an installed package brings. A prompt is raw text with the model's own rule for
+BOS, special tokens in it parsed; `--chat` puts it into the model's chat template as a user's turn.
+A row of `--prompts` is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}.
+
+`--format=json` prints an object a prompt, in order: `prompt_token_ids`, `token_ids` (the one that
+ended it included), `text` (without it), `finish_reason` ("stop", or "length" at `--max_new_tokens`
+or the end of the context), and with `--logprobs=K` `logprobs`: for each token its `token_id`, its
+`logprob` under the model at temperature 1, and `top`, the K likeliest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from absl import flags
+
+from experiments import commands
+from experiments.config import ConfigError, input_errors
+from lm.checkpoints import Opened
+from lm.infer import Request, Sample
+from lm.infer.generate import LocalSampler
+from lm.tokenizers import ChatTemplate, Tokenizer
+
+FLAGS = flags.FLAGS
+GROUP = 8  # batches of prompts between two lines of output
+
+
+def main() -> None:
+    if (FLAGS.prompt is None) == (FLAGS.prompts is None):
+        raise ConfigError("give either --prompt=TEXT or --prompts=FILE.jsonl")
+    with input_errors():
+        settings = read_settings()
+    rows = [("--prompt", {"prompt": FLAGS.prompt})]
+    if FLAGS.prompts is not None:
+        rows = list(read_rows(FLAGS.prompts))
+    opened = commands.open_model()
+    requests = []
+    for i, (where, row) in enumerate(rows):
+        ids = encode(opened, row, where)
+        seed = (FLAGS.seed + i) % 2**32
+        requests.append(Request(prompt_token_ids=ids, **settings | {"seed": seed}))
+    with input_errors():
+        sampler = LocalSampler(
+            opened.params,
+            opened.config,
+            tokenizer=opened.tokenizer,
+            max_batch=FLAGS.batch_size,
+            dtype=commands.dtype(),
+        )
+    if FLAGS.format == "text" and len(requests) == 1:
+        with input_errors():
+            sampler.sample(requests, lambda _, text: print(text, end="", flush=True))
+        print()
+        return
+    for start in range(0, len(requests), GROUP * FLAGS.batch_size):
+        group = requests[start : start + GROUP * FLAGS.batch_size]
+        with input_errors():
+            samples = sampler.sample(group)
+        for i, sample in enumerate(samples, start):
+            if FLAGS.format == "json":
+                print(json.dumps(to_json(sample)), flush=True)
+            else:
+                print(f"--- {rows[i][0]} ---\n{sample.text}\n", flush=True)
+
+
+def read_settings() -> dict[str, Any]:
+    """What every request shares, checked before a model is opened."""
+    settings = {
+        "max_new_tokens": FLAGS.max_new_tokens,
+        "temperature": FLAGS.temperature,
+        "top_k": FLAGS.top_k,
+        "top_p": FLAGS.top_p,
+        "seed": FLAGS.seed,
+        "stop": FLAGS.stop,
+        "logprobs": FLAGS.logprobs is not None,
+        "top_logprobs": FLAGS.logprobs or 0,
+    }
+    Request(prompt_token_ids=[0], **settings)
+    return settings
+
+
+def read_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a JSONL file of prompts, each with `file:line`; empty lines are passed over.
+
+    Raises:
+      ConfigError: there are none, or one is no prompt.
+    """
+    found = False
+    # Not `splitlines`: JSON strings may hold U+2028.
+    for number, line in enumerate(commands.read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where, found = f"{path}:{number}", True
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{where} is not JSON: {error}") from error
+        check_row(row, where)
+        yield where, row
+    if not found:
+        raise ConfigError(f'{path} has no prompts; give rows like {{"prompt": "Hello"}}')
+
+
+def check_row(row: Any, where: str) -> None:
+    """Raises ConfigError unless a row has either a prompt or messages."""
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        raise ConfigError(
+            f'{where} has to be an object with either "prompt" or "messages", not {row!r:.80}'
+        )
+    if "prompt" in row:
+        if not isinstance(row["prompt"], str):
+            raise ConfigError(f'{where}: "prompt" is {row["prompt"]!r:.80}; it has to be text')
+        return
+    messages = row["messages"]
+    fine = isinstance(messages, list) and messages
+    if not fine or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ConfigError(
+            f'{where}: "messages" has to be a list of objects with "role" and "content", '
+            f"not {messages!r:.80}"
+        )
+
+
+def encode(opened: Opened, row: Mapping[str, Any], where: str) -> list[int]:
+    """Token ids of a row.
+
+    Raises:
+      ConfigError: they are none, or too many for the model.
+    """
+    tokenizer, most = opened.tokenizer, opened.config.max_length
+    messages = row.get("messages")
+    if messages is None and FLAGS.chat:
+        messages = [{"role": "user", "content": row["prompt"]}]
+    try:
+        text = row["prompt"] if messages is None else render(tokenizer, messages)
+        ids = tokenizer.encode_prompt(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if not ids:
+        raise ConfigError(
+            f"{where}: the prompt is empty, and this model puts no BOS token in front; give text"
+        )
+    if len(ids) >= most:
+        raise ConfigError(
+            f"{where}: the prompt's {len(ids)} tokens leave no room for a new one in the model's "
+            f"context of {most}; shorten it to at most {most - 1}"
+        )
+    return ids
+
+
+def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
+    return ChatTemplate.of(tokenizer).render(messages, add_generation_prompt=True)
+
+
+def to_json(sample: Sample) -> dict[str, Any]:
+    """The object `--format=json` prints."""
+    found: dict[str, Any] = {
+        "prompt_token_ids": list(sample.prompt_token_ids),
+        "token_ids": list(sample.token_ids),
+        "text": sample.text,
+        "finish_reason": sample.finish_reason,
+    }
+    if sample.logprobs is not None:
+        tops = sample.top_logprobs or [()] * len(sample.token_ids)
+        found["logprobs"] = [
+            {
+                "token_id": token_id,
+                "logprob": logprob,
+                "top": [{"token_id": i, "logprob": value} for i, value in top],
+            }
+            for token_id, logprob, top in zip(sample.token_ids, sample.logprobs, tops, strict=True)
+        ]
+    return found
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("prompt", None, "Text to continue.")
+    flags.DEFINE_string("prompts", None, "File of prompts, a JSON object a line.")
+    flags.DEFINE_bool("chat", False, "Put prompts into the model's chat template.")
+    flags.DEFINE_integer("max_new_tokens", 64, "Most tokens to generate.")
+    flags.DEFINE_float("temperature", 0.0, "Divides the logits; 0 is greedy.")
+    flags.DEFINE_integer("top_k", 0, "Draw among so many likeliest tokens; 0 for all.")
+    flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest of this probability; 1 for all.")
+    flags.DEFINE_integer("seed", 0, "Of the first prompt; the next has the next seed.")
+    flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be repeated.")
+    flags.DEFINE_integer("logprobs", None, "With log-probabilities, and so many likeliest tokens.")
+    flags.DEFINE_integer("batch_size", 8, "Most prompts at once.")
+    flags.DEFINE_enum("format", "text", ["text", "json"], "What is printed.")
+    commands.run(main)

@@ -1,0 +1,74 @@
+"""Perplexity of a text under any model there is.
+
+    python -m experiments.perplexity --model=smollm2-135m-instruct --text=wiki.test.raw \\
+        --window=2048 --stride=512
+    python -m experiments.perplexity --model=model.gguf --text=wiki.test.raw \\
+        --convention=llama.cpp --window=512
+
+Two conventions, whose figures must not be compared with each other. "transformers" (the guide of
+that library): windows start every `--stride` tokens, and each token is scored once, in the first
+window that has it after another. "llama.cpp" (its `perplexity` program): windows do not overlap,
+each scores the tokens after its middle one, and begins with BOS where the model wants BOS. The
+text is tokenized whole, special tokens in it not parsed.
+
+`--format=json` prints an object: `tokens` (scored), `nats_per_token`, `perplexity`,
+`bits_per_byte` of the scored tokens' text, and how it was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from absl import flags
+
+from experiments import commands
+from experiments.config import ConfigError, input_errors
+from lm.infer.score import Scorer, perplexity
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    if FLAGS.text is None:
+        raise ConfigError("no text; give a file with --text=FILE")
+    text = commands.read_text(FLAGS.text)
+    if not text:
+        raise ConfigError(f"{FLAGS.text} is empty; there is nothing to score")
+    opened = commands.open_model()
+    tokenizer, config = opened.tokenizer, opened.config
+    window, stride = FLAGS.window, FLAGS.stride
+    if window is None:
+        window = min(512 if FLAGS.convention == "llama.cpp" else 2048, config.max_length)
+    with input_errors():
+        ids = tokenizer.encode(text, bos=tokenizer.add_bos)
+        scorer = Scorer(opened.params, config, batch_size=FLAGS.batch_size, dtype=commands.dtype())
+        if FLAGS.max_tokens is not None:
+            ids = ids[: FLAGS.max_tokens]
+        found = perplexity(scorer, tokenizer, ids, window, stride, FLAGS.convention)
+    result = dataclasses.asdict(found) | {
+        "window": window,
+        "stride": window if stride is None else stride,
+        "convention": FLAGS.convention,
+        "text_tokens": len(ids),
+        "dtype": str(commands.dtype()),
+    }
+    if FLAGS.format == "json":
+        print(json.dumps(result))
+        return
+    print(
+        f"perplexity {found.perplexity:.4f} ({found.nats_per_token:.5f} nats a token, "
+        f"{found.bits_per_byte:.5f} bits a byte) of {found.tokens:,} tokens in {found.windows:,} "
+        f"windows of {window}, stride {result['stride']}, convention of {FLAGS.convention}"
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("text", None, "File of text, in UTF-8.")
+    flags.DEFINE_integer("max_tokens", None, "Take so many tokens of the text.")
+    flags.DEFINE_integer("window", None, "Tokens read at a time; by default 2048, or 512.")
+    flags.DEFINE_integer("stride", None, "Tokens between windows; by default the window.")
+    flags.DEFINE_enum("convention", "transformers", ["transformers", "llama.cpp"], "See above.")
+    flags.DEFINE_integer("batch_size", 1, "Windows at once.")
+    flags.DEFINE_enum("format", "text", ["text", "json"], "What is printed.")
+    commands.run(main)
