@@ -72,17 +72,14 @@ class Int4(Blocked):
                 f"{', '.join(str(g) for g in range(2, K + 1, 2) if K % g == 0)}, or None"
             )
         groups = matrix.reshape(*stack, K // size, size, R)
-        if symmetric:
-            width, zero = 2 * jnp.max(jnp.abs(groups), axis=-2), None
-        else:
-            least = jnp.minimum(jnp.min(groups, axis=-2), 0)
-            width = jnp.maximum(jnp.max(groups, axis=-2), 0) - least
+        least = jnp.minimum(jnp.min(groups, axis=-2), 0)
+        most = jnp.maximum(jnp.max(groups, axis=-2), 0)
+        width = 2 * jnp.maximum(-least, most) if symmetric else most - least
         scale = (jnp.where(width > 0, width, 15.0) / 15.0).astype(scale_dtype)
         if scale_dtype == jnp.float16:  # numbers below float16's range are nearest to zero
             scale = jnp.maximum(scale, jnp.finfo(jnp.float16).smallest_subnormal)
         step = scale.astype(jnp.float32)
-        if not symmetric:
-            zero = jnp.clip(jnp.round(-least / step), 0, 15).astype(jnp.uint8)
+        zero = None if symmetric else jnp.clip(jnp.round(-least / step), 0, 15).astype(jnp.uint8)
         offset = MIDDLE if zero is None else zero[..., None, :].astype(jnp.float32)
         values = jnp.clip(jnp.round(groups / step[..., None, :]) + offset, 0, 15)
         return cls.encode(values.reshape(*stack, K, R), scale, zero, along=along)

@@ -203,6 +203,7 @@ def _pad(flat: jax.Array, block: int) -> jax.Array:
     return jnp.pad(flat, padding).reshape(*flat.shape[:-1], -1, block)
 
 
+@functools.partial(jax.jit, static_argnames="kind")
 def _encode(blocks: jax.Array, absmax: jax.Array, kind: str) -> jax.Array:
     levels = np.array(LEVELS[kind], _F32)
     order = np.argsort(levels, kind="stable").astype(np.uint8)
@@ -211,7 +212,9 @@ def _encode(blocks: jax.Array, absmax: jax.Array, kind: str) -> jax.Array:
     inverse = jax.lax.optimization_barrier(1 / jnp.maximum(absmax, 1e-38))
     scaled = jnp.clip(blocks * inverse[..., None], -1, 1)
     # The number of middles below, one after another: memory for one comparison at a time.
-    rank = sum((scaled > m).astype(jnp.uint8) for m in middles)
+    rank = jnp.zeros(scaled.shape, jnp.uint8)
+    for middle in middles:
+        rank += scaled > middle
     return rank if kind == "nf4" else jnp.asarray(order)[rank]
 
 
@@ -224,5 +227,5 @@ def _quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     scaled = blocks / jnp.where(nested > 0, nested, 1)[..., None]
     # bitsandbytes rounds to a grid first, and then to the level nearest to that.
     grid = jnp.clip((scaled + 1) * ((_GRID - 1) / 2) + 0.5, 0, _GRID - 1).astype(jnp.int32)
-    codes = jnp.asarray(_nearest_on_grid())[grid]
+    codes = jnp.where(nested[..., None] > 0, jnp.asarray(_nearest_on_grid())[grid], 0)
     return codes.reshape(*absmax.shape[:-1], -1)[..., :count], nested, offset
