@@ -106,7 +106,7 @@ def test_a_rectangle_follows_the_paper_on_one_side_or_both(shape, max_precond_di
     np.testing.assert_allclose(found, list(expected), **CLOSE)
 
 
-@pytest.mark.parametrize("rank", [40, 25, 1])
+@pytest.mark.parametrize("rank", [40, 25, 1, 0])
 @pytest.mark.parametrize("panel", [8, 16, 39])
 def test_panels_make_an_orthonormal_basis(rank, panel):
     rng = np.random.default_rng(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -138,24 +137,47 @@ def power_iteration(stats: jax.Array, basis: jax.Array) -> jax.Array:
 def orthonormal(x: jax.Array, panel: int = 128) -> jax.Array:
     """Q of the QR decomposition of square matrices [*stack, n, n], up to the columns' signs.
 
-    Block Gram-Schmidt over panels of columns, repeated so that nothing is lost where columns nearly
-    depend on each other: on TPU a decomposition of the whole compiles for minutes.
+    Block Gram-Schmidt over panels of columns, with other columns for those that depend on earlier
+    ones: on TPU jax's decomposition of large matrices compiles for minutes.
     """
     n = x.shape[-1]
     if n <= panel:
         return jnp.linalg.qr(x)[0]
-    matmul = functools.partial(jnp.matmul, precision="highest")
 
     def add_panel(i: jax.Array, done: jax.Array) -> jax.Array:
         start = jnp.minimum(i * panel, n - panel)  # the last one may overlap the one before
         before = jnp.where(jnp.arange(n) < start, done, 0.0)
+        random = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (n, panel))
 
         def clean(_: jax.Array, columns: jax.Array) -> jax.Array:
-            columns = columns - matmul(before, matmul(before.swapaxes(-1, -2), columns))
-            return jnp.linalg.qr(columns)[0]
+            return gram_schmidt(leave_out(before, columns, random), random)
 
         columns = jax.lax.dynamic_slice_in_dim(x, start, panel, axis=-1)
         columns = jax.lax.fori_loop(0, 3, clean, columns)
         return jax.lax.dynamic_update_slice_in_dim(done, columns, start, axis=-1)
 
     return jax.lax.fori_loop(0, -(-n // panel), add_panel, jnp.zeros_like(x))
+
+
+def gram_schmidt(columns: jax.Array, random: jax.Array) -> jax.Array:
+    """Columns [*stack, n, k] made orthonormal one after another; random ones [n, k] for lost."""
+
+    def add_column(j: jax.Array, done: jax.Array) -> jax.Array:
+        column, other = (jax.lax.dynamic_slice_in_dim(x, j, 1, axis=-1) for x in (columns, random))
+        for _ in range(2):
+            column = leave_out(done, column, other)
+            column /= jnp.linalg.norm(column, axis=-2, keepdims=True)
+        return jax.lax.dynamic_update_slice_in_dim(done, column, j, axis=-1)
+
+    return jax.lax.fori_loop(0, columns.shape[-1], add_column, jnp.zeros_like(columns))
+
+
+def leave_out(basis: jax.Array, x: jax.Array, random: jax.Array) -> jax.Array:
+    """Columns of x without their parts in the span of a basis; `random`'s where nothing is left.
+
+    The basis is orthonormal, but for columns of zeros.
+    """
+    parts = jnp.matmul(basis.swapaxes(-1, -2), x, precision="highest")
+    rest = x - jnp.matmul(basis, parts, precision="highest")
+    norm, before = (jnp.linalg.norm(y, axis=-2, keepdims=True) for y in (rest, x))
+    return jnp.where(norm <= 1e-5 * before, random, rest)
