@@ -5,6 +5,7 @@ from lm.weights.fp8 import Fp8
 from lm.weights.gguf import GGUFBlocks
 from lm.weights.int4 import Int4
 from lm.weights.int8 import Int8
+from lm.weights.int8_groups import Int8Groups
 from lm.weights.leaf import Leaf, Weight, grouped_linear, linear, take, unembed
 from lm.weights.lora import LoRA, MultiLoRA, bind
 from lm.weights.nf4 import NF4
@@ -31,6 +32,7 @@ __all__ = [
     "GGUFBlocks",
     "Int4",
     "Int8",
+    "Int8Groups",
     "Leaf",
     "LoRA",
     "MultiLoRA",
