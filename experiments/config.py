@@ -12,8 +12,10 @@ annotation. `--config.train.num_steps=1_000` (or `--config.train.num_steps 1_000
 field, at any depth, read by the field's annotation: int (`1_000`, `1e6`), float, bool (`true`,
 `false`), str, None where Optional, Literal, Enum (by name or value), tuples (`1,2,3`), and members
 of tuples by index (`--config.model.stacks.0.num_repeats=2`). A group that is None is made from its
-defaults by naming a key in it. All edits of one dataclass are one `dataclasses.replace`, so its
-`__post_init__` sees them together. `--help` lists configurations and keys.
+defaults by naming a key in it; one that may be of several classes is changed by naming another
+(`--config.optimizer=Lion --config.optimizer.b1=0.9`). All edits of one dataclass are one
+`dataclasses.replace`, so its `__post_init__` sees them together. `--help` lists configurations and
+keys.
 """
 
 import contextlib
@@ -169,6 +171,10 @@ def _split(argv: Sequence[str]) -> tuple[str | None, dict[str, str], list[str]]:
 
 def _edit(value: Any, annotation: Any, edits: dict[tuple, str], path: str, root: Any) -> Any:
     """`value` with the edits below it; `edits` maps the keys that remain to texts."""
+    chosen = fields.dataclasses_in(annotation).get(edits.get((), ""))
+    if chosen is not None:  # the group's class by name, and then its keys
+        value = _from_defaults(chosen, path)
+        edits = {keys: text for keys, text in edits.items() if keys}
     if () in edits:
         if len(edits) > 1:
             raise ConfigError(f"--{path}={edits[()]} conflicts with the flags that set its keys")
@@ -211,7 +217,7 @@ def _from_defaults(annotation: Any, path: str) -> Any:
     try:
         return classes[0]()
     except TypeError as error:
-        raise ConfigError(f"{path} is None here and has no defaults: {error}") from None
+        raise ConfigError(f"{path} has no defaults: {error}") from None
 
 
 def _parse_field(text: str, annotation: Any, path: str, old: Any) -> Any:

@@ -284,6 +284,14 @@ def test_load_names_what_does_not_fit(tmp_path, change, message):
     assert str(path) in str(caught.value)
 
 
+def test_a_group_changes_its_class_by_name():
+    assert edited("--config.optimizer=Muon").optimizer == Muon()
+    both = edited("--config.optimizer.learning_rate=1", "--config.optimizer=Muon").optimizer
+    assert both == Muon(learning_rate=1.0)
+    with pytest.raises(ConfigError, match=r"config\.optimizer: 'Lion' is not|group of keys"):
+        edited("--config.optimizer=Lion")
+
+
 def test_a_field_younger_than_the_file_takes_its_default(tmp_path):
     values = config_lib.to_dict(small())
     del values["model"]["rope"], values["num_steps"]
