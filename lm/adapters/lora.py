@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.model import ModelConfig, ModelWeights, param_specs
-from lm.model.params import Stacked
+from lm.model import ModelConfig, ModelWeights
+from lm.model.params import Stacked, specs_for
 from lm.sharding import Layout
 from lm.weights import Leaf, LoRA, MultiLoRA, ParamSpec, is_spec, path_name, shardings
 
@@ -74,7 +74,7 @@ def add_lora(
       rslora: multiply by alpha / sqrt(r) instead (arXiv:2312.03732).
       dora: with magnitudes (arXiv:2402.09353).
       dtype: of `a` and `b`.
-      layout: make every part in its place on a mesh; the weights must be stacked.
+      layout: make every part in its place on a mesh.
 
     Raises:
       ValueError: the rank is not positive, no weight is chosen, or one is no matrix or has an
@@ -83,7 +83,7 @@ def add_lora(
     if rank < 1:
         raise ValueError(f"rank={rank}; use 1 or more")
     scale = (rank if alpha is None else alpha) / (rank**0.5 if rslora else rank)
-    specs = jax.tree_util.tree_leaves_with_path(param_specs(config), is_leaf=is_spec)
+    specs = jax.tree_util.tree_leaves_with_path(specs_for(params, config), is_leaf=is_spec)
     spec_of: dict[str, ParamSpec] = {path_name(path): spec for path, spec in specs}
     chosen: list[str] = []
 

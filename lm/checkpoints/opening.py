@@ -13,7 +13,8 @@ from lm.checkpoints import arrays, checksums, model_json
 from lm.checkpoints.checksums import CheckpointError, DamagedError
 from lm.checkpoints.names import flatten, parse, unflatten
 from lm.checkpoints.reference import digest
-from lm.model import ModelConfig, param_specs
+from lm.model import ModelConfig
+from lm.model.params import specs_for
 from lm.sharding import Layout
 from lm.weights import shardings
 
@@ -191,7 +192,7 @@ def open_model(
     weights = model_json.decode_tree(model.weights)
     wanted: dict[str, Any] = dict.fromkeys(flatten(weights))
     if layout is not None:
-        specs = param_specs(model.config)
+        specs = specs_for(weights, model.config)
         wanted = flatten(shardings(specs, layout.rules, layout.mesh, weights))
     found = read_named(directory, model, wanted, ema=ema, verify=verify)
     return unflatten(found, weights), model.config

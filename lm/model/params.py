@@ -176,6 +176,14 @@ def unstacked_specs(config: ModelConfig) -> ModelWeights:
     return dataclasses.replace(param_specs(config), stacks=stacks)
 
 
+def specs_for(params: ModelWeights, config: ModelConfig) -> ModelWeights:
+    """The specs of every weight of the model, each stack in the form it has in `params`."""
+    stacked, unstacked = param_specs(config), unstacked_specs(config)
+    forms = zip(params.stacks, stacked.stacks, unstacked.stacks, strict=True)
+    stacks = tuple(u if isinstance(own, Unstacked) else s for own, s, u in forms)
+    return dataclasses.replace(stacked, stacks=stacks)
+
+
 def layer_at(stack: Stacked | Unstacked, index: int) -> LayerWeights:
     """Weights of layer `index` of a stack, in either form."""
     if isinstance(stack, Unstacked):
