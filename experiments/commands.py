@@ -72,14 +72,14 @@ def dtype() -> jnp.dtype:
 
 
 def read_text(path: str) -> str:
-    """The text of a file, which has to be UTF-8.
+    """The text of a file, which has to be UTF-8, with line ends as Python reads them: all "\\n".
 
     Raises:
       ConfigError: it cannot be read, or is not UTF-8.
     """
     try:
         with open(path, "rb") as file:
-            return file.read().decode("utf-8")
+            text = file.read().decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -87,3 +87,4 @@ def read_text(path: str) -> str:
             f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start} "
             f"({error.reason}); convert it, with iconv for example"
         ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")

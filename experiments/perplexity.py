@@ -9,7 +9,7 @@ Two conventions, whose figures must not be compared with each other. "transforme
 that library): windows start every `--stride` tokens, and each token is scored once, in the first
 window that has it after another. "llama.cpp" (its `perplexity` program): windows do not overlap,
 each scores the tokens after its middle one, and begins with BOS where the model wants BOS. The
-text is tokenized whole, special tokens in it not parsed.
+text is tokenized whole, line ends read as "\\n", special tokens in it not parsed.
 
 `--format=json` prints an object: `tokens` (scored), `nats_per_token`, `perplexity`,
 `bits_per_byte` of the scored tokens' text, and how it was measured.

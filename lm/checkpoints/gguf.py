@@ -151,7 +151,7 @@ def raw_rows(file: GGUF, each: Rows) -> np.ndarray:
 def _reader(
     raw: np.ndarray, kind: ggml.BlockType, each: Rows, dtype: Any
 ) -> Callable[[Any], np.ndarray]:
-    """A function from an index (slices) of our weight to its numbers, decoding the rows it needs."""
+    """A function from an index (slices) of our weight to its numbers, decoding what it needs."""
     width = each.tensor_shape[1:]
 
     def read(index: Any) -> np.ndarray:

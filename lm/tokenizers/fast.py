@@ -25,6 +25,8 @@ class FastTokenizer(Tokenizer):
       add_bos, add_eos: what a prompt gets; by default what the post-processor adds.
       special: names of special tokens; by default those that the vocabulary marks.
 
+    `serialized` is the tokenizer.json without a post-processor.
+
     Raises:
       ValueError: the decoder or the post-processor is of another kind, or a name is no token.
     """
@@ -48,7 +50,7 @@ class FastTokenizer(Tokenizer):
         tokenizer.post_processor = tokenizers.processors.Sequence([])
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        serialized = tokenizer.to_str()
+        self.serialized = serialized = tokenizer.to_str()
         self.fingerprint = hashlib.sha256(serialized.encode()).hexdigest()[:32]
         layout = json.loads(serialized)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)

@@ -1,0 +1,131 @@
+"""Any tokenizer as the files of a Hugging Face model's directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, processors
+
+from lm.tokenizers.base import Tokenizer
+from lm.tokenizers.fast import FastTokenizer
+from lm.tokenizers.sentencepiece import SentencePieceTokenizer
+from lm.tokenizers.sentencepiece_model import BPE, CONTROL, UNKNOWN, USER_DEFINED
+
+_SPACE_SYMBOL = "\u2581"
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> list[str]:
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+    What is written adds BOS and EOS by the tokenizer's own rule, and parses special tokens.
+
+    Args:
+      tokenizer: of any kind; SentencePiece as far as it is byte-pair encoding of the text as it is.
+      directory: that exists.
+
+    Returns:
+      The names of the files.
+
+    Raises:
+      ValueError: a SentencePiece model that tokenizer.json cannot express.
+    """
+    folder = Path(directory)
+    if isinstance(tokenizer, FastTokenizer):
+        inner = tokenizers.Tokenizer.from_str(tokenizer.serialized)
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        inner = _from_sentencepiece(tokenizer)
+    else:
+        raise ValueError(f"a {type(tokenizer).__name__} has no form in tokenizer.json")
+    names = _names(tokenizer)
+    inner.post_processor = _post_processor(tokenizer, names)
+    inner.save(str(folder / "tokenizer.json"), pretty=False)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": tokenizer.add_bos,
+        "add_eos_token": tokenizer.add_eos,
+    }
+    for key in ("bos", "eos", "pad"):
+        token_id = getattr(tokenizer, f"{key}_id")
+        if token_id >= 0:
+            config[f"{key}_token"] = names[token_id]
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    written = ["tokenizer.json", "tokenizer_config.json"]
+    if "default" in tokenizer.chat_templates:
+        template = tokenizer.chat_templates["default"]
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        written.append("chat_template.jinja")
+    return written
+
+
+def _names(tokenizer: Tokenizer) -> dict[int, str]:
+    """Names of special tokens, and of BOS, EOS and padding though they be none."""
+    names = {i: token for token, i in tokenizer.special_tokens.items()}
+    for token_id in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id):
+        if token_id >= 0:
+            names.setdefault(token_id, bytes(tokenizer.token_bytes[token_id]).decode())
+    return names
+
+
+def _post_processor(tokenizer: Tokenizer, names: dict[int, str]) -> Any:
+    front = [tokenizer.bos_id] if tokenizer.add_bos else []
+    back = [tokenizer.eos_id] if tokenizer.add_eos else []
+
+    def pieces(sequence: str) -> list[str]:
+        return [*(names[i] for i in front), sequence, *(names[i] for i in back)]
+
+    added = [(names[i], i) for i in dict.fromkeys(front + back)]
+    return processors.TemplateProcessing(
+        single=pieces("$A"), pair=pieces("$A") + pieces("$B"), special_tokens=added
+    )
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
+    """Byte-pair merges from the scores of pieces: the better a piece, the sooner it is made."""
+    model = tokenizer.model
+    if model.model_type != BPE or model.charsmap or model.remove_extra_whitespaces:
+        raise ValueError(
+            f"'{tokenizer.path}' is no byte-pair encoding of the text as it is; tokenizer.json is "
+            "not written for others"
+        )
+    vocabulary = {piece: i for i, piece in enumerate(model.pieces)}
+    ranked = sorted(range(len(model.pieces)), key=lambda i: (-model.scores[i], i))
+    merges = []
+    for i in ranked:
+        piece = model.pieces[i]
+        if model.types[i] not in (CONTROL, UNKNOWN):
+            merges += _splits(piece, vocabulary)
+    unknown = model.pieces[model.types.index(UNKNOWN)]
+    inner = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
+        )
+    )
+    spaces = normalizers.Replace(" ", _SPACE_SYMBOL)
+    steps = [decoders.Replace(_SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.add_dummy_prefix:
+        spaces = normalizers.Sequence([normalizers.Prepend(_SPACE_SYMBOL), spaces])
+        steps.append(decoders.Strip(" ", 1, 0))
+    inner.normalizer, inner.decoder = spaces, decoders.Sequence(steps)
+    for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
+        found = [p for p, t in zip(model.pieces, model.types, strict=True) if t == kind]
+        inner.add_tokens(
+            [tokenizers.AddedToken(piece, special=special, normalized=False) for piece in found]
+        )
+    return inner
+
+
+def _splits(piece: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """The pairs of pieces that make a piece, the first pieces first."""
+    cuts = ((piece[:n], piece[n:]) for n in range(1, len(piece)))
+    pairs = [(a, b) for a, b in cuts if a in vocabulary and b in vocabulary]
+    return sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
