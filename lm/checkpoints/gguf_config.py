@@ -248,13 +248,25 @@ def _llama3(keys: Keys, rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
     Converters write the divisors of Llama 3.1's rule, not the rule; its bounds are 1 and 4 turns
     in 8,192 positions in every model published.
     """
-    factor = float(factors.max())
-    scaled = Rope(rope.theta, rope.fraction, RopeScaling("llama3", factor))
-    plain, stretched = (rope_frequencies(r, head_dim)[0] for r in (rope, scaled))
-    if factors.shape != plain.shape or not np.allclose(plain / stretched, factors, rtol=1e-4):
+    plain, _ = rope_frequencies(rope, head_dim)
+    scaling = RopeScaling("llama3", 1.0)
+    found = None
+    if factors.shape == plain.shape:
+        # The slowest pair turns least, and is stretched most: by all of the factor, or by a share.
+        turns = scaling.original_length * plain[-1] / (2 * np.pi)
+        kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+        kept = min(max(kept, 0.0), 1.0)
+        share = 1 / float(factors[-1]) - kept
+        factor = float(np.float32((1 - kept) / share)) if share > 0 and kept < 1 else 1.0
+        scaling = dataclasses.replace(scaling, factor=float(f"{factor:.5g}"))
+        found = Rope(rope.theta, rope.fraction, scaling)
+        stretched, _ = rope_frequencies(found, head_dim)
+        if not np.allclose(plain / stretched, factors, rtol=1e-4):
+            found = None
+    if found is None:
         raise CheckpointError(
             f"{keys.source}: rope_freqs.weight {list(factors.shape)} stretches the rotary "
-            f"frequencies by up to {factor:g} in a way that is not Llama 3's, which is not "
+            f"frequencies by up to {factors.max():g} in a way that is not Llama 3's, which is not "
             "supported"
         )
-    return scaled
+    return found

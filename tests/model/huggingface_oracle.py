@@ -133,10 +133,15 @@ class Oracle:
 @functools.cache
 def make_oracle(case: str) -> Oracle:
     """The model of a case, with noise in every parameter; logits come out of order one."""
+    model_type, arguments = CASES[case]
+    return build_oracle(model_type, arguments, len(case))
+
+
+def build_oracle(model_type: str, arguments: dict[str, Any], seed: int = 0) -> Oracle:
+    """A model of a configuration, as `make_oracle`."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)  # matrices this small only wait for other threads
-    model_type, arguments = CASES[case]
     # A configuration edits the dictionaries it is given.
     arguments = {k: dict(v) if isinstance(v, dict) else v for k, v in arguments.items()}
     if "rope_parameters" in arguments and model_type == "gemma3_text":
@@ -145,7 +150,7 @@ def make_oracle(case: str) -> Oracle:
     config = transformers.AutoConfig.for_model(model_type, **arguments)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(len(case))
+    generator = torch.Generator().manual_seed(seed)
     tied = config.tie_word_embeddings
     with torch.no_grad():
         for name, parameter in model.named_parameters():
