@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -181,41 +182,72 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def _by_tiles(x: jax.Array, leaf: Blocked, transpose: bool, dtype: Any) -> jax.Array:
-    """The product, decoding some columns of the matrix at a time.
+    """The product, decoding a part of the matrix at a time.
 
-    XLA's CPU backend would compute a decoded number again for each row of x, one at a time, where
-    it fuses decoding into the product; the barrier keeps it from that.
+    The barriers keep decoding out of the product, where XLA's CPU backend would do it one number
+    at a time, for each row of x again.
     """
-    K, R = leaf.size
-    tile = _tile(K, R, leaf.unit[1])
-    if tile == R:
-        matrix = jax.lax.optimization_barrier(leaf.core(x.dtype))
+    axis, tile = _tile(leaf.size, leaf.unit)
+    size = leaf.size[axis]
+    if tile == size:
+        matrix = jax.lax.optimization_barrier(_not_before(x, leaf).core(x.dtype))
         return dot(x, matrix, transpose_y=transpose, out_dtype=dtype)
     rows = x.reshape(-1, x.shape[-1])
+    summed = (axis == -1) == transpose
+    result = leaf.size[0] if transpose else leaf.size[1]
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
-        def columns(a: jax.Array) -> jax.Array:
-            size = tile * a.shape[-1] // R
-            return a if a.shape[-1] == 1 else jax.lax.dynamic_slice_in_dim(a, i * size, size, -1)
+        def cut(a: jax.Array) -> jax.Array:
+            return a if a.shape[axis] == 1 else _part(a, i, tile * a.shape[axis] // size, axis)
 
-        matrix = jax.lax.optimization_barrier(jax.tree.map(columns, leaf).core(x.dtype))
-        if transpose:
-            part = jax.lax.dynamic_slice_in_dim(rows, i * tile, tile, -1)
-            return y + dot(part, matrix, transpose_y=True, out_dtype=jnp.float32)
-        part = dot(rows, matrix, out_dtype=dtype)
-        return jax.lax.dynamic_update_slice_in_dim(y, part, i * tile, -1)
+        matrix = jax.lax.optimization_barrier(jax.tree.map(cut, leaf).core(x.dtype))
+        if summed:
+            x_tile = _part(rows, i, tile, -1)
+            return y + dot(x_tile, matrix, transpose_y=transpose, out_dtype=jnp.float32)
+        y_tile = dot(rows, matrix, transpose_y=transpose, out_dtype=dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y, y_tile, i * tile, -1)
 
-    start = (
-        jnp.zeros((len(rows), K), jnp.float32) if transpose else jnp.zeros((len(rows), R), dtype)
-    )
-    y = jax.lax.fori_loop(0, R // tile, step, start)
-    return y.reshape(*x.shape[:-1], y.shape[-1]).astype(dtype)
+    start = jnp.zeros((len(rows), result), jnp.float32 if summed else dtype)
+    y = jax.lax.fori_loop(0, size // tile, step, start)
+    return y.reshape(*x.shape[:-1], result).astype(dtype)
 
 
-def _tile(K: int, R: int, unit: int) -> int:
-    """Columns at a time: the largest divisor of R that fits, if there is one worth a loop."""
-    fits = [t for t in range(unit, R + 1, unit) if R % t == 0 and K * t <= TILE]
-    return fits[-1] if fits and fits[-1] >= min(R, 64) else R
+def _not_before(x: jax.Array, leaf: Blocked) -> Blocked:
+    """The leaf, but not to be decoded until x is there: all of a model's would be at once.
+
+    Barriers are gone when the compiler orders operations, so this is a condition on x that never
+    holds, which it cannot know.
+    """
+    if x.size == 0:
+        return leaf
+    never = x.reshape(-1)[0].astype(jnp.float32) > jnp.inf
+    arrays, tree = jax.tree.flatten(leaf)
+    largest = max(range(len(arrays)), key=lambda i: arrays[i].nbytes)
+    arrays[largest] = jnp.where(never, jnp.zeros((), arrays[largest].dtype), arrays[largest])
+    return jax.tree.unflatten(tree, arrays)
+
+
+def _part(a: jax.Array, i: jax.Array, size: int, axis: int) -> jax.Array:
+    """The i-th part of `size` along an axis."""
+    return jax.lax.dynamic_slice_in_dim(a, i * size, size, axis)
+
+
+def _tile(size: tuple[int, int], unit: tuple[int, int]) -> tuple[int, int]:
+    """The axis to cut, -1 (R) where that will do, and the length of a part: the largest divisor
+    with which a part is small enough, or else the whole."""
+    for axis in (-1, -2):
+        n, other = size[axis], math.prod(size) // size[axis]
+        fits = [t for t in range(unit[axis], n + 1, unit[axis]) if n % t == 0 and other * t <= TILE]
+        if fits and fits[-1] >= min(n, 64):
+            return axis, fits[-1]
+    return -1, size[-1]
+
+
+def nibbles(packed: jax.Array, high_first: bool = False) -> jax.Array:
+    """The halves of bytes [..., k, R], one after another along k: [..., 2k, R]."""
+    shifts = jnp.array([4, 0] if high_first else [0, 4], jnp.uint8)[:, None]
+    halves = packed[..., None, :] >> shifts & 15
+    return halves.reshape(*packed.shape[:-2], 2 * packed.shape[-2], packed.shape[-1])
 
 
 def lookup(codes: jax.Array, table: Sequence[float]) -> jax.Array:
@@ -223,6 +255,7 @@ def lookup(codes: jax.Array, table: Sequence[float]) -> jax.Array:
 
     A tree of selections on bits: vector units have no fast table in memory.
     """
+    codes = codes.astype(jnp.int32)  # as wide as what is chosen
     values = [jnp.float32(value) for value in table]
     bit = 0
     while len(values) > 1:

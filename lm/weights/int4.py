@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.weights.blocked import Along, Blocked
+from lm.weights.blocked import Along, Blocked, nibbles
 
 MIDDLE = 8  # the zero point of symmetric weights
 
@@ -100,8 +100,7 @@ class Int4(Blocked):
 
     def decode(self) -> jax.Array:
         """The values, uint8 [*stack, K, R] of 0 to 15: the inverse of `encode`."""
-        pairs = jnp.stack([self.values & 15, self.values >> 4], axis=-2)
-        return pairs.reshape(*self.values.shape[:-2], *self.size)
+        return nibbles(self.values)
 
     @property
     def size(self) -> tuple[int, int]:

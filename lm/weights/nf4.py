@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.weights.blocked import Along, Blocked, lookup, spread
+from lm.weights.blocked import Along, Blocked, lookup, nibbles, spread
 
 _F32 = np.float32
 # Quantiles of the normal distribution, scaled to [-1, 1] with an exact zero (appendix E).
@@ -191,9 +191,9 @@ class NF4(Blocked):
         return dataclasses.replace(self, absmax=absmax, nested=None, offset=None)
 
     def core(self, dtype: Any) -> jax.Array:
-        K, R = self.size
+        K = self.size[0]
         leaf = self.simple()
-        codes = jnp.stack([leaf.codes >> 4, leaf.codes & 15], axis=-2).reshape(*self.stack, K, R)
+        codes = nibbles(leaf.codes, high_first=True)
         return (lookup(codes, LEVELS[self.kind]) * spread(leaf.absmax, K)).astype(dtype)
 
 

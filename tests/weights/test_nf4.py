@@ -59,8 +59,8 @@ def test_levels_are_their_own_nearest():
         NF4.quantize(jnp.zeros((3, 4)))
 
 
-# Rows of a multiple of 32 numbers that blocks cross: the peer's CPU kernel reads its own matrix back
-# with an error of 28%.
+# Rows of a multiple of 32 numbers that blocks cross: the peer's CPU kernel reads its own matrix
+# back with an error of 28%.
 MISREAD = (50, 96)
 
 
