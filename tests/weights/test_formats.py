@@ -101,9 +101,7 @@ def everything(leaf, x, narrow, dy, ids):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_products_rows_and_gradients_are_those_of_the_matrix(name, monkeypatch):
-    """Against float64; on one device, so that the matrix is decoded in parts, in a loop."""
-    monkeypatch.setattr(blocked, "TILE", K * 64)
+def test_size_and_error(name):
     quantize, bits, error = FORMATS[name]
     weight = normal(K, R)
     leaf = quantize(jnp.asarray(weight))
@@ -112,7 +110,20 @@ def test_products_rows_and_gradients_are_those_of_the_matrix(name, monkeypatch):
     w = np.asarray(leaf.dequantize(jnp.float32))
     if error is not None:
         assert np.linalg.norm(w - weight) < error * np.linalg.norm(weight)
-    w = w.astype(float)
+    y = linear(jnp.ones((2, K)), leaf)
+    np.testing.assert_allclose(y[1], w.sum(0), rtol=1e-4, atol=1e-3 * np.abs(w).max())
+
+
+# Each a way of its own through the code.
+DISTINCT = ("int8", "int4 zeros", "int4 act-order", "nf4", "nf4 embedding", "fp8 e5m2", "Q4_K")
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_products_rows_and_gradients_are_those_of_the_matrix(name, monkeypatch):
+    """Against float64; on one device, so that the matrix is decoded in parts, in a loop."""
+    monkeypatch.setattr(blocked, "TILE", K * 64)
+    leaf = FORMATS[name][0](jnp.asarray(normal(K, R)))
+    w = np.asarray(leaf.dequantize(jnp.float32), float)
     x, dy, ids = normal(2, 3, K, seed=1), normal(2, 3, R, seed=2), np.array([[0, K - 1], [7, 7]])
     found = everything(leaf, x, jnp.asarray(x, jnp.bfloat16), dy, ids)
     expected = {
