@@ -112,7 +112,7 @@ def generate(params) -> list[tuple[int, ...]]:
     return [sample.token_ids for sample in sampler.sample(requests)]
 
 
-@pytest.mark.parametrize("form", ["stacked", "unstacked"])
+@pytest.mark.parametrize("form", [pytest.param("stacked", marks=pytest.mark.slow), "unstacked"])
 def test_saved_on_two_devices_served_from_four(form, tmp_path):
     params = model(form)
     expected = generate(params)
@@ -140,6 +140,7 @@ def test_saved_on_two_devices_served_from_four(form, tmp_path):
     assert len(x.sharding.device_set) == 4
 
 
+@pytest.mark.slow
 def test_a_step_over_every_format():
     """Sharded four ways: the adapters' gradients are those of the dense model beneath them."""
     params, where = model("stacked"), layout(fsdp=2, tensor=2)
