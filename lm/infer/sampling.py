@@ -78,7 +78,8 @@ def _keep(logits: jax.Array, weights: jax.Array, least: jax.Array) -> jax.Array:
     The bound is found bit by bit, from the highest: 32 sums instead of a sort, which accelerators
     are slow at.
     """
-    bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+    logits = jnp.where(logits == 0, jnp.float32(0), logits)  # one zero, not two
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     # Floats in the order of unsigned integers: negative ones reversed, below the others.
     order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 

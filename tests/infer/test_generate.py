@@ -257,3 +257,50 @@ def test_greedy_equals_transformers(params, sampler):
                 suppress_tokens=[61, 62, 63],
             )  # fmt: skip
         assert out[0, prompt.shape[1] :].tolist() == list(sample.token_ids)
+
+
+def test_the_likeliest_tokens_of_every_position(params, sampler):
+    requests = [
+        Request(prompt_token_ids=p, max_new_tokens=5, logprobs=True, top_logprobs=k)
+        for p, k in zip(PROMPTS, (3, 0, 1, 2), strict=True)
+    ]
+    for request, sample in zip(requests, sampler.sample(requests), strict=True):
+        if not request.top_logprobs:
+            assert sample.top_logprobs is None
+            continue
+        ids = [*sample.prompt_token_ids, *sample.token_ids]
+        rows = jax.nn.log_softmax(all_logits(params, jnp.array([ids + [0] * (48 - len(ids))])))[0]
+        for i, top in enumerate(sample.top_logprobs):
+            row = np.asarray(rows[len(request.prompt_token_ids) + i - 1])
+            best = np.argsort(-row)[: request.top_logprobs]
+            assert [token for token, _ in top] == best.tolist()
+            np.testing.assert_allclose([value for _, value in top], row[best], atol=2e-5)
+            assert top[0][0] == sample.token_ids[i]
+
+
+def test_a_text_stops_a_sample(params):
+    """The tokens end with the one that completes it, whatever else runs in the batch."""
+    sampler = LocalSampler(params, CONFIG, tokenizer=Letters(), max_batch=4)
+    requests = [Request(prompt_token_ids=p, max_new_tokens=30) for p in PROMPTS]
+    free = sampler.sample(requests)
+    stop = free[2].text[10:12]
+    at = free[2].text.index(stop)
+    heard: dict[int, str] = {}
+    found = sampler.sample(
+        [*requests[:2], Request(prompt_token_ids=PROMPTS[2], max_new_tokens=30, stop=[stop])],
+        lambda i, text: heard.update({i: heard.get(i, "") + text}),
+    )
+    assert found[:2] == free[:2]
+    assert found[2].text == free[2].text[:at]
+    assert found[2].token_ids == free[2].token_ids[: at + 2]
+    assert found[2].finish_reason == "stop"
+    assert heard == {i: sample.text for i, sample in enumerate(found)}
+
+
+def test_errors_of_texts_and_likeliest_tokens(sampler):
+    with pytest.raises(ValueError, match="request 0: stop texts need a tokenizer"):
+        sampler.sample([Request(prompt_token_ids=[1], stop=["a"])])
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        sampler.sample([Request(prompt_token_ids=[1])], print)
+    with pytest.raises(ValueError, match="top_logprobs=62; there are 61"):
+        sampler.sample([Request(prompt_token_ids=[1], top_logprobs=62)])

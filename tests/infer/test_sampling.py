@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.infer.sampling import sample_tokens, token_keys
+from lm.infer.sampling import keep_top_k, keep_top_p, sample_tokens, token_keys
 
 sample = jax.jit(sample_tokens, static_argnames="vocab_size")
 
@@ -70,3 +70,49 @@ def test_seeds_and_positions_give_different_keys():
     seeds, positions = np.meshgrid(np.arange(8, dtype=np.uint32), np.arange(8, dtype=np.int32))
     keys = jax.random.key_data(token_keys(seeds.ravel(), positions.ravel()))
     assert len({tuple(key) for key in np.asarray(keys).tolist()}) == 64
+
+
+def kept(logits: np.ndarray) -> list[set[int]]:
+    return [set(np.flatnonzero(np.isfinite(row)).tolist()) for row in logits]
+
+
+def test_the_likeliest_tokens_are_kept():
+    """Against sorting; rows of 4 ties, negative zeros and infinities among them."""
+    logits = drawn_logits(40, 33).round(0)
+    logits[:, 5], logits[0, 7] = -0.0, -np.inf
+    counts = np.arange(40) % 33 + 1
+    for row, count, found in zip(
+        logits, counts, kept(np.asarray(keep_top_k(logits, counts))), strict=True
+    ):
+        last = np.sort(row)[::-1][count - 1]
+        assert found == set(np.flatnonzero((row >= last) & np.isfinite(row)).tolist())
+
+
+def test_the_fewest_of_enough_probability_are_kept():
+    logits = drawn_logits(40, 33)
+    least = np.linspace(0.01, 0.999, 40).astype(np.float32)
+    for row, p, found in zip(
+        logits, least, kept(np.asarray(keep_top_p(logits, least))), strict=True
+    ):
+        order = np.argsort(-row)
+        total = np.cumsum(np.exp(log_softmax(row))[order])
+        assert found == set(order[: int(np.searchsorted(total, p)) + 1].tolist())
+
+
+def test_filters_are_applied_in_turn_and_by_row():
+    """Top-p is of what top-k left; rows without filters draw as before."""
+    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]] * 3000))
+    keys = token_keys(jnp.arange(3000, dtype=jnp.uint32), jnp.zeros(3000, jnp.int32))
+    which = jnp.arange(3000) % 3  # no filter, top_k=2, top_k=2 and then top_p=0.5
+    draw = jax.jit(sample_tokens, static_argnames="vocab_size")
+    tokens, logprobs = draw(
+        logits, keys, jnp.ones(3000), 4, jnp.where(which > 0, 2, 0), jnp.where(which == 2, 0.5, 1.0)
+    )
+    plain, _ = draw(logits, keys, jnp.ones(3000), 4)
+    np.testing.assert_array_equal(tokens[::3], plain[::3])
+    assert set(np.asarray(tokens[::3]).tolist()) == {0, 1, 2, 3}
+    assert set(np.asarray(tokens[1::3]).tolist()) == {0, 1}
+    assert set(np.asarray(tokens[2::3]).tolist()) == {0}  # 0.4 / 0.7 is enough
+    share = np.mean(np.asarray(tokens[1::3]) == 0)
+    assert abs(share - 4 / 7) < 0.06
+    np.testing.assert_allclose(logprobs[2], np.log(0.4), atol=1e-6)
