@@ -13,6 +13,8 @@ from lm.checkpoints.huggingface_config import from_huggingface, to_huggingface
 from lm.checkpoints.model_json import register
 from lm.checkpoints.models import Opened, open_any
 from lm.checkpoints.opening import open_model, read_weights, weight_names
+from lm.checkpoints.peft import load_peft, save_peft
+from lm.checkpoints.quantized import load_quantized
 from lm.checkpoints.reference import Reference
 from lm.checkpoints.store import Checkpoints, Failure, Restored, SaveInterval
 
@@ -29,6 +31,8 @@ __all__ = [
     "from_tensors",
     "load",
     "load_gguf",
+    "load_peft",
+    "load_quantized",
     "open_any",
     "open_model",
     "read_config",
@@ -36,6 +40,7 @@ __all__ = [
     "read_weights",
     "register",
     "save",
+    "save_peft",
     "to_huggingface",
     "to_tensors",
     "weight_names",
