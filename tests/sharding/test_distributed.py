@@ -154,6 +154,7 @@ def test_alone_nothing_is_started(monkeypatch):
 ALONE = """
 import os, signal, sys, time
 from lm.sharding.distributed import PreemptionNotice
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may be started without
 notice = PreemptionNotice()
 notice.install()
 assert not notice.agreed(0)
