@@ -45,7 +45,7 @@ def main() -> None:
     opened = commands.open_model()
     requests = []
     for i, (where, row) in enumerate(rows):
-        ids = encode(opened, row, where)
+        ids = encode(opened, row, where, FLAGS.chat)
         seed = (FLAGS.seed + i) % 2**32
         requests.append(Request(prompt_token_ids=ids, **settings | {"seed": seed}))
     with input_errors():
@@ -129,15 +129,15 @@ def check_row(row: Any, where: str) -> None:
         )
 
 
-def encode(opened: Opened, row: Mapping[str, Any], where: str) -> list[int]:
-    """Token ids of a row.
+def encode(opened: Opened, row: Mapping[str, Any], where: str, chat: bool = False) -> list[int]:
+    """Token ids of a row; with `chat` a prompt is a user's turn.
 
     Raises:
       ConfigError: they are none, or too many for the model.
     """
     tokenizer, most = opened.tokenizer, opened.config.max_length
     messages = row.get("messages")
-    if messages is None and FLAGS.chat:
+    if messages is None and chat:
         messages = [{"role": "user", "content": row["prompt"]}]
     try:
         text = row["prompt"] if messages is None else render(tokenizer, messages)

@@ -1,0 +1,160 @@
+"""The commands that use a finished model: what they print, write and refuse."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import commands
+from experiments.config import ConfigError
+from experiments.generate import encode, read_rows
+from lm.checkpoints import open_any
+from lm.infer import Request
+from lm.infer.generate import LocalSampler
+from lm.infer.score import Scorer, perplexity
+from lm.tokenizers import ChatTemplate
+from tests.checkpoints.tiny_gguf import write_tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def opened(tiny):
+    return open_any(tiny)
+
+
+def run(command, *arguments, status=0):
+    """Standard output of a command, or standard error where it is to fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{command}", *arguments],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    return done.stderr if status else done.stdout
+
+
+def test_generate_prints_an_object_a_prompt(tiny, opened, tmp_path):
+    messages = [{"role": "user", "content": "Hello"}]
+    rows = [{"prompt": "def f(x):"}, {"messages": messages}, {"prompt": "The"}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows[:2])) + "\n\n" + json.dumps(rows[2]))
+    out = run(
+        "generate", f"--model={tiny}", f"--prompts={file}", "--max_new_tokens=6", "--logprobs=2",
+        "--format=json", "--temperature=0.7", "--top_k=50", "--seed=3", "--batch_size=2",
+    )  # fmt: skip
+    found = [json.loads(line) for line in out.splitlines()]
+    tokenizer = opened.tokenizer
+    chat = ChatTemplate.of(tokenizer).render(messages, add_generation_prompt=True)
+    sampler = LocalSampler(opened.params, opened.config, tokenizer=tokenizer)
+    for i, (text, one) in enumerate(zip(["def f(x):", chat, "The"], found, strict=True)):
+        ids = tokenizer.encode_prompt(text)
+        assert one["prompt_token_ids"] == ids
+        request = Request(
+            prompt_token_ids=ids, max_new_tokens=6, temperature=0.7, top_k=50, seed=3 + i,
+            logprobs=True, top_logprobs=2,
+        )  # fmt: skip
+        (sample,) = sampler.sample([request])
+        assert one["token_ids"] == list(sample.token_ids)
+        assert (one["text"], one["finish_reason"]) == (sample.text, sample.finish_reason)
+        for token, logprob, top, theirs in zip(
+            sample.token_ids, sample.logprobs, sample.top_logprobs, one["logprobs"], strict=True
+        ):
+            assert theirs["token_id"] == token
+            assert theirs["logprob"] == pytest.approx(logprob, abs=1e-4)
+            assert [t["token_id"] for t in theirs["top"]] == [token_id for token_id, _ in top]
+            assert theirs["top"][0]["logprob"] == pytest.approx(top[0][1], abs=1e-4)
+
+
+def test_one_text_comes_as_it_is_made(tiny, opened):
+    out = run("generate", f"--model={tiny}", "--prompt=The", "--max_new_tokens=9")
+    sampler = LocalSampler(opened.params, opened.config, tokenizer=opened.tokenizer)
+    ids = opened.tokenizer.encode_prompt("The")
+    (sample,) = sampler.sample([Request(prompt_token_ids=ids, max_new_tokens=9)])
+    assert out == sample.text + "\n"
+
+
+def test_perplexity_of_a_file(tiny, opened, tmp_path):
+    text = (ROOT / "LICENSE").read_text()[:1500]
+    (tmp_path / "text.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    out = run(
+        "perplexity", f"--model={tiny}", f"--text={tmp_path / 'text.txt'}", "--window=64",
+        "--stride=32", "--format=json", "--max_tokens=300",
+    )  # fmt: skip
+    found = json.loads(out)
+    ids = opened.tokenizer.encode(text)[:300]
+    expected = perplexity(Scorer(opened.params, opened.config), opened.tokenizer, ids, 64, 32)
+    assert (found["tokens"], found["window"], found["stride"]) == (299, 64, 32)
+    for key in ("nats_per_token", "perplexity", "bits_per_byte"):
+        assert found[key] == pytest.approx(getattr(expected, key), rel=1e-5)
+
+
+def test_convert(tiny, opened, tmp_path):
+    out = run("convert", f"--model={tiny}", "--format=safetensors", f"--output={tmp_path / 'm'}")
+    assert "model.safetensors" in out
+    again = open_any(tmp_path / "m")
+    assert again.config == opened.config
+    np.testing.assert_array_equal(again.params.embed, opened.params.embed)
+    assert again.tokenizer.eos_ids == opened.tokenizer.eos_ids
+    assert dict(again.tokenizer.chat_templates) == dict(opened.tokenizer.chat_templates)
+    error = run("convert", f"--model={tiny}", f"--output={tmp_path / 'm'}", status=2)
+    assert error == f"error: {tmp_path / 'm'} is there already; give a new folder as --output\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--model=smollm3", "--prompt=a"], 2, "error: no model 'smollm3': no such path"),
+        (["--model={tiny}", "--prompt=a", "--dtype=float8"], 1, "dtype"),
+        (["--model={tiny}"], 2, "give either --prompt=TEXT or --prompts=FILE.jsonl"),
+        (["--model={tiny}", "--prompt=a", "--top_p=0"], 2, "error: top_p=0.0; use more than 0"),
+    ],
+)
+def test_flags_that_cannot_be(tiny, arguments, status, message):
+    arguments = [argument.format(tiny=tiny) for argument in arguments]
+    assert message in run("generate", *arguments, status=status)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": }', r"rows.jsonl:2 is not JSON"),
+        ('{"prompt": "a"}\n\n["a"]', r"rows.jsonl:3 has to be an object with either"),
+        ('{"prompt": "a", "messages": []}', r"rows.jsonl:1 has to be an object with either"),
+        ('{"prompt": 5}', r'rows.jsonl:1: "prompt" is 5; it has to be text'),
+        ('{"messages": ["a"]}', r'rows.jsonl:1: "messages" has to be a list of objects'),
+        ("\n \n", r"rows.jsonl has no prompts"),
+    ],
+)
+def test_rows_that_cannot_be(tmp_path, text, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        list(read_rows(str(file)))
+
+
+def test_prompts_that_cannot_be(opened):
+    with pytest.raises(ConfigError, match="x:1: the prompt is empty, and this model puts no BOS"):
+        encode(opened, {"prompt": ""}, "x:1")
+    with pytest.raises(ConfigError, match=r"x:2: the prompt's \d+ tokens leave no room .* of 128"):
+        encode(opened, {"prompt": "word " * 200}, "x:2")
+    with pytest.raises(ConfigError, match="x:3: "):
+        encode(opened, {"messages": [{"role": "user"}]}, "x:3")
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "latin").write_bytes("caf\xe9 au lait".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin is not UTF-8: byte 0xe9 at 3"):
+        commands.read_text(str(tmp_path / "latin"))
+    with pytest.raises(ConfigError, match="nowhere cannot be read: No such file"):
+        commands.read_text(str(tmp_path / "nowhere"))
+    (tmp_path / "lines").write_bytes(b"a\r\nb\rc\n")
+    assert commands.read_text(str(tmp_path / "lines")) == "a\nb\nc\n"
