@@ -7,19 +7,21 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lm.checkpoints import huggingface, model_json
 from lm.checkpoints.gguf import load_gguf
 from lm.checkpoints.opening import all_steps, find, open_model
+from lm.checkpoints.quantized import load_quantized, read_quantization
 from lm.checkpoints.store import CheckpointError
 from lm.files.packaged import PACKAGED, find_packaged
 from lm.files.safetensors import INDEX, SINGLE
 from lm.model import ModelConfig, ModelWeights, param_specs, unstack
 from lm.sharding import Layout
 from lm.tokenizers import Tokenizer, check_fits, open_tokenizer
-from lm.weights import cast, shardings
+from lm.weights import Leaf, cast, shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
 _EXPECTED = (
@@ -57,7 +59,8 @@ def open_any(
         folder of checkpoints, or the workdir of a run), or the name of a model that an installed
         package brings (`lm.files.packaged.PACKAGED`).
       dtype: of the weights that are arrays.
-      keep_quantized: keep a GGUF file's blocks and compute on them.
+      keep_quantized: keep the blocks of a GGUF file, or the packed weights of a quantized Hugging
+        Face model, and compute on them; otherwise they are decoded once.
       layout: place each shard by these rules; None for the default device.
       tokenizer: where the tokenizer is, if not with the model.
 
@@ -74,8 +77,15 @@ def open_any(
     opened_tokenizer = open_tokenizer(tokenizer or tokenizer_path(path))
     if path.suffix == ".gguf":
         params, config = load_gguf(path, dtype=dtype, keep_quantized=keep_quantized, layout=layout)
+    elif is_huggingface(path) and read_quantization(path) is not None:
+        params, config = load_quantized(path, dtype=dtype, layout=layout)
+        if not keep_quantized:
+            params = _decoded(params, dtype)
     elif keep_quantized:
-        raise ValueError(f"keep_quantized: {path} has no blocks to keep; only GGUF files have")
+        raise ValueError(
+            f"keep_quantized: {path} has nothing quantized to keep; leave it out, or give a .gguf "
+            "file or a quantized model"
+        )
     elif is_huggingface(path):
         config = huggingface.read_config(path)
         places = None
@@ -89,6 +99,15 @@ def open_any(
         params = cast(unstack(params), dtype)
     check_fits(opened_tokenizer, config.vocab_size)
     return Opened(params, config, opened_tokenizer)
+
+
+def _decoded(params: ModelWeights, dtype: Any) -> ModelWeights:
+    """Every leaf as an array."""
+
+    def leaf(x: Any) -> Any:
+        return x.dequantize(dtype) if isinstance(x, Leaf) else x
+
+    return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, Leaf))
 
 
 def locate(model: str | pathlib.Path) -> pathlib.Path:

@@ -17,9 +17,11 @@ from lm.tokenizers import from_gguf
 from lm.tokenizers.save import save_tokenizer
 from lm.train.state import TrainState
 from lm.weights import Leaf
+from tests.checkpoints.test_quantized import FORMATS, assert_is, leaves_of, quantized_model
 from tests.checkpoints.tiny_gguf import vocabulary, write_tiny
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
+FORM = next(iter(FORMATS))
 PROMPT = "The quick brown fox; <|im_start|>"
 
 
@@ -102,6 +104,27 @@ def test_a_run_and_its_checkpoints(opened, tmp_path):
         open_any(run)
 
 
+def test_a_quantized_model_is_kept_or_decoded(tmp_path):
+    _, expected, config = quantized_model(tmp_path, "llama", FORM)
+    write_words(tmp_path, config.vocab_size)
+    kept = open_any(tmp_path, keep_quantized=True)
+    assert leaves_of(kept.params)
+    decoded = open_any(tmp_path)
+    assert not leaves_of(decoded.params)
+    for opened in (kept, decoded):
+        assert_is(opened.params, expected, config)
+
+
+def write_words(directory, size):
+    """A tokenizer.json of so many tokens and no merges."""
+    import tokenizers
+
+    vocab = {f"<{i}>": i for i in range(size)}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.save(str(directory / "tokenizer.json"))
+
+
 def test_names(monkeypatch, tmp_path):
     with pytest.raises(CheckpointError) as error:
         open_any("smolm2-135m")
@@ -144,7 +167,7 @@ def test_what_does_not_fit(tiny, opened, tmp_path):
         open_any(tiny, dtype=np.float64)
     save(opened.params, opened.config, tmp_path / "model")
     save_tokenizer(opened.tokenizer, tmp_path / "model")
-    with pytest.raises(ValueError, match="has no blocks to keep"):
+    with pytest.raises(ValueError, match="has nothing quantized to keep"):
         open_any(tmp_path / "model", keep_quantized=True)
 
 
