@@ -21,8 +21,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 
+from experiments import program
 from experiments.assemble import Run, open_run
 from experiments.config import ConfigError, input_errors
 from lm.checkpoints import Checkpoints, open_model
@@ -135,17 +136,11 @@ def table(figures: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+def main() -> None:
     values = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run = open_run(values.workdir)
-        steps = choose(run.checkpoints.steps(), values.last, values.steps)
-        made = average(run, steps, values.output)
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from error
+    run = open_run(values.workdir)
+    steps = choose(run.checkpoints.steps(), values.last, values.steps)
+    made = average(run, steps, values.output)
     print(f"average of steps {', '.join(map(str, made.steps))}: {made.path}\n")
     print(table(made.figures))
 
@@ -155,4 +150,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("last", None, "How many of the last checkpoints to average.")
     flags.DEFINE_list("steps", [], "Steps of the checkpoints to average, in place of --last.")
     flags.DEFINE_string("output", None, "A new folder for the average.", required=True)
-    app.run(main)
+    program.run(main)

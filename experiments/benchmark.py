@@ -35,34 +35,19 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from experiments import program
+from experiments.config import ConfigError
 from experiments.contenders import CONTENDERS, SIZES, Size, make_jax_step, work
 
 PRECISIONS = ("float32", "bfloat16")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
-_SIZES = flags.DEFINE_list("sizes", ["small", "large"], "on CPU: sizes to time")
-_PRECISIONS = flags.DEFINE_list("precisions", list(PRECISIONS), "on CPU: precisions to time")
-_CONTENDERS = flags.DEFINE_list("contenders", list(CONTENDERS), "on CPU: who takes part")
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "timed steps of each contender", lower_bound=1)
-_REMAT = flags.DEFINE_string(
-    "remat", None, "see lm.model.remat; default none, full on accelerators"
-)
-_FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "of the result")
-_MODEL = flags.DEFINE_string("model", "llama3_2_1b", "on accelerators: a name in lm.model.known")
-_LENGTH = flags.DEFINE_integer("sequence_length", 4096, "on accelerators", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch_size", 8, "on accelerators: rows of a step", lower_bound=1)
-_ATTENTION = flags.DEFINE_string(
-    "attention", None, "on accelerators: implementation; default cudnn on GPU"
-)
-_PEAK = flags.DEFINE_float(
-    "peak_tflops", None, "of the accelerator, dense bfloat16; default from lm.sharding.chips"
-)
-_WORKER = flags.DEFINE_string("worker", None, "internal: the contender this process is")
+FLAGS = flags.FLAGS
 
 
-class BenchmarkError(Exception):
+class BenchmarkError(ConfigError):
     """The benchmark cannot go on; the message says why and what to do."""
 
 
@@ -336,7 +321,7 @@ def accelerator() -> tuple[str, str]:
 def benchmark_train() -> None:
     """The command `train`."""
     for name, given, known in (
-        ("sizes", _SIZES.value, SIZES), ("precisions", _PRECISIONS.value, PRECISIONS)
+        ("sizes", FLAGS.sizes, SIZES), ("precisions", FLAGS.precisions, PRECISIONS)
     ):  # fmt: skip
         wrong = [value for value in given if value not in known]
         if wrong or not given:
@@ -344,24 +329,24 @@ def benchmark_train() -> None:
     kind, device = accelerator()
     rows: list[dict[str, Any]] = []
     if kind == "cpu":
-        names = available(_CONTENDERS.value)
+        names = available(FLAGS.contenders)
         facts = environment(processor())
-        for size in _SIZES.value:
-            for precision in _PRECISIONS.value:
-                group = race(names, size, precision, _ROUNDS.value, _REMAT.value)
+        for size in FLAGS.sizes:
+            for precision in FLAGS.precisions:
+                group = race(names, size, precision, FLAGS.rounds, FLAGS.remat)
                 add_ratios(group)
                 rows += group
         text = table(rows)
     else:
         from lm.sharding.chips import peak_flops
 
-        peak_tflops = _PEAK.value or (peak_flops(device) or 0) / 1e12
+        peak_tflops = FLAGS.peak_tflops or (peak_flops(device) or 0) / 1e12
         if not peak_tflops:
             raise BenchmarkError(f"the peak of {device!r} is not known; give --peak_tflops")
-        attention = _ATTENTION.value or ("cudnn" if kind in ("gpu", "cuda", "rocm") else None)
+        attention = FLAGS.attention or ("cudnn" if kind in ("gpu", "cuda", "rocm") else None)
         row = time_accelerator(
-            _MODEL.value, _BATCH.value, _LENGTH.value, _REMAT.value or "full", attention,
-            _ROUNDS.value, peak_tflops,
+            FLAGS.model, FLAGS.batch_size, FLAGS.sequence_length, FLAGS.remat or "full", attention,
+            FLAGS.rounds, peak_tflops,
         )  # fmt: skip
         rows.append(row)
         facts = environment(device)
@@ -372,7 +357,7 @@ def benchmark_train() -> None:
             f"{row['tokens_per_second']:,.0f} tokens/s, {row['tflops']:.0f} TFLOP/s, MFU "
             f"{row['mfu']:.1%} of {row['peak_tflops']:g}, peak memory {peak}"
         )
-    if _FORMAT.value == "json":
+    if FLAGS.format == "json":
         print(json.dumps({"environment": facts, "rows": rows}, indent=2))
         return
     print(text)
@@ -382,20 +367,31 @@ def benchmark_train() -> None:
     print(facts["command"])
 
 
-def main(argv: Sequence[str]) -> None:
-    if _WORKER.value:
+def main(names: Sequence[str]) -> None:
+    if FLAGS.worker:
         # Answers go to the original standard output; what libraries print goes to the error stream.
         answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        work(_WORKER.value, sys.stdin, answers)
+        work(FLAGS.worker, sys.stdin, answers)
         return
-    if list(argv[1:]) != ["train"]:
-        raise app.UsageError(f"which benchmark? Known: train; got {list(argv[1:])}")
-    try:
-        benchmark_train()
-    except BenchmarkError as error:
-        sys.exit(f"error: {error}")
+    if list(names) != ["train"]:
+        raise BenchmarkError(f"which benchmark? Known: train; got {' '.join(names) or 'none'}")
+    benchmark_train()
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flags.DEFINE_list("sizes", ["small", "large"], "On CPU: sizes to time.")
+    flags.DEFINE_list("precisions", list(PRECISIONS), "On CPU: precisions to time.")
+    flags.DEFINE_list("contenders", list(CONTENDERS), "On CPU: who takes part.")
+    flags.DEFINE_integer("rounds", 10, "Timed steps of each contender.", lower_bound=1)
+    flags.DEFINE_string("remat", None, "See lm.model.remat; default none, full on accelerators.")
+    flags.DEFINE_enum("format", "table", ["table", "json"], "Of the result.")
+    flags.DEFINE_string("model", "llama3_2_1b", "On accelerators: a name in lm.model.known.")
+    flags.DEFINE_integer("sequence_length", 4096, "On accelerators.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 8, "On accelerators: rows of a step.", lower_bound=1)
+    flags.DEFINE_string("attention", None, "On accelerators: implementation; cudnn on GPU.")
+    flags.DEFINE_float(
+        "peak_tflops", None, "Of the accelerator, dense bfloat16; default from lm.sharding.chips."
+    )
+    flags.DEFINE_string("worker", None, "Internal: the contender this process is.")
+    program.run(main, positional=True)

@@ -30,7 +30,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import commands
+from experiments import program
 from experiments.config import ConfigError, input_errors
 from experiments.generation_contenders import CONTENDERS, NEEDS
 from lm.checkpoints.models import locate
@@ -218,4 +218,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("contenders", list(CONTENDERS), "Who takes part.")
     flags.DEFINE_enum("format", "table", ["table", "json"], "Of the result.")
     flags.DEFINE_string("worker", None, "Internal: the contender this process is.")
-    commands.run(main)
+    program.run(main)

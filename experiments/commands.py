@@ -1,14 +1,9 @@
-"""What the commands that use a finished model share: flags, opening it, errors."""
+"""What the commands that use a finished model share: flags, and opening it."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
-
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 
 from experiments.config import ConfigError, input_errors
 from lm.checkpoints import Opened, open_any
@@ -25,28 +20,6 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of weights and compute."
 _KEEP_QUANTIZED = flags.DEFINE_bool(
     "keep_quantized", False, "Compute on the blocks of a .gguf file instead of decoding them once."
 )
-
-
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run `main()` as an absl program. A ConfigError is one message on stderr, and status 2."""
-
-    def program(argv: Sequence[str]) -> None:
-        logging.set_verbosity(max(flags.FLAGS.verbosity, logging.WARNING))
-        try:
-            if argv[1:]:
-                raise ConfigError(f"unexpected argument {argv[1]!r}; flags are --name=value")
-            main()
-        except ConfigError as error:
-            if flags.FLAGS["verbosity"].present and flags.FLAGS.verbosity > 0:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except BrokenPipeError:  # whoever reads has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-
-    app.run(program)
-    raise AssertionError("app.run returned")
 
 
 def open_model() -> Opened:

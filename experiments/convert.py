@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import commands
+from experiments import commands, program
 from experiments.config import ConfigError, input_errors
 from lm.checkpoints import save
 from lm.checkpoints.models import is_huggingface, locate
@@ -78,4 +78,4 @@ def write_tokenizer(tokenizer: Tokenizer, source: pathlib.Path, output: pathlib.
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "A new folder for the model.")
     flags.DEFINE_enum("format", "safetensors", ["safetensors"], "What is written.")
-    commands.run(main)
+    program.run(main)

@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import commands
+from experiments import commands, program
 from experiments.config import ConfigError, input_errors
 from lm.checkpoints import Opened
 from lm.infer import Request, Sample
@@ -194,4 +194,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("logprobs", None, "With log-probabilities, and so many likeliest tokens.")
     flags.DEFINE_integer("batch_size", 8, "Most prompts at once.")
     flags.DEFINE_enum("format", "text", ["text", "json"], "What is printed.")
-    commands.run(main)
+    program.run(main)

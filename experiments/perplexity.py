@@ -22,7 +22,7 @@ import json
 
 from absl import flags
 
-from experiments import commands
+from experiments import commands, program
 from experiments.config import ConfigError, input_errors
 from lm.infer.score import Scorer, perplexity
 
@@ -71,4 +71,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("convention", "transformers", ["transformers", "llama.cpp"], "See above.")
     flags.DEFINE_integer("batch_size", 1, "Windows at once.")
     flags.DEFINE_enum("format", "text", ["text", "json"], "What is printed.")
-    commands.run(main)
+    program.run(main)

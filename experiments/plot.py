@@ -20,9 +20,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments import figures
+from experiments import figures, program
+from experiments.config import ConfigError
 from experiments.figures import Line, Points, Rows
 from lm.train import metrics as metrics_lib
 from lm.train.goodput import duration
@@ -360,13 +361,13 @@ def _described(index: int, run: Run) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str]) -> None:
+def main(workdirs: Sequence[str]) -> None:
     values = flags.FLAGS
     try:
-        runs = load(argv[1:])
+        runs = load(workdirs)
         print(write(values.output, runs, metrics=values.metric, smooth=values.smooth, x=values.x))
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ConfigError(str(error)) from error
 
 
 if __name__ == "__main__":
@@ -376,4 +377,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_float("smooth", 0.8, "Weight of a neighbour in the smoothed line; 0 for none.")
     flags.DEFINE_enum("x", "step", list(X_LABELS), "The x axis.")
-    app.run(main)
+    program.run(main, positional=True)

@@ -22,8 +22,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
+from experiments import program
 from experiments.assemble import Run, open_run
 from experiments.config import ConfigError, input_errors
 from lm.checkpoints import DamagedError, open_model
@@ -332,19 +333,13 @@ def row_to_text(run: Run, described: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+def main() -> None:
     values = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
-    try:
-        run = open_run(values.workdir)
-        found = replay(
-            run, values.step, row=values.row, attempt=values.attempt,
-            checkpoint=values.checkpoint, num_worst=values.worst,
-        )  # fmt: skip
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from error
+    run = open_run(values.workdir)
+    found = replay(
+        run, values.step, row=values.row, attempt=values.attempt,
+        checkpoint=values.checkpoint, num_worst=values.worst,
+    )  # fmt: skip
     if values.format == "json":
         print(json.dumps(to_json(found)))
         return
@@ -361,4 +356,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "Take the weights from this checkpoint.")
     flags.DEFINE_integer("worst", 20, "How many tokens of the highest loss to list.")
     flags.DEFINE_enum("format", "text", ["text", "json"], "For people, or for programs.")
-    app.run(main)
+    program.run(main)

@@ -35,10 +35,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import markupsafe
-from absl import app, flags
+from absl import flags
 
 from experiments import config as config_lib
-from experiments import figures
+from experiments import figures, program
+from experiments.config import ConfigError
 from experiments.figures import Line, Points, Rows
 from lm.train import metrics as metrics_lib
 from lm.train.goodput import KINDS, duration
@@ -264,15 +265,13 @@ def _training_line(name: str, points: Points, marks: list[tuple[int, str]]) -> L
     return Line("training, smoothed", smoothed, raw=points, marks=marks)
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+def main() -> None:
     try:
         print(write_from_workdir(flags.FLAGS.workdir))
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ConfigError(str(error)) from error
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    app.run(main)
+    program.run(main)

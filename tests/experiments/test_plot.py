@@ -206,5 +206,5 @@ def test_the_command(workdirs, tmp_path):
     assert done.stdout.strip() == f"{tmp_path}/c.html"
     assert "grad norm" in Page((tmp_path / "c.html").read_text("utf-8")).text
     refused = run(str(tmp_path / "no"), output)
-    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert refused.stderr.startswith("error: ") and "no metrics.jsonl" in refused.stderr

@@ -167,6 +167,6 @@ def test_the_command(spiked: Spiked) -> None:
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
     assert [w["position"] for w in found["worst"]] == [w["position"] for w in expected["worst"]]
     done = call("--step=99")
-    assert done.returncode == 1 and done.stderr.strip().endswith(
+    assert done.returncode == 2 and done.stderr.strip().endswith(
         "error: --step=99 is none of the run's; give 1 to 24"
     )

@@ -1,0 +1,31 @@
+"""What every command shares: flags that get on with each other, and one way to refuse."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
+COMMANDS = [
+    name for name in NAMES if "program.run(" in (ROOT / "experiments" / f"{name}.py").read_text()
+]
+
+
+def test_all_modules_can_be_imported_into_one_process() -> None:
+    for name in NAMES:
+        importlib.import_module(f"experiments.{name}")
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "program"])
+def test_an_unknown_flag_is_refused(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", "--no_such_flag=1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "no_such_flag" in done.stderr
