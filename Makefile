@@ -18,7 +18,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --no-input --disable-pip-version-che
 QUIETLY := 2>&1 | awk '!/^ *(Collecting|Requirement already|Looking in|Obtaining|Using cached|Preparing|Checking|Getting|Installing build|Created|Stored|Attempting|Found existing|Uninstalling|Successfully|Processing|Building|━|WARNING: Location)/ \
 	{ print substr($$0, 1, 120); fflush() }'
 
-.PHONY: help setup demo test test-all lint format notebooks clean
+.PHONY: help setup compilers demo test test-all lint format notebooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,11 +29,13 @@ demo: $(VENV)/setup.stamp ## pretrain on local text; FILES='dir/**/*.txt' WORKDI
 	$(BIN)/python -m experiments.pretrain --config=demo --workdir='$(WORKDIR)' \
 		$${FILES:+"--config.data.files=$$FILES"} $(ARGS)
 
-test: lint ## lint, check types and run the tests; ARGS='-k packing'
+test: lint $(VENV)/aot.stamp ## lint, check types and run the tests; ARGS='-k packing'
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: lint ## the same with the slow tests
+test-all: lint $(VENV)/aot.stamp ## the same with the slow tests
 	$(BIN)/python -m pytest -m '' $(ARGS)
+
+compilers: $(VENV)/aot.stamp ## what compiles ahead of time for TPUs and GPUs that are not here
 
 lint: $(VENV)/test.stamp ## ruff and pyright
 	$(BIN)/ruff format --check .
@@ -67,4 +69,10 @@ $(VENV)/setup.stamp: setup.cfg constraints.txt
 $(VENV)/test.stamp: $(VENV)/setup.stamp
 	@echo "Installing the test tools and the PyTorch oracles into $(VENV) (once)"
 	@$(PIP_INSTALL) -e '.[report,test,peers]' $(QUIETLY)
+	@touch $@
+
+# Compilers alone, in a folder of their own: in the environment they would be asked for devices.
+$(VENV)/aot.stamp: $(VENV)/setup.stamp
+	@echo "Installing the compilers for TPU and H200 into $(VENV)/aot (once; 300 MB)"
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/aot libtpu jax-cuda12-plugin jax-cuda12-pjrt $(QUIETLY)
 	@touch $@
