@@ -7,7 +7,11 @@ from typing import Any
 import jax
 
 from lm.kernels.attention.blocked import blocked_attention
-from lm.kernels.attention.reference import View, reference_attention
+from lm.kernels.attention.reference import (
+    View,
+    reference_attention,
+    reference_attention_backward,
+)
 
 IMPLEMENTATIONS = ("reference", "blocked", "cudnn")
 
@@ -30,7 +34,8 @@ def attention(
 
     Args:
       q: [B, T, H, h].
-      k, v: [B, S, K, h]; K divides H, and query heads g..g+H/K-1 share one of them.
+      k, v: [B, S, K, h]; K divides H, and query heads g..g+H/K-1 share one of them; the head size
+        of v may be another than that of q and k.
       view: positions and segments of queries and keys.
       scale: multiplies the scores.
       causal: a query sees no later position.
@@ -42,7 +47,9 @@ def attention(
         attention of tokens to themselves, no sinks, no log-sum-exp), else "reference".
 
     Returns:
-      [B, T, H, h] of q's dtype (and the log-sum-exp).
+      [B, T, H, h of v] of q's dtype (and the log-sum-exp). A query that sees no key gets zeros, and
+      -0.7 times the largest float32 as its log-sum-exp: finite, so that `jnp.logaddexp` and
+      exp(lse - max) of parts merge without NaN.
 
     Raises:
       ValueError: the implementation is unknown, or cannot do what is asked.
@@ -66,6 +73,51 @@ def attention(
         return _cudnn(q, k, v, view, scale, causal, window, softcap, sinks, return_lse)
     raise ValueError(
         f"attention implementation {implementation!r} is unknown; use {', '.join(IMPLEMENTATIONS)}"
+    )
+
+
+def attention_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    view: View,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    dlse: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of attention where `k`, `v` may be only a part of the keys.
+
+    Each weight is exp(score - lse), so the results of the parts add up: to dq as they are, to dk
+    and dv each its own rows. Sinks need nothing here if `out` and `lse` count them.
+
+    Args:
+      q, k, v, view, scale, causal, window, softcap: as `attention`.
+      out, lse: [B, T, H, h of v] and [B, T, H], of the softmax over all keys.
+      dout: the gradient of `out`.
+      dlse: the gradient of `lse`, float32 [B, T, H]; None for 0.
+      implementation: "reference"; None for "reference".
+
+    Returns:
+      (dq, dk, dv), float32, shaped as q, k and v. Queries that see no key of this part, and keys
+      that no query sees, get zeros.
+
+    Raises:
+      ValueError: the implementation is unknown, or cannot do what is asked.
+    """
+    if implementation in (None, "reference"):
+        return reference_attention_backward(
+            q, k, v, view, out, lse, dout, scale=scale, causal=causal, window=window,
+            softcap=softcap, dlse_BTH=dlse,
+        )  # fmt: skip
+    raise ValueError(
+        f"attention_backward implementation {implementation!r} is unknown; use reference"
     )
 
 

@@ -6,13 +6,14 @@ H = K x G query heads, h head size.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row with no keys gives no NaN
+NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: merging two of it gives no NaN
 
 
 @flax.struct.dataclass
@@ -76,15 +77,63 @@ def reference_attention(
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, K, H // K, 1, 1)
         top = jnp.maximum(top, sink)
-    top = jax.lax.stop_gradient(top)
+    # So that the weights of a query without keys are exp(NEGATIVE / 2) = 0, not exp(0).
+    top = jnp.maximum(jax.lax.stop_gradient(top), NEGATIVE / 2)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
         total += jnp.exp(sink - top)
+    blind = total == 0
+    total = jnp.where(blind, 1, total)
     probabilities = (weights / total).astype(v_BSKh.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", probabilities, v_BSKh)
     out = out.reshape(B, T, H, v_BSKh.shape[-1])
     if not return_lse:
         return out
-    lse = (jnp.log(total) + top)[..., 0]
+    lse = jnp.where(blind, NEGATIVE, jnp.log(total) + top)[..., 0]
     return out, jnp.moveaxis(lse, -1, 1).reshape(B, T, H)
+
+
+def reference_attention_backward(
+    q_BTHh: jax.Array,
+    k_BSKh: jax.Array,
+    v_BSKh: jax.Array,
+    view: View,
+    out_BTHh: jax.Array,
+    lse_BTH: jax.Array,
+    dout_BTHh: jax.Array,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    dlse_BTH: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients with the scores held whole. See `lm.kernels.attention.attention_backward`."""
+    B, T, H, h = q_BTHh.shape
+    K = k_BSKh.shape[2]
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def grouped(x: jax.Array) -> jax.Array:
+        return x.reshape(B, T, K, H // K, *x.shape[3:])
+
+    def rows(x_BTH: jax.Array) -> jax.Array:
+        return jnp.moveaxis(grouped(x_BTH), 1, 3)[..., None]
+
+    q, dout = grouped(q_BTHh), grouped(dout_BTHh)
+    delta = jnp.sum(dout_BTHh.astype(jnp.float32) * out_BTHh.astype(jnp.float32), axis=-1)
+    if dlse_BTH is not None:
+        delta -= dlse_BTH
+    scores = dot("btkgh,bskh->bkgts", q, k_BSKh) * scale
+    slope = jnp.float32(1)
+    if softcap is not None:
+        capped = jnp.tanh(scores / softcap)
+        scores, slope = softcap * capped, 1 - jnp.square(capped)
+    seen = mask(view, causal, window)[:, None, None]
+    weights = jnp.exp(jnp.where(seen, scores - rows(lse_BTH.astype(jnp.float32)), NEGATIVE))
+    dweights = dot("btkgh,bskh->bkgts", dout, v_BSKh)
+    dscores = (weights * (dweights - rows(delta)) * slope * scale).astype(q.dtype)
+    dq = dot("bkgts,bskh->btkgh", dscores, k_BSKh).reshape(B, T, H, h)
+    dk = dot("bkgts,btkgh->bskh", dscores, q)
+    dv = dot("bkgts,btkgh->bskh", weights.astype(v_BSKh.dtype), dout)
+    return dq, dk, dv
