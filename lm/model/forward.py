@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels import attention as attention_kernels
 from lm.kernels.attention import View
+from lm.kernels.embedding import lookup
 from lm.model.config import Attention, FeedForward, Layer, ModelConfig, Norm, Rope, Stack
 from lm.model.params import (
     AttentionWeights,
@@ -132,12 +133,11 @@ def forward(
 
 def embed(params: ModelWeights, tokens: Tokens, config: ModelConfig, dtype: Any) -> jax.Array:
     """Rows of the embedding, [B, T, D]."""
-    table = gather(params.embed, param_specs(config).embed)
-    if not isinstance(table, Leaf):
-        # So its gradient is summed before it is split over `fsdp`; else every device would be sent
-        # the activations of all the others.
-        table = constrain(table, "vocab", None)
-    x = constrain(take(table, tokens.ids, dtype), "batch", "sequence", None)
+    if isinstance(params.embed, Leaf):
+        x = take(gather(params.embed, param_specs(config).embed), tokens.ids, dtype)
+    else:
+        x = lookup(params.embed, tokens.ids).astype(dtype)
+    x = constrain(x, "batch", "sequence", None)
     if config.embed_scale is not None:
         x *= jnp.asarray(config.embed_scale, dtype)
     return constrain(x, "batch", "residual_sequence", None)

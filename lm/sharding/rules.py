@@ -34,22 +34,30 @@ class Rules:
     optimizer: Table
 
 
-def make_rules(zero: int = 3, sequence_parallel: bool = False) -> Rules:
-    """Tensor parallelism over `tensor` and ZeRO (arXiv:1910.02054) stage `zero` over `fsdp`.
+def make_rules(
+    zero: int = 3, sequence_parallel: bool = False, zero_axes: tuple[str, ...] = ("fsdp",)
+) -> Rules:
+    """Tensor parallelism over `tensor` and ZeRO (arXiv:1910.02054) stage `zero` over `zero_axes`.
 
     Args:
       zero: 0 replicates everything over `fsdp`; 1 shards the optimizer state, 2 also the
         gradients, 3 also the weights.
       sequence_parallel: between blocks, also split the sequence over `tensor` (arXiv:2205.05198).
+      zero_axes: axes of the batch that share the state, the ones nearest each other first. Weights
+        are gathered, and gradients scattered, over one of them at a time: where each is one
+        dimension of a torus, a TPU's links carry half of what they would for one large axis (its
+        compiler makes an all-reduce of a reduce-scatter over several dimensions).
 
     Raises:
-      ValueError: `zero` is not 0, 1, 2 or 3.
+      ValueError: `zero` is not 0, 1, 2 or 3, or `zero_axes` are not different axes of the batch.
     """
     if zero not in (0, 1, 2, 3):
         raise ValueError(f"ZeRO stage {zero} does not exist; use 0, 1, 2 or 3")
+    if not zero_axes or len({*zero_axes} & {*BATCH}) != len(zero_axes):
+        raise ValueError(f"zero_axes={zero_axes} must be different ones of {', '.join(BATCH)}")
     tensor = dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("tensor",))
     tensor |= {"layers": ("stage",), "experts": ("expert",)}
-    sharded = tensor | {"embed": ("fsdp",)}
+    sharded = tensor | {"embed": tuple(zero_axes)}
     activations = {
         "batch": BATCH,
         "sequence": ("context",),
@@ -65,6 +73,11 @@ def make_rules(zero: int = 3, sequence_parallel: bool = False) -> Rules:
         gradients=sharded if zero >= 2 else tensor,
         optimizer=sharded if zero >= 1 else tensor,
     )
+
+
+def without(table: Table, mesh_axes: Sequence[str]) -> Table:
+    """The table that does not split over these mesh axes."""
+    return {name: tuple(a for a in axes if a not in mesh_axes) for name, axes in table.items()}
 
 
 def partition_spec(

@@ -68,7 +68,9 @@ class Accumulation:
     def __call__(
         self, objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
     ) -> tuple[Tree, dict[str, Term]]:
-        compute = cast(trainable, self.dtype)
+        # Pinned where they rest, so that what is gathered is in the dtype of compute.
+        specs = _specs_of(self.config, trainable)
+        compute = shard_like(cast(trainable, self.dtype), specs, "weights")
         counts = self.counts(objective, compute, frozen, batch, key)
 
         def micro_gradient(micro: Batch) -> tuple[Tree, dict[str, jax.Array]]:

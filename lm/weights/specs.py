@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lm.sharding import Rules, current_layout, named_sharding, reshard
+from lm.sharding import Rules, current_layout, gather_weight, named_sharding
 from lm.weights.leaf import Leaf
 
 Tree = Any
@@ -151,26 +151,15 @@ def cast(params: Tree, dtype: Any) -> Tree:
 
 
 def gather(params: Tree, specs: Tree) -> Tree:
-    """Weights as the matrices multiply them: gathered over `fsdp`, still split over `tensor`.
-
-    On the way back each gradient goes straight to the `gradients` table: a reduce-scatter under
-    ZeRO-2 and -3, an all-reduce otherwise. Without a layout this is the identity.
-    """
-    layout = current_layout()
-    if layout is None:
+    """Weights as the matrices multiply them; see `gather_weight`. A Leaf stays as it rests."""
+    if current_layout() is None:
         return params
-    mesh, rules = layout.mesh, layout.rules
-    used = {
-        logical: tuple(a for a in axes if a != "fsdp") for logical, axes in rules.weights.items()
-    }
 
     def leaf(spec: ParamSpec, weight: Any) -> Any:
         if isinstance(weight, Leaf):
             inner = weight.specs(spec)
             return weight if is_spec(inner) else map_specs(leaf, inner, weight)
-        forward = named_sharding(mesh, used, spec.axes)
-        backward = named_sharding(mesh, rules.gradients, spec.axes)
-        return reshard(weight, forward, backward)
+        return gather_weight(weight, *spec.axes)
 
     return map_specs(leaf, specs, params)
 

@@ -249,6 +249,7 @@ def _local_backward(plan, hidden, weight, targets, logsumexp, d_logprobs, d_logs
     rows = (whole.reshape(-1, whole.shape[-1]), *(x.reshape(-1) for x in per_token))
     d_matrix, d_hidden = _scan_chunks(plan, step, jnp.zeros(matrix.shape, jnp.float32), rows)
     d_hidden = d_hidden.reshape(whole.shape)
+    d_matrix = d_matrix.astype(weight.dtype)  # before it is sent, as every weight's gradient is
     if at.sequence:
         d_hidden = jax.lax.psum_scatter(d_hidden, at.sequence, scatter_dimension=1, tiled=True)
     rest = tuple(axis for axis in at.vocab if axis not in at.sequence)
@@ -256,10 +257,11 @@ def _local_backward(plan, hidden, weight, targets, logsumexp, d_logprobs, d_logs
         d_hidden = jax.lax.psum(d_hidden, rest)
     if at.scatter:
         embed = weight_axes(plan.transposed).index("embed")
-        d_matrix = jax.lax.psum_scatter(d_matrix, at.scatter, scatter_dimension=embed, tiled=True)
+        for axis in at.scatter:
+            d_matrix = jax.lax.psum_scatter(d_matrix, axis, scatter_dimension=embed, tiled=True)
     if at.reduce:
         d_matrix = jax.lax.psum(d_matrix, at.reduce)
-    return d_hidden.astype(hidden.dtype), d_matrix.astype(weight.dtype)
+    return d_hidden.astype(hidden.dtype), d_matrix
 
 
 def _logits(plan: _Plan, hidden_CD: jax.Array, matrix: jax.Array, columns: jax.Array):
@@ -281,7 +283,9 @@ def _gather_weight(plan: _Plan, weight: jax.Array, dtype) -> jax.Array:
     if not plan.placement.embed:
         return weight
     embed = weight_axes(plan.transposed).index("embed")
-    return jax.lax.all_gather(weight, plan.placement.embed, axis=embed, tiled=True)
+    for axis in reversed(plan.placement.embed):
+        weight = jax.lax.all_gather(weight, axis, axis=embed, tiled=True)
+    return weight
 
 
 def _gather_sequence(plan: _Plan, hidden: jax.Array) -> jax.Array:

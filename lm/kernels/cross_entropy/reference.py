@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.matmul import dot
-from lm.sharding import constrain, current_layout, named_sharding, reshard
+from lm.sharding import constrain, gather_weight
 
 # Finite, so that a device that holds nothing but padding columns makes no NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -27,7 +27,7 @@ def reference_token_logprobs(
     """As `token_logprobs`, holding float32 logits [..., V] until the backward pass."""
     tokens = token_axes(hidden.ndim - 1, "sequence")
     hidden = constrain(hidden, *tokens, None)
-    matrix = _whole(weight.astype(hidden.dtype), transposed)
+    matrix = gather_weight(weight.astype(hidden.dtype), *weight_axes(transposed))
     projected: Any = _project(hidden, matrix, transposed)
     logits = constrain(projected, *tokens, "vocab")
     if softcap is not None:
@@ -70,14 +70,3 @@ def token_axes(num_dims: int, sequence: str) -> tuple[str | None, ...]:
 def weight_axes(transposed: bool) -> tuple[str, str]:
     """Logical axes of the output matrix."""
     return ("vocab", "embed") if transposed else ("embed", "vocab")
-
-
-def _whole(weight: jax.Array, transposed: bool) -> jax.Array:
-    """The matrix gathered along `embed`; its gradient goes to the `gradients` table."""
-    layout = current_layout()
-    if layout is None:
-        return weight
-    mesh, rules, axes = layout.mesh, layout.rules, weight_axes(transposed)
-    columns = {"vocab": rules.weights.get("vocab", ())}
-    used = named_sharding(mesh, columns, axes, weight.shape)
-    return reshard(weight, used, named_sharding(mesh, rules.gradients, axes, weight.shape))
