@@ -46,14 +46,16 @@ class Tokens:
 
     Attributes:
       ids: int32 [B, T].
-      positions: int32 [B, T], from 0 in each document, in order and without gaps.
+      positions: int32 [B, T], from 0 in each document.
       segment_ids: int32 [B, T], or None for one document a row; tokens see their own segment only,
         and 0 marks padding.
+      in_order: tokens of a segment stand in order and without gaps; see `View`.
     """
 
     ids: Any
     positions: Any
     segment_ids: Any = None
+    in_order: bool = flax.struct.field(pytree_node=False, default=True)
 
     @classmethod
     def of(cls, ids: jax.Array) -> Tokens:
@@ -223,8 +225,9 @@ class Block:
             out, cache = cache.attend(q, k, v, tokens, a)
         else:
             view = View(
-                tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids, True
-            )
+                tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids,
+                tokens.in_order,
+            )  # fmt: skip
             out = self.attention(
                 q, k, v, view, scale=attention_scale(a), window=a.window, softcap=a.softcap
             )
