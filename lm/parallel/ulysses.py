@@ -1,0 +1,93 @@
+"""Ulysses (arXiv:2309.14509): heads for tokens before attention, and back after it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.attention import View, attention
+from lm.parallel.context import Context, current_context, divisors
+from lm.sharding import use_layout
+
+
+def ulysses_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    view: View,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`lm.kernels.attention.attention` of rows that the layout in force splits along the sequence.
+
+    Every device exchanges its tokens of all heads for whole rows of some heads, and runs ordinary
+    attention on them. Fewer key/value heads than devices are repeated.
+
+    Args:
+      q: [B, T, H, h].
+      k, v: [B, T, K, h], of the same tokens.
+      view, scale, causal, window, softcap, implementation: as `attention`.
+
+    Raises:
+      ValueError: the mesh does not divide batch or sequence, or its heads are too few or uneven.
+    """
+    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    context = current_context()
+    if context is None:
+        return attention(q, k, v, view, implementation=implementation, **options)
+    heads = context.spec(q.shape, "batch", "sequence", "heads", None)
+    kv_heads = context.spec(k.shape, "batch", "sequence", "kv_heads", None)
+    tokens = context.spec(q.shape[:2], "batch", "sequence")
+    repeats = _repeats(context, q.shape[2], k.shape[2])
+    axes = context.axes
+
+    def local(q, k, v, *fields):
+        def to_heads(x: jax.Array) -> jax.Array:
+            return jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True)
+
+        def to_rows(x: jax.Array | None) -> jax.Array | None:
+            return None if x is None else jax.lax.all_gather(x, axes, axis=1, tiled=True)
+
+        k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
+        rows = View(*map(to_rows, fields), in_order=view.in_order)
+        with use_layout(None):  # here every array is one device's own
+            out = attention(
+                to_heads(q), to_heads(k), to_heads(v), rows,
+                implementation=implementation, **options,
+            )  # fmt: skip
+        return jax.lax.all_to_all(out, axes, split_axis=1, concat_axis=2, tiled=True)
+
+    over_mesh = jax.shard_map(
+        local,
+        mesh=context.mesh,
+        in_specs=(heads, kv_heads, kv_heads, *(tokens,) * 4),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return over_mesh(
+        q, k, v, view.query_positions, view.key_positions, view.query_segments, view.key_segments
+    )
+
+
+def _repeats(context: Context, num_heads: int, num_kv_heads: int) -> int:
+    """How often a key/value head is repeated so that every device gets one.
+
+    Raises:
+      ValueError: heads cannot be shared out.
+    """
+    heads = context.part("heads", num_heads)
+    kv_heads = context.part("kv_heads", num_kv_heads)
+
+    def works(n: int) -> bool:
+        return heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+
+    if works(context.size):
+        return max(1, context.size // kv_heads)
+    raise ValueError(
+        f"Ulysses cannot share out {heads} query and {kv_heads} key/value heads of a device over "
+        f"{context.label}; use a context of {divisors(heads, works)}, or ring attention"
+    )
