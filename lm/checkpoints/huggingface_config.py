@@ -20,8 +20,12 @@ from lm.checkpoints.huggingface_formats import (
     Format,
 )
 from lm.checkpoints.huggingface_rope import read_rope, write_rope
-from lm.model import ModelConfig, Rope
+from lm.model import Latent, ModelConfig, Rope
 from lm.model.families import FAMILIES, make_config
+
+# Keys of the fields of `Latent`, in their order.
+LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+MLP_BIASES = ("llama", "deepseek_v2")  # families whose configuration may ask for them
 
 
 class Reader:
@@ -91,8 +95,12 @@ def from_huggingface(
     traits["norm"] = dataclasses.replace(FAMILIES[family].norm, eps=float(read(fmt.eps_key)))
     traits["activation"] = _read_activation(read, fmt)
     num_kv_heads = None
-    if family != "gpt_neox":
+    if fmt.latent:
+        traits["latent"] = _read_latent(read)
+        _check_dense(read, num_layers)
+    elif family != "gpt_neox":
         traits["head_dim"] = read("head_dim")
+    if family != "gpt_neox":
         num_kv_heads = read("num_key_value_heads")
     if family in ("gemma2", "gemma3"):
         traits["query_scalar"] = read("query_pre_attn_scalar")
@@ -118,6 +126,28 @@ def from_huggingface(
     return config
 
 
+def _read_latent(read: Reader) -> Latent:
+    if not read("rope_interleave"):
+        raise ValueError(
+            "config.json key 'rope_interleave' is false; latent attention is read with rotated "
+            "dimensions in pairs, true"
+        )
+    kv_rank, nope, rope, value = map(read.size, LATENT_SIZES)
+    query_rank = None if read("q_lora_rank") is None else read.size("q_lora_rank")
+    return Latent(kv_rank, nope, rope, value, query_rank)
+
+
+def _check_dense(read: Reader, num_layers: int) -> None:
+    """Raises ValueError where a layer is a mixture of experts."""
+    dense, experts = read("first_k_dense_replace") or 0, read("n_routed_experts")
+    if experts and dense < num_layers:
+        raise ValueError(
+            f"config.json has mixtures of n_routed_experts={experts} experts from layer "
+            f"first_k_dense_replace={dense} on; of this model type only dense layers are supported "
+            f"(first_k_dense_replace of at least num_hidden_layers={num_layers})"
+        )
+
+
 def _read_activation(read: Reader, fmt: Format) -> str:
     name = read(fmt.activation_key)
     if name is None:
@@ -135,7 +165,7 @@ def _read_biases(read: Reader, fmt: Format, family: str) -> dict[str, bool]:
     if fmt.bias:
         bias = bool(read("attention_bias"))
         biases = {"attention_bias": bias, "attention_out_bias": bias}
-    if family == "llama":
+    if family in MLP_BIASES:
         biases["mlp_bias"] = bool(read("mlp_bias"))
     return biases
 
@@ -191,7 +221,7 @@ def _read_rope(read: Reader, fmt: Format, family: str, max_length: int) -> dict[
 
     def parse(parameters: Mapping[str, Any], default_theta: float) -> Rope:
         parameters = {"rope_theta": default_theta, **outside, **parameters}
-        return read_rope(parameters, max_length, fmt.scalings, fraction_key is not None)
+        return read_rope(parameters, max_length, fmt.scalings, fraction_key is not None, fmt.latent)
 
     if family != "gemma3":
         return {"rope": parse(old or new, 10_000.0)}
@@ -246,10 +276,14 @@ def to_huggingface(config: ModelConfig, extra: Mapping[str, Any] = NOTHING) -> d
         "tie_word_embeddings": config.tied,
     }
     if config.family != "gpt_neox":
-        data |= {"num_key_value_heads": attention.num_kv_heads, "head_dim": attention.head_dim}
+        data["num_key_value_heads"] = attention.num_kv_heads
+    if fmt.latent:
+        data |= _write_latent(attention.latent, config.num_layers)
+    elif config.family != "gpt_neox":
+        data["head_dim"] = attention.head_dim
     if fmt.bias:
         data["attention_bias"] = attention.bias
-    if config.family == "llama":
+    if config.family in MLP_BIASES:
         data["mlp_bias"] = feed_forward.bias
     if config.family in ("gemma2", "gemma3"):
         scale = attention.scale
@@ -262,6 +296,19 @@ def to_huggingface(config: ModelConfig, extra: Mapping[str, Any] = NOTHING) -> d
     data |= _write_window(config, fmt) | _write_rope(config, fmt)
     _check_same(config, data)
     return {**data, **extra}
+
+
+def _write_latent(latent: Latent | None, num_layers: int) -> dict[str, Any]:
+    if latent is None:
+        raise ValueError("a layer has no latent; this Hugging Face format needs one")
+    sizes = (latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.value_dim)
+    return {
+        **dict(zip(LATENT_SIZES, sizes, strict=True)),
+        "q_lora_rank": latent.query_rank,
+        "rope_interleave": True,
+        "first_k_dense_replace": num_layers,
+        "num_nextn_predict_layers": 0,
+    }
 
 
 def _write_window(config: ModelConfig, fmt: Format) -> dict[str, Any]:

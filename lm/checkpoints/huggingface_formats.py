@@ -26,6 +26,8 @@ class Format:
       rope_keys: names of the rotary base and fraction outside `rope_parameters`; where the
         fraction's is None, a fraction other than 1 is refused.
       scalings: rope types it may have.
+      latent: keys and values come from a latent, whose sizes it has; yarn's `mscale_all_dim` also
+        scales the scores; layers from `first_k_dense_replace` on are mixtures of experts.
       own_keys: keys that only this format has and that do not change what is computed.
     """
 
@@ -38,6 +40,7 @@ class Format:
     window: Literal["all", "flag", "pattern"] | None = None
     rope_keys: tuple[str, str | None] = ("rope_theta", None)
     scalings: tuple[str, ...] = ("linear", "llama3", "yarn")
+    latent: bool = False
     own_keys: tuple[str, ...] = ()
 
 
@@ -48,6 +51,22 @@ _GEMMA_DEFAULTS: Mapping[str, Any] = {
     "tie_word_embeddings": True,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+}
+
+# Of mixtures, which a model of dense layers does not have, and of multi-token prediction.
+_MIXTURE = """
+aux_loss_alpha ep_size head_dim moe_intermediate_size moe_layer_freq n_group n_shared_experts
+norm_topk_prob num_experts_per_tok num_mtp_layers num_nextn_predict_layers output_router_logits
+qk_head_dim router_aux_loss_coef routed_scaling_factor scoring_func seq_aux topk_group topk_method
+"""
+_MIXTURE_KEYS = tuple(_MIXTURE.split())
+_LATENT_DEFAULTS: Mapping[str, Any] = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_interleave": True,
 }
 
 FORMATS: Mapping[str, Format] = {
@@ -107,6 +126,27 @@ FORMATS: Mapping[str, Format] = {
         rope_keys=("rope_theta", "partial_rotary_factor"),
         scalings=(),
         own_keys=("original_max_position_embeddings",),
+    ),
+    "deepseek_v2": Format(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        {**_LATENT_DEFAULTS, "n_routed_experts": 64, "first_k_dense_replace": 0},
+        bias=True,
+        latent=True,
+        own_keys=_MIXTURE_KEYS,
+    ),
+    "deepseek_v3": Format(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        {
+            **_LATENT_DEFAULTS,
+            "n_routed_experts": 256,
+            "first_k_dense_replace": 3,
+            "max_position_embeddings": 4096,
+        },
+        bias=True,
+        latent=True,
+        own_keys=_MIXTURE_KEYS,
     ),
     "gpt_neox": Format(
         "gpt_neox",

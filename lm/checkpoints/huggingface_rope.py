@@ -32,7 +32,11 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 
 
 def read_rope(
-    parameters: Mapping[str, Any], max_length: int, scalings: tuple[str, ...], partial: bool
+    parameters: Mapping[str, Any],
+    max_length: int,
+    scalings: tuple[str, ...],
+    partial: bool,
+    scores: bool = False,
 ) -> Rope:
     """The rotary embedding these parameters say.
 
@@ -42,6 +46,7 @@ def read_rope(
       max_length: `max_position_embeddings`, the original length where none is given.
       scalings: types the model may have besides "default".
       partial: whether the model may rotate a part of each head.
+      scores: whether yarn's `mscale_all_dim` also scales the scores.
 
     Raises:
       ValueError: a type or key that is not supported, or one that is missing.
@@ -67,10 +72,12 @@ def read_rope(
             "heads, use 1.0"
         )
     theta = float(parameters["rope_theta"])
-    return Rope(theta, fraction, _read_scaling(kind, parameters, max_length))
+    return Rope(theta, fraction, _read_scaling(kind, parameters, max_length, scores))
 
 
-def _read_scaling(kind: str, p: Mapping[str, Any], max_length: int) -> RopeScaling | None:
+def _read_scaling(
+    kind: str, p: Mapping[str, Any], max_length: int, scores: bool
+) -> RopeScaling | None:
     if kind == "default":
         return None
     original = p.get("original_max_position_embeddings")
@@ -91,8 +98,8 @@ def _read_scaling(kind: str, p: Mapping[str, Any], max_length: int) -> RopeScali
         low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
         return RopeScaling("llama3", factor, original, low, high)
     attention_factor = p.get("attention_factor")
-    mscale, mscale_all = p.get("mscale"), p.get("mscale_all_dim")
-    if attention_factor is None and mscale and mscale_all:
+    mscale, mscale_all = (float(p.get(key) or 0) for key in ("mscale", "mscale_all_dim"))
+    if not scores and attention_factor is None and mscale and mscale_all:
         attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all)
     return RopeScaling(
         "yarn",
@@ -102,6 +109,8 @@ def _read_scaling(kind: str, p: Mapping[str, Any], max_length: int) -> RopeScali
         beta_slow=float(p.get("beta_slow") or 1),
         attention_factor=None if attention_factor is None else float(attention_factor),
         truncate=bool(p.get("truncate", True)),
+        mscale=mscale or None if scores else None,
+        mscale_all_dim=mscale_all or None if scores else None,
     )
 
 
@@ -126,4 +135,6 @@ def write_rope(rope: Rope, partial: bool) -> dict[str, Any]:
         parameters |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
         if s.attention_factor is not None:
             parameters["attention_factor"] = s.attention_factor
+        weights = {"mscale": s.mscale, "mscale_all_dim": s.mscale_all_dim}
+        parameters |= {key: weight for key, weight in weights.items() if weight is not None}
     return parameters

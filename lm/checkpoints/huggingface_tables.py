@@ -111,6 +111,38 @@ class Interleaved(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
+class Rotated(Transform):
+    """[out, in] <-> [in, out], or [out] <-> [out], of latent attention: rotated pairs as halves.
+
+    The rotated dimensions are the last of each head. Theirs lie in pairs (0, 1), (2, 3), ..., as
+    the angles do; ours are first all pairs' first ones, then all second ones.
+
+    Attributes:
+      shared: there is one head (the key that all share, after the latent).
+    """
+
+    shared: bool = False
+
+    def shape(self, ours, config):
+        return ours[0][::-1]
+
+    def read(self, tensor, ours, layer):
+        return [tensor[self._order(tensor.shape[0], layer)].T]
+
+    def write(self, arrays, config, layer):
+        theirs = arrays[0].T
+        return theirs[np.argsort(self._order(theirs.shape[0], layer))]
+
+    def _order(self, count: int, layer: Layer | None) -> np.ndarray:
+        """Which of their rows each of ours is."""
+        assert layer is not None and layer.attention.latent is not None
+        heads = 1 if self.shared else layer.attention.num_heads
+        rows = np.arange(count).reshape(heads, -1)
+        kept, rotated = np.split(rows, [-layer.attention.latent.rope_dim], axis=1)
+        return np.concatenate([kept, rotated[:, ::2], rotated[:, 1::2]], axis=1).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """One of their tensors.
 
@@ -194,6 +226,22 @@ _PHI3_BLOCKS = (
     *_DOWN,
 )
 
+_A = _L + "self_attn."
+_LATENT_BLOCKS = (
+    Entry(_A + "q_proj.weight", ("attention/query",), Rotated()),
+    *_linear(_A + "q_a_proj", "attention/query_down"),
+    Entry(_A + "q_a_layernorm.weight", ("attention/query_norm",)),
+    Entry(_A + "q_b_proj.weight", ("attention/query_up",), Rotated()),
+    Entry(_A + "kv_a_proj_with_mqa.weight", ("attention/key_value_down",), Rotated(shared=True)),
+    Entry(_A + "kv_a_proj_with_mqa.bias", ("attention/key_value_down_bias",), Rotated(shared=True)),
+    Entry(_A + "kv_a_layernorm.weight", ("attention/key_value_norm",)),
+    Entry(_A + "kv_b_proj.weight", ("attention/key_value_up",), Transpose()),
+    *_OUT,
+    *_linear(_L + "mlp.gate_proj", "feed_forward/gate"),
+    *_linear(_L + "mlp.up_proj", "feed_forward/up"),
+    *_DOWN,
+)
+
 _X = "gpt_neox.layers.{i}."
 _NEOX = (
     Entry("gpt_neox.embed_in.weight", ("embed",), Vocabulary()),
@@ -225,6 +273,8 @@ TABLES: Mapping[str, Table] = {
     "gemma3": Table((*_OUTSIDE, *_BOTH, *_BLOCKS, *_QK_NORM)),
     "olmo2": Table((*_OUTSIDE, *_POST, *_BLOCKS, *_QK_NORM)),
     "phi3": Table((*_OUTSIDE, *_PRE, *_PHI3_BLOCKS)),
+    "deepseek_v2": Table((*_OUTSIDE, *_PRE, *_LATENT_BLOCKS)),
+    "deepseek_v3": Table((*_OUTSIDE, *_PRE, *_LATENT_BLOCKS)),
     "gpt_neox": Table(
         _NEOX, (r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",)
     ),

@@ -3,6 +3,7 @@
 from lm.model.config import (
     Attention,
     FeedForward,
+    Latent,
     Layer,
     ModelConfig,
     Norm,
@@ -28,6 +29,7 @@ __all__ = [
     "Attention",
     "FeedForward",
     "Head",
+    "Latent",
     "Layer",
     "LayerCache",
     "ModelConfig",

@@ -18,6 +18,9 @@ class RopeScaling:
       beta_fast, beta_slow: yarn's bounds, in turns.
       attention_factor: yarn multiplies cos and sin by this; None for 0.1 ln(factor) + 1.
       truncate: yarn rounds the bounds of its ramp to whole dimensions.
+      mscale, mscale_all_dim: DeepSeek's yarn, with m(x) = 0.1 x ln(factor) + 1: the scores are
+        multiplied by m(mscale_all_dim) ** 2, and where both are given and `attention_factor` is
+        not, cos and sin by m(mscale) / m(mscale_all_dim).
     """
 
     kind: Literal["linear", "llama3", "yarn"]
@@ -29,6 +32,8 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +69,45 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values come from a latent.
+
+    The latent and one rotated key, shared by all heads, are all that is cached.
+
+    Attributes:
+      kv_rank: size of the latent that keys and values are made of.
+      nope_dim: of a head's query and key, what is not rotated.
+      rope_dim: of a head's query and key, what is rotated.
+      value_dim: size of a head's value.
+      query_rank: size of the latent that queries are made of; None for a plain projection.
+      eps: of the RMSNorm over either latent.
+    """
+
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    query_rank: int | None = None
+    eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention:
-    """Multi-head, grouped-query (arXiv:2305.13245) or multi-query attention.
+    """Multi-head, grouped-query (arXiv:2305.13245), multi-query or latent attention.
 
     Attributes:
       num_heads: query heads.
       num_kv_heads: key and value heads; divides `num_heads`.
-      head_dim: size of a head.
+      head_dim: size of a head's query and key.
       rope: rotary embedding; None for no positions.
       window: positions a query sees, itself included; None for all before it.
       scale: of the scores; None for head_dim ** -0.5.
       softcap: soft cap of the scores (Gemma 2).
-      bias: of the query, key and value projections.
+      bias: of the query, key and value projections; with `latent`, of those into the latents.
       out_bias: of the output projection.
       qk_norm: normalize queries and keys "head" by head (Qwen 3, Gemma 3) or across all of a
         token's heads, "full" (OLMo 2); None for neither.
+      latent: keys and values come from a latent (MLA); None for projections of their own.
     """
 
     num_heads: int
@@ -91,12 +120,37 @@ class Attention:
     bias: bool = False
     out_bias: bool = False
     qk_norm: Literal["head", "full"] | None = None
+    latent: Latent | None = None
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
             )
+        if self.latent is None:
+            return
+        wanted = {
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.latent.nope_dim + self.latent.rope_dim,
+            "qk_norm": None,
+        }
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not fit latent attention of "
+                    f"num_heads={self.num_heads}, nope_dim={self.latent.nope_dim} and "
+                    f"rope_dim={self.latent.rope_dim}; use {value!r}"
+                )
+
+    @property
+    def rotated_dim(self) -> int:
+        """Size of what the rotary embedding is given of a head."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a head's value."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lm.model.config import ModelConfig
+from lm.model.config import Attention, ModelConfig
 from lm.model.params import param_specs
 from lm.weights import count
 
@@ -25,19 +25,32 @@ def forward_flops(config: ModelConfig, length: int) -> float:
     """Floating-point operations a token of a forward pass over rows of `length`, causal.
 
     The convention, stated once: a multiply-add is 2; every weight of a matrix product counts
-    once a token (the output matrix too, the embedding's look-up not); attention counts 4 x
-    query heads x head size x the mean number of positions seen, (length + 1) / 2 without a
-    window; norms, activations, softmax and recomputation count nothing. PaLM's count
-    (arXiv:2204.02311, appendix B) without the causal half would be higher.
+    once a token (the output matrix too, the embedding's look-up not); attention counts 2 x
+    query heads x (size of a key + size of a value) x the mean number of positions seen,
+    (length + 1) / 2 without a window, latent attention in its expanded form; norms, activations,
+    softmax and recomputation count nothing. PaLM's count (arXiv:2204.02311, appendix B) without
+    the causal half would be higher.
     """
     total = 2.0 * config.vocab_size * config.embed_dim
     for layer in config.layers:
         a, f = layer.attention, layer.feed_forward
-        projections = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * config.embed_dim
         inner = (3 if f.gated else 2) * f.hidden_dim * config.embed_dim
-        total += 2.0 * (projections + inner)
-        total += 4.0 * a.num_heads * a.head_dim * mean_positions(length, a.window)
+        total += 2.0 * (_projections(a, config.embed_dim) + inner)
+        pair = 2.0 * a.num_heads * (a.head_dim + a.value_dim)
+        total += pair * mean_positions(length, a.window)
     return total
+
+
+def _projections(a: Attention, D: int) -> int:
+    """Weights of the matrices of an attention block."""
+    latent, heads = a.latent, a.num_heads
+    if latent is None:
+        return 2 * (heads + a.num_kv_heads) * a.head_dim * D
+    rank, q = latent.query_rank, heads * a.head_dim
+    queries = D * q if rank is None else rank * (D + q)
+    keys_values = D * (latent.kv_rank + latent.rope_dim)
+    keys_values += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
+    return queries + keys_values + heads * latent.value_dim * D
 
 
 def train_flops(config: ModelConfig, length: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lm.model.config import (
     Attention,
     FeedForward,
+    Latent,
     Layer,
     ModelConfig,
     Norm,
@@ -43,6 +44,7 @@ class Family:
       attention_softcap, logit_softcap: soft caps of scores and logits.
       tied: the output matrix is the embedding.
       scale_embed: the embedding is multiplied by embed_dim ** 0.5.
+      latent: keys and values come from a latent (MLA), whose sizes give `head_dim`.
     """
 
     architecture: str
@@ -65,6 +67,7 @@ class Family:
     logit_softcap: float | None = None
     tied: bool = False
     scale_embed: bool = False
+    latent: Latent | None = None
 
 
 _LLAMA = Family("llama")
@@ -79,6 +82,8 @@ _GEMMA = Family(
     tied=True,
     scale_embed=True,
 )
+
+_DEEPSEEK = Family("deepseek_v2", norm=Norm(eps=1e-6), latent=Latent(512, 128, 64, 128, 1536))
 
 FAMILIES: Mapping[str, Family] = {
     "llama": _LLAMA,
@@ -118,6 +123,9 @@ FAMILIES: Mapping[str, Family] = {
         mlp_bias=True,
         rope=Rope(fraction=0.25),
     ),
+    # All layers dense: mixtures of experts are not built yet.
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": dataclasses.replace(_DEEPSEEK, architecture="deepseek_v3"),
 }
 
 
@@ -184,6 +192,8 @@ def _layer(
     f: Family, kind: Kind, embed_dim: int, hidden_dim: int, num_heads: int, num_kv_heads: int
 ) -> Layer:
     head_dim = f.head_dim
+    if head_dim is None and f.latent is not None:
+        head_dim = f.latent.nope_dim + f.latent.rope_dim
     if head_dim is None:
         if embed_dim % num_heads:
             raise ValueError(
@@ -206,6 +216,7 @@ def _layer(
         bias=f.attention_bias,
         out_bias=f.attention_out_bias,
         qk_norm=f.qk_norm,
+        latent=f.latent,
     )
     feed_forward = FeedForward(hidden_dim, f.activation, f.gated, f.mlp_bias)
     return Layer(attention, feed_forward, f.norm, f.placement, f.parallel)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -18,10 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.kernels import attention as attention_kernels
 from lm.kernels.attention import View
 from lm.kernels.embedding import lookup
-from lm.model.config import Attention, FeedForward, Layer, ModelConfig, Norm, Rope, Stack
+from lm.model import latent
+from lm.model.config import Attention, FeedForward, Layer, ModelConfig, Rope, Stack
+from lm.model.norms import elementwise, normalize
 from lm.model.params import (
     AttentionWeights,
     FeedForwardWeights,
+    LatentAttentionWeights,
     LayerWeights,
     ModelWeights,
     NormWeights,
@@ -32,7 +35,7 @@ from lm.model.params import (
     param_specs,
 )
 from lm.model.remat import checkpointed
-from lm.model.rope import apply_rope, rope_table
+from lm.model.rope import apply_rope, rope_table, score_factor
 from lm.sharding import constrain
 from lm.weights import Leaf, gather, linear, take
 
@@ -70,7 +73,34 @@ class LayerCache(Protocol):
     def attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
     ) -> tuple[jax.Array, LayerCache]:
-        """q [B, T, H, h], k and v [B, T, K, h] -> ([B, T, H, h], the cache with k and v in it)."""
+        """q [B, T, H, h], k and v [B, T, K, h] -> ([B, T, H, h], the cache with k and v in it).
+
+        Latent attention comes as multi-query attention in latent space: K is 1, h is kv_rank +
+        rope_dim, and v is k[..., :kv_rank], so that k alone need be kept.
+        """
+        ...
+
+
+@runtime_checkable
+class LatentLayerCache(Protocol):
+    """A cache of latents in which long prompts may attend in the expanded form."""
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+    ) -> tuple[jax.Array, LayerCache]: ...
+
+    def attend_expanded(
+        self,
+        q: jax.Array,
+        latents: jax.Array,
+        expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+        tokens: Tokens,
+        spec: Attention,
+    ) -> tuple[jax.Array, LayerCache]:
+        """q [B, T, H, h] and latents [B, T, x] -> ([B, T, H, v], the cache with the latents in it).
+
+        `expand` makes every head's keys [B, S, H, h] and values [B, S, H, v] of latents [B, S, x].
+        """
         ...
 
 
@@ -198,14 +228,32 @@ class Block:
         return constrain(x, "batch", "residual_sequence", None), cache
 
     def attend(
-        self, x: jax.Array, w: AttentionWeights, layer: Layer, cache: LayerCache | None
+        self,
+        x: jax.Array,
+        w: AttentionWeights | LatentAttentionWeights,
+        layer: Layer,
+        cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attention over x [B, T, D], already normalized -> [B, T, D]."""
-        a, tokens = layer.attention, self.tokens
+        a = layer.attention
         B, T, _ = x.shape
         x = constrain(x, "batch", "sequence", None)
+        if isinstance(w, LatentAttentionWeights):
+            out, cache = self.latent_heads(x, w, a, cache)
+        else:
+            out, cache = self.heads(x, w, layer, cache)
+        out = checkpoint_name(constrain(out, "batch", "sequence", "heads", None), "attention")
+        out = linear(out.reshape(B, T, a.num_heads * a.value_dim), w.out, w.out_bias)
+        return constrain(out, "batch", "residual_sequence", None), cache
 
-        def heads(weight: Any, bias: Any, scale: Any, num: int, axis: str) -> jax.Array:
+    def heads(
+        self, x: jax.Array, w: AttentionWeights, layer: Layer, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """What each head attends to, [B, T, H, h]."""
+        a = layer.attention
+        B, T, _ = x.shape
+
+        def project(weight: Any, bias: Any, scale: Any, num: int, axis: str) -> jax.Array:
             y = linear(x, weight, bias)
             if a.qk_norm == "full" and scale is not None:
                 y = normalize(y, NormWeights(scale), layer.norm)
@@ -214,31 +262,50 @@ class Block:
                 y = normalize(y, NormWeights(scale), layer.norm)
             return constrain(y, "batch", "sequence", axis, None)
 
-        q = heads(w.query, w.query_bias, w.query_norm, a.num_heads, "heads")
-        k = heads(w.key, w.key_bias, w.key_norm, a.num_kv_heads, "kv_heads")
-        v = heads(w.value, w.value_bias, None, a.num_kv_heads, "kv_heads")
+        q = project(w.query, w.query_bias, w.query_norm, a.num_heads, "heads")
+        k = project(w.key, w.key_bias, w.key_norm, a.num_kv_heads, "kv_heads")
+        v = project(w.value, w.value_bias, None, a.num_kv_heads, "kv_heads")
         if a.rope is not None:
             table = self.tables[a.rope, a.head_dim]
             q, k = apply_rope(q, table), apply_rope(k, table)
-        q, k, v = (checkpoint_name(y, n) for y, n in ((q, "query"), (k, "key"), (v, "value")))
-        if cache is not None:
-            out, cache = cache.attend(q, k, v, tokens, a)
-        else:
-            view = View(
-                tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids,
-                tokens.in_order,
-            )  # fmt: skip
-            out = self.attention(
-                q, k, v, view, scale=attention_scale(a), window=a.window, softcap=a.softcap
-            )
-        out = checkpoint_name(constrain(out, "batch", "sequence", "heads", None), "attention")
-        out = linear(out.reshape(B, T, a.num_heads * a.head_dim), w.out, w.out_bias)
-        return constrain(out, "batch", "residual_sequence", None), cache
+        if cache is None:
+            return self.plain(q, k, v, a), None
+        return cache.attend(*_named(q, k, v), self.tokens, a)
+
+    def plain(self, q: jax.Array, k: jax.Array, v: jax.Array, a: Attention) -> jax.Array:
+        """Attention of the tokens to themselves."""
+        t = self.tokens
+        view = View(t.positions, t.positions, t.segment_ids, t.segment_ids, t.in_order)
+        return self.attention(
+            *_named(q, k, v), view, scale=attention_scale(a), window=a.window, softcap=a.softcap
+        )
+
+    def latent_heads(
+        self, x: jax.Array, w: LatentAttentionWeights, a: Attention, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """The same of latent attention. See `lm.model.latent` for its two forms."""
+        table = None if a.rope is None else self.tables[a.rope, a.rotated_dim]
+        q = latent.queries(x, w, a, table)
+        latents = latent.latents(x, w, a, table)
+        if cache is None:
+            return self.plain(q, *latent.expand(latents, w, a), a), None
+        if isinstance(cache, LatentLayerCache) and latent.expands(x.shape[1], a):
+            expand = functools.partial(latent.expand, w=w, a=a)
+            return cache.attend_expanded(q, latents, expand, self.tokens, a)
+        key_up, value_up = latent.absorbed(w, a, x.dtype)
+        q, k, v = latent.in_latent_space(q, latents, key_up, a)
+        out, cache = cache.attend(q, k, v, self.tokens, a)
+        return jnp.einsum("bthr,rhv->bthv", out, value_up), cache
+
+
+def _named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values under the names that remat knows."""
+    return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
 
 def attention_scale(a: Attention) -> float:
     """What the scores are multiplied by."""
-    return a.head_dim**-0.5 if a.scale is None else a.scale
+    return (a.head_dim**-0.5 if a.scale is None else a.scale) * score_factor(a.rope)
 
 
 def feed_forward(x: jax.Array, w: FeedForwardWeights, config: FeedForward) -> jax.Array:
@@ -264,11 +331,6 @@ def _activated(activation: Callable[[jax.Array], jax.Array], up: jax.Array) -> j
     return activation(up.astype(jnp.float32)).astype(up.dtype)
 
 
-def elementwise(f: Callable[..., jax.Array], *fixed: Any) -> Callable[..., jax.Array]:
-    """`f` whose backward pass keeps its arguments, not the float32 values on the way."""
-    return jax.checkpoint(functools.partial(f, *fixed), prevent_cse=False)
-
-
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -276,24 +338,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def normalize(x: jax.Array, weights: NormWeights, norm: Norm) -> jax.Array:
-    """RMSNorm or LayerNorm over the last dimension, in float32, back to x's dtype."""
-    return elementwise(_normalize, norm)(x, weights)
-
-
-def _normalize(norm: Norm, x: jax.Array, weights: NormWeights) -> jax.Array:
-    y = x.astype(jnp.float32)
-    if norm.kind == "layer":
-        y -= jnp.mean(y, axis=-1, keepdims=True)
-    y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + norm.eps)
-    scale = weights.scale.astype(jnp.float32)
-    y *= 1.0 + scale if norm.plus_one else scale
-    if weights.bias is not None:
-        y += weights.bias.astype(jnp.float32)
-    return y.astype(x.dtype)
-
-
 def rope_tables(tokens: Tokens, config: ModelConfig) -> RopeTables:
     """cos and sin of every kind of rotary embedding the layers use."""
-    kinds = {(a.rope, a.head_dim) for a in (layer.attention for layer in config.layers) if a.rope}
+    kinds = {
+        (a.rope, a.rotated_dim) for a in (layer.attention for layer in config.layers) if a.rope
+    }
     return {kind: rope_table(tokens.positions, *kind) for kind in kinds}

@@ -12,7 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 
-from lm.model.config import Attention, FeedForward, Layer, ModelConfig, Norm, Stack
+from lm.model.config import Attention, FeedForward, Latent, Layer, ModelConfig, Norm, Stack
 from lm.sharding import check_divides
 from lm.weights import ParamSpec
 from lm.weights.specs import map_specs
@@ -41,6 +41,31 @@ class AttentionWeights:
 
 
 @flax.struct.dataclass
+class LatentAttentionWeights:
+    """Of multi-head latent attention; see `Latent`. Queries: `query`, or down, norm and up.
+
+    Attributes:
+      key_value_down: [D, kv_rank + rope_dim], the latent and the shared rotated key.
+      key_value_up: [kv_rank, heads x (nope_dim + value_dim)], each head's key, then its value.
+      out: [heads x value_dim, D].
+      query: [D, heads x head_dim].
+      query_down, query_up: [D, query_rank] and [query_rank, heads x head_dim].
+    """
+
+    key_value_down: Slot
+    key_value_norm: Any
+    key_value_up: Slot
+    out: Slot
+    query: Slot = None
+    query_down: Slot = None
+    query_norm: Any = None
+    query_up: Slot = None
+    query_down_bias: Any = None
+    key_value_down_bias: Any = None
+    out_bias: Any = None
+
+
+@flax.struct.dataclass
 class FeedForwardWeights:
     up: Slot
     down: Slot
@@ -52,7 +77,7 @@ class FeedForwardWeights:
 
 @flax.struct.dataclass
 class LayerWeights:
-    attention: AttentionWeights
+    attention: AttentionWeights | LatentAttentionWeights
     feed_forward: FeedForwardWeights
     attention_norm: NormWeights | None = None
     attention_post_norm: NormWeights | None = None
@@ -113,6 +138,41 @@ def attention_specs(a: Attention, norm: Norm, D: int, out_scale: float) -> Atten
     )
 
 
+def latent_attention_specs(
+    a: Attention, latent: Latent, D: int, out_scale: float
+) -> LatentAttentionWeights:
+    """Latents are whole on every device of `tensor`; what is made of them is split by heads."""
+    R, q, v = latent.kv_rank, a.num_heads * a.head_dim, a.num_heads * latent.value_dim
+
+    def down(size: int) -> ParamSpec:
+        return ParamSpec((D, size), ("embed", None), scale=D**-0.5)
+
+    def up(rank: int, size: int) -> ParamSpec:
+        return ParamSpec((rank, size), ("embed", "heads"), scale=rank**-0.5)
+
+    def bias(size: int, axis: str | None, present: bool) -> ParamSpec | None:
+        return ParamSpec((size,), (axis,), "zeros") if present else None
+
+    weights = LatentAttentionWeights(
+        key_value_down=down(R + latent.rope_dim),
+        key_value_norm=ParamSpec((R,), (None,), "ones"),
+        key_value_up=up(R, a.num_heads * latent.nope_dim + v),
+        out=ParamSpec((v, D), ("heads", "embed"), scale=v**-0.5 * out_scale),
+        key_value_down_bias=bias(R + latent.rope_dim, None, a.bias),
+        out_bias=bias(D, "norm", a.out_bias),
+    )
+    rank = latent.query_rank
+    if rank is None:
+        return dataclasses.replace(weights, query=up(D, q))
+    return dataclasses.replace(
+        weights,
+        query_down=down(rank),
+        query_norm=ParamSpec((rank,), (None,), "ones"),
+        query_up=up(rank, q),
+        query_down_bias=bias(rank, None, a.bias),
+    )
+
+
 def feed_forward_specs(f: FeedForward, D: int, out_scale: float) -> FeedForwardWeights:
     F = f.hidden_dim
     inner = ParamSpec((F,), ("ffn",), "zeros") if f.bias else None
@@ -133,8 +193,11 @@ def layer_specs(layer: Layer, D: int, num_layers: int) -> LayerWeights:
     norm = norm_specs(layer.norm, D)
     pre = norm if layer.placement in ("pre", "both") else None
     post = norm if layer.placement in ("post", "both") else None
+    a = layer.attention
     return LayerWeights(
-        attention=attention_specs(layer.attention, layer.norm, D, out_scale),
+        attention=attention_specs(a, layer.norm, D, out_scale)
+        if a.latent is None
+        else latent_attention_specs(a, a.latent, D, out_scale),
         feed_forward=feed_forward_specs(layer.feed_forward, D, out_scale),
         attention_norm=pre,
         attention_post_norm=post,
@@ -245,3 +308,7 @@ def check_mesh(config: ModelConfig, mesh: Any) -> None:
         check_divides(mesh, "tensor", "num_kv_heads", layer.attention.num_kv_heads)
         check_divides(mesh, "tensor", "num_heads", layer.attention.num_heads)
         check_divides(mesh, "tensor", "feed_forward.hidden_dim", layer.feed_forward.hidden_dim)
+        if (latent := layer.attention.latent) is not None:
+            check_divides(mesh, "fsdp", "latent.kv_rank", latent.kv_rank)
+            if latent.query_rank is not None:
+                check_divides(mesh, "fsdp", "latent.query_rank", latent.query_rank)

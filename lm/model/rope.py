@@ -52,9 +52,20 @@ def _yarn(
     ramp = np.clip((np.arange(rotated // 2) - low) / (high - low), 0.0, 1.0)
     stretched = frequencies / s.factor * ramp + frequencies * (1 - ramp)
     factor = s.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(s.factor) + 1.0 if s.factor > 1 else 1.0
-    return stretched, factor
+    if factor is None and s.mscale and s.mscale_all_dim:
+        factor = _mscale(s, s.mscale) / _mscale(s, s.mscale_all_dim)
+    return stretched, _mscale(s, 1.0) if factor is None else factor
+
+
+def _mscale(s: RopeScaling, weight: float) -> float:
+    return 0.1 * weight * math.log(s.factor) + 1.0 if s.factor > 1 else 1.0
+
+
+def score_factor(rope: Rope | None) -> float:
+    """What the scores are multiplied by besides their scale; see `RopeScaling.mscale_all_dim`."""
+    if rope is None or rope.scaling is None or not rope.scaling.mscale_all_dim:
+        return 1.0
+    return _mscale(rope.scaling, rope.scaling.mscale_all_dim) ** 2
 
 
 def rope_table(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:

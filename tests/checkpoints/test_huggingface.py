@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from lm.checkpoints import CheckpointError, load, save, to_tensors
 from lm.checkpoints.huggingface_tables import TABLES
-from lm.model import ModelConfig, ModelWeights, param_specs, unstack
+from lm.model import Latent, ModelConfig, ModelWeights, param_specs, unstack
 from lm.model.families import make_config
 from lm.sharding import MeshShape, make_mesh, make_rules
 from lm.weights import Int8, initialize, path_name, shardings
@@ -26,7 +26,11 @@ SIZES = {"vocab_size": 139, "embed_dim": 24, "hidden_dim": 20, "num_layers": 4, 
 def tiny(family: str, **changes) -> ModelConfig:
     """Seven layers of Gemma 3 are a pattern and a remainder; its biases are on, as Llama's."""
     sizes = SIZES | ({"num_layers": 7} if family == "gemma3" else {})
-    if family not in ("gpt_neox", "llama"):
+    if family in ("deepseek_v2", "deepseek_v3"):
+        rank = None if family == "deepseek_v3" else 10
+        sizes |= {"latent": Latent(8, 5, 4, 6, rank), "attention_bias": True}
+        sizes |= {"attention_out_bias": True}
+    elif family not in ("gpt_neox", "llama"):
         sizes |= {"head_dim": 6, "num_kv_heads": 1}
     if family in ("llama", "gemma3"):
         sizes |= {"attention_bias": True, "attention_out_bias": True}

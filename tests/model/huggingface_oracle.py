@@ -50,6 +50,20 @@ YARN_MSCALE = {"max_position_embeddings": 2048} | rope(
     beta_fast=4.0,
     beta_slow=0.5,
 )
+# As DeepSeek's, in whose files both weights are the same.
+YARN_DEEPSEEK = rope(
+    "yarn", factor=40.0, original_max_position_embeddings=8, mscale=0.707, mscale_all_dim=0.707
+)
+# Five different sizes, no one the width / heads.
+LATENT = {
+    "kv_lora_rank": 20,
+    "q_lora_rank": 22,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "first_k_dense_replace": 3,
+    "rms_norm_eps": 0.03,
+}
 GEMMA3_ROPE = {
     "rope_parameters": {
         "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
@@ -101,6 +115,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": (
         "gpt_neox",
         BASE | {"num_attention_heads": 3, "rotary_pct": 0.25, "layer_norm_eps": 0.03},
+    ),
+    "deepseek_v2": ("deepseek_v2", BASE | LATENT | {"attention_bias": True, "mlp_bias": True}),
+    "deepseek_v2_plain_queries": (
+        "deepseek_v2", BASE | LATENT | {"q_lora_rank": None} | YARN_DEEPSEEK,
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        BASE | LATENT | {"num_key_value_heads": 6, "tie_word_embeddings": True} | YARN_MSCALE,
     ),
     "gpt_neox_sequential": (
         "gpt_neox",

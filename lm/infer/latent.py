@@ -1,0 +1,83 @@
+"""A cache of latents, for multi-head latent attention (MLA, arXiv:2405.04434)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.attention import View, attention
+from lm.model import Attention, Tokens
+from lm.model.forward import attention_scale
+from lm.sharding import constrain
+
+
+@flax.struct.dataclass
+class LatentCache:
+    """Latents and shared rotated keys of one layer, position p of a row in its slot p.
+
+    What `ContiguousCache` says of rows and slots holds here too. There are no heads: a token takes
+    kv_rank + rope_dim values, whatever `num_heads`, on every device of `tensor`.
+
+    Attributes:
+      latents: [B, S, kv_rank + rope_dim].
+      implementation: of attention; None for the default.
+    """
+
+    latents: Any
+    implementation: str | None = flax.struct.field(pytree_node=False, default=None)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+    ) -> tuple[jax.Array, LatentCache]:
+        """See `lm.model.LayerCache`: multi-query attention, whose values are a part of the keys."""
+        cache = self.write(k[:, :, 0], tokens)
+        keys = cache.latents[:, :, None].astype(q.dtype)
+        return cache.read(q, keys, keys[..., : v.shape[-1]], tokens, spec), cache
+
+    def attend_expanded(
+        self,
+        q: jax.Array,
+        latents: jax.Array,
+        expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+        tokens: Tokens,
+        spec: Attention,
+    ) -> tuple[jax.Array, LatentCache]:
+        """See `lm.model.forward.LatentLayerCache`."""
+        cache = self.write(latents, tokens)
+        return cache.read(q, *expand(cache.latents.astype(q.dtype)), tokens, spec), cache
+
+    def write(self, latents: jax.Array, tokens: Tokens) -> LatentCache:
+        """With latents [B, T, kv_rank + rope_dim] in their slots."""
+        B, S, _ = self.latents.shape
+        slots = tokens.positions
+        if tokens.segment_ids is not None:
+            slots = jnp.where(tokens.segment_ids == 0, S, slots)
+        rows = jnp.arange(B, dtype=slots.dtype)[:, None]
+        kept = self.latents.at[rows, slots].set(latents.astype(self.latents.dtype), mode="drop")
+        return dataclasses.replace(self, latents=constrain(kept, "batch", None, None))
+
+    def read(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+    ) -> jax.Array:
+        """q [B, T, H, h] over every slot's k [B, S, K, h] and v."""
+        B, S, _ = self.latents.shape
+        positions = jnp.broadcast_to(jnp.arange(S, dtype=tokens.positions.dtype), (B, S))
+        return attention(
+            q, k, v, View(tokens.positions, positions),
+            scale=attention_scale(spec), window=spec.window, softcap=spec.softcap,
+            implementation=self.implementation,
+        )  # fmt: skip
+
+
+def make_latent_cache(
+    spec: Attention, batch: int, length: int, dtype: Any = jnp.float32
+) -> LatentCache:
+    """An empty cache of one layer."""
+    assert spec.latent is not None
+    size = spec.latent.kv_rank + spec.latent.rope_dim
+    return LatentCache(jnp.zeros((batch, length, size), dtype))
