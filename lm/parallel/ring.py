@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import View, attention, attention_backward
 from lm.parallel.context import Context, current_context
@@ -113,6 +114,8 @@ def _ring(q, k, v, view: View, static: Static) -> jax.Array:
 def _ring_forward(q, k, v, view, static):
     heads, _, _, lses = _specs(static, q, k)
     out, lse = _over_mesh(_forward, static, q, k, (heads, lses))(q, k, v, *_fields(view))
+    # Named so that keeping "attention" keeps both, and the first ring is not run again.
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return out, (q, k, v, view, out, lse)
 
 

@@ -1,0 +1,227 @@
+"""Rows split along the sequence: ring attention and Ulysses give what one device gives."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.kernels.attention import View, mask
+from lm.parallel import (
+    ring,
+    ring_attention,
+    ulysses_attention,
+    unzigzag,
+    zigzag,
+    zigzag_order,
+)
+from lm.sharding import use_layout
+from tests.parallel.rows import (
+    draw,
+    draw_documents,
+    jitted,
+    make_layout,
+    on_one_device,
+    reordered,
+)
+from tests.train.hlo import collectives
+
+GEMMA = {"window": 9, "softcap": 2.0}
+CASES = [
+    # way, mesh, query and key/value heads, packed, options
+    ("ring", {"context": 8}, (4, 2), True, GEMMA),
+    ("ring", {"fsdp": 2, "context": 2, "tensor": 2}, (4, 2), False, {}),
+    ("zigzag", {"context": 8}, (4, 1), True, {}),
+    ("zigzag", {"data": 2, "context": 4}, (4, 2), False, GEMMA),
+    ("zigzag", {"fsdp": 2, "context": 2, "tensor": 2}, (4, 2), True, GEMMA),
+    ("ulysses", {"context": 8}, (16, 2), True, GEMMA),
+    ("ulysses", {"fsdp": 2, "context": 2, "tensor": 2}, (8, 2), True, {}),
+]
+
+
+def split(way, axes, rows, options):
+    """Result and gradients in the rows' own order, and the compiled program."""
+    layout = make_layout(**axes)
+    order = np.arange(rows.q.shape[1])
+    if way == "zigzag":
+        order = zigzag_order(len(order), axes["context"])
+    function = ulysses_attention if way == "ulysses" else ring_attention
+    rows = reordered(rows, order)
+    compiled = jitted(function, layout, way != "zigzag", options).lower(rows).compile()
+    return reordered(compiled(rows), np.argsort(order)), collectives(
+        compiled.as_text(), layout.mesh
+    )
+
+
+def name(case):
+    way, axes, heads, packed, options = case
+    parts = [way, *(f"{a}{n}" for a, n in axes.items()), "{}of{}".format(*heads)]
+    return "-".join([*parts, *(["packed"] if packed else []), *options])
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_equals_one_device(case):
+    way, axes, heads, packed, options = case
+    rows = draw(4, 64, *heads, packed)
+    actual, talk = split(way, axes, rows, options)
+    for x, y in zip(actual, on_one_device(rows, options), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.max(np.abs(y)))
+    talk = [c for c in talk if c.axes]
+    assert {c.axes for c in talk} == {("context",)}
+    large = {c.op for c in talk if len(c.shape) > 3}
+    assert large == {"all-to-all" if way == "ulysses" else "collective-permute"}, talk
+
+
+@pytest.mark.parametrize("way", ["zigzag", "ulysses"])
+def test_bfloat16_is_as_exact_as_on_one_device(way):
+    """Merging rounded results costs less than a bfloat16's last digit, 2 ** -8, of the largest."""
+    rows = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else x.dtype),
+        draw(2, 64, 4, 2, True),
+    )
+    exact = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32 if x.dtype == jnp.bfloat16 else x.dtype), rows
+    )
+    actual, _ = split(way, {"context": 2}, rows, GEMMA)
+    for x, y in zip(actual, on_one_device(exact, GEMMA), strict=True):
+        assert x.dtype == jnp.bfloat16
+        assert np.max(np.abs(np.float32(x) - y)) < 2**-7 * np.max(np.abs(y))
+
+
+def test_a_window_over_rows_in_order_asks_neighbours_only():
+    layout = make_layout(context=8)
+
+    def sent_in_loops(in_order):
+        def forward(rows):
+            with use_layout(layout):
+                tokens = rows.positions, rows.positions
+                view = View(*tokens, in_order=in_order)
+                return ring_attention(*rows[:3], view, scale=1.0, window=9)
+
+        compiled = jax.jit(forward).lower(draw(1, 64, 1, 1, False)).compile()
+        return [c.loops for c in collectives(compiled.as_text(), layout.mesh) if c.loops]
+
+    assert not sent_in_loops(True)
+    assert sent_in_loops(False)
+
+
+def seen_by_halves(view, parts, window):
+    """bool [queries' halves, keys' halves] by the mask itself."""
+    seen = np.asarray(mask(view, True, window)).any(0)
+    return seen.reshape(parts, len(seen) // parts, parts, -1).any((1, 3))
+
+
+def judged_by_halves(view, parts, window):
+    def ranges(positions, segments):
+        def halves(x):
+            return jnp.moveaxis(x.reshape(x.shape[0], parts, -1), 1, 0)
+
+        return ring.ranges(halves(positions), halves(segments))
+
+    queries = ranges(view.query_positions, view.query_segments)
+    keys = ranges(view.key_positions, view.key_segments)
+    return np.asarray(ring.may_see(queries, keys, True, window))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_nothing_that_is_seen_is_skipped(window):
+    """Whatever the order: tokens of drawn documents are shuffled here."""
+    rng = np.random.default_rng(0)
+    skipped = 0
+    for _ in range(20):
+        fields = [x[:, rng.permutation(24)] for x in draw_documents(rng, 1, 24)]
+        fields[1] = np.where(rng.random((1, 24)) < 0.5, 1 + np.arange(24) // 6, fields[1])
+        view = View(fields[0], fields[0], fields[1], fields[1])
+        seen, judged = seen_by_halves(view, 6, window), judged_by_halves(view, 6, window)
+        assert np.all(judged | ~seen)
+        skipped += np.sum(~judged)
+    assert skipped > 0
+
+
+def test_all_that_is_not_seen_is_skipped_of_documents_in_order():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        positions, segments = draw_documents(rng, 1, 64)
+        view = View(positions, positions, segments, segments)
+        seen, judged = seen_by_halves(view, 8, None), judged_by_halves(view, 8, None)
+        np.testing.assert_array_equal(judged, seen)
+
+
+def pairs_computed(monkeypatch, order, n):
+    """How many pairs of halves each device computes, counted as they are computed."""
+    counts = collections.Counter()
+    attention = ring.attention
+
+    def counted(*args, **kwargs):
+        jax.debug.callback(lambda i: counts.update([int(i)]), jax.lax.axis_index("context"))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(ring, "attention", counted)
+    rows = reordered(draw(1, 64, 1, 1, False), order)
+    layout = make_layout(context=n)
+
+    def forward(rows):
+        with use_layout(layout):
+            view = View(rows.positions, rows.positions)
+            return ring_attention(rows.q, rows.k, rows.v, view, scale=1.0)
+
+    jax.block_until_ready(jax.jit(forward)(rows))
+    jax.effects_barrier()
+    return [counts[i] for i in range(n)]
+
+
+def test_zigzag_gives_every_device_the_same_work(monkeypatch):
+    n = 4
+    balanced = pairs_computed(monkeypatch, zigzag_order(64, n), n)
+    assert balanced == [2 * n + 1] * n
+    assert pairs_computed(monkeypatch, np.arange(64), n) == [4 * i + 3 for i in range(n)]
+
+
+@pytest.mark.parametrize("n", [2, 8, 64])
+def test_queries_of_every_device_see_as_many_keys(n):
+    T = 16 * n
+    seen = np.tril(np.ones((T, T))).sum(1)  # of a causal row
+    work = seen[zigzag_order(T, n)].reshape(n, -1).sum(1)
+    assert np.ptp(work) == 0
+    contiguous = seen.reshape(n, -1).sum(1)
+    assert contiguous.max() > 1.4 * contiguous.mean()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_zigzag_reorders_a_batch_and_back(kind):
+    rng = np.random.default_rng(0)
+    batch = {
+        "ids": rng.integers(0, 9, (3, 16)), "weights": rng.normal(size=(3, 16)),
+        "embeddings": rng.normal(size=(3, 16, 2)), "rewards": rng.normal(size=(3,)),
+    }  # fmt: skip
+    batch = {key: kind(x) for key, x in batch.items()}
+    there = zigzag(batch, 2)
+    # Device 0 of 2 holds the first and the last quarter.
+    np.testing.assert_array_equal(there["ids"][:, :4], batch["ids"][:, :4])
+    np.testing.assert_array_equal(there["ids"][:, 4:8], batch["ids"][:, 12:])
+    np.testing.assert_array_equal(there["embeddings"][:, 12:], batch["embeddings"][:, 8:12])
+    assert there["rewards"] is batch["rewards"]
+    for key, x in unzigzag(there, 2).items():
+        np.testing.assert_array_equal(x, batch[key])
+
+
+def test_errors_name_what_would_work():
+    with pytest.raises(
+        ValueError, match="sequence_length=24; use a context of 1, 2, 3, 4, 6 or 12"
+    ):
+        zigzag_order(24, 8)
+    with pytest.raises(ValueError, match="even length"):
+        zigzag_order(25, 8)
+
+    def trace(function, layout, length, heads, kv_heads):
+        rows = draw(2, length, heads, kv_heads, False)
+        jax.eval_shape(jitted(function, layout, True, {}), rows)
+
+    context = make_layout(context=8)
+    with pytest.raises(ValueError, match=r"12 query and 4 .*'context'=8; use .* 1, 2, 4 or 12,"):
+        trace(ulysses_attention, context, 16, 12, 4)
+    with pytest.raises(ValueError, match=r"6 query and 3 .*'context'=2; use .* 1, 3 or 6"):
+        trace(ulysses_attention, make_layout(context=2, tensor=4), 16, 24, 12)
+    with pytest.raises(ValueError, match=r"'context'=8 does not divide sequence=12; use 1, 2, 3"):
+        trace(ring_attention, context, 12, 4, 4)
