@@ -12,8 +12,15 @@ from lm.kernels.attention.reference import (
     reference_attention,
     reference_attention_backward,
 )
+from lm.kernels.attention.sharded import (
+    on_tpu,
+    sharded_flash,
+    sharded_flash_backward,
+    sharded_splash,
+)
 
-IMPLEMENTATIONS = ("reference", "blocked", "cudnn")
+IMPLEMENTATIONS = ("reference", "blocked", "flash", "splash", "cudnn")
+FLASH_FROM = 16  # queries; of fewer, as in decoding, most of a block would be padding
 
 
 def attention(
@@ -43,8 +50,11 @@ def attention(
       softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
       sinks: [H] scores of a key with no value, added to the denominator (GPT-OSS).
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, H].
-      implementation: "reference", "blocked" or "cudnn"; None for "blocked" where it applies (causal
-        attention of tokens to themselves, no sinks, no log-sum-exp), else "reference".
+      implementation: "flash" is a kernel for TPUs (interpreted on CPUs), "splash" JAX's own,
+        "cudnn" cuDNN's; "blocked" and "reference" are plain JAX. None for "flash" where the
+        layout's mesh is of TPUs and there are at least `FLASH_FROM` queries, else "blocked" where
+        it applies (causal attention of tokens to themselves, no sinks, no log-sum-exp), else
+        "reference". On a mesh, "flash" and "splash" run on each device's batch rows and heads.
 
     Returns:
       [B, T, H, h of v] of q's dtype (and the log-sum-exp). A query that sees no key gets zeros, and
@@ -52,11 +62,17 @@ def attention(
       exp(lse - max) of parts merge without NaN.
 
     Raises:
-      ValueError: the implementation is unknown, or cannot do what is asked.
+      ValueError: the implementation is unknown, or cannot do what is asked, or not on this mesh.
     """
     blocked = causal and view.in_order and sinks is None and not return_lse
     if implementation is None:
-        implementation = "blocked" if blocked else "reference"
+        plain = "blocked" if blocked else "reference"
+        implementation = "flash" if on_tpu() and q.shape[1] >= FLASH_FROM else plain
+    if implementation == "flash":
+        return sharded_flash(
+            q, k, v, view, scale=scale, causal=causal, window=window,
+            softcap=softcap, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
     if implementation == "blocked":
         if not blocked:
             raise ValueError(
@@ -68,6 +84,16 @@ def attention(
         return reference_attention(
             q, k, v, view, scale=scale, causal=causal, window=window,
             softcap=softcap, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
+    if implementation == "splash":
+        refused = {
+            "sinks": sinks,
+            "return_lse": return_lse,
+            "arbitrary positions": not view.in_order,
+        }
+        _refuse("splash", "flash", refused)
+        return sharded_splash(
+            q, k, v, view, scale=scale, causal=causal, window=window, softcap=softcap
         )  # fmt: skip
     if implementation == "cudnn":
         return _cudnn(q, k, v, view, scale, causal, window, softcap, sinks, return_lse)
@@ -102,7 +128,7 @@ def attention_backward(
       out, lse: [B, T, H, h of v] and [B, T, H], of the softmax over all keys.
       dout: the gradient of `out`.
       dlse: the gradient of `lse`, float32 [B, T, H]; None for 0.
-      implementation: "reference"; None for "reference".
+      implementation: "reference" or "flash"; None for "flash" where the layout's mesh is of TPUs.
 
     Returns:
       (dq, dk, dv), float32, shaped as q, k and v. Queries that see no key of this part, and keys
@@ -111,28 +137,37 @@ def attention_backward(
     Raises:
       ValueError: the implementation is unknown, or cannot do what is asked.
     """
-    if implementation in (None, "reference"):
-        return reference_attention_backward(
-            q, k, v, view, out, lse, dout, scale=scale, causal=causal, window=window,
-            softcap=softcap, dlse_BTH=dlse,
-        )  # fmt: skip
+    if implementation is None:
+        implementation = "flash" if on_tpu() else "reference"
+    options: dict[str, Any] = {
+        "scale": scale, "causal": causal, "window": window, "softcap": softcap, "dlse": dlse,
+    }  # fmt: skip
+    if implementation == "flash":
+        return sharded_flash_backward(q, k, v, view, out, lse, dout, **options)
+    if implementation == "reference":
+        return reference_attention_backward(q, k, v, view, out, lse, dout, **options)
     raise ValueError(
-        f"attention_backward implementation {implementation!r} is unknown; use reference"
+        f"attention_backward implementation {implementation!r} is unknown; use reference or flash"
     )
 
 
 def _cudnn(q, k, v, view, scale, causal, window, softcap, sinks, return_lse):
     """cuDNN's flash attention; rows must be whole documents, positions 0..T-1."""
     refused = {
-        "packed segments": view.query_segments is not None,
-        "softcap": softcap is not None,
-        "sinks": sinks is not None,
+        "packed segments": view.query_segments,
+        "softcap": softcap,
+        "sinks": sinks,
         "return_lse": return_lse,
+        "head sizes that differ": q.shape[3] != v.shape[3],
     }
-    for name, asked in refused.items():
-        if asked:
-            raise ValueError(f"cudnn attention cannot do {name}; use implementation='reference'")
+    _refuse("cudnn", "reference", refused)
     local = None if window is None else (window - 1, 0 if causal else window - 1)
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
     )
+
+
+def _refuse(name: str, instead: str, refused: dict[str, Any]) -> None:
+    for what, asked in refused.items():
+        if asked is not None and asked is not False:
+            raise ValueError(f"{name} attention cannot do {what}; use implementation={instead!r}")

@@ -107,7 +107,7 @@ def reference_attention_backward(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
-    dlse_BTH: jax.Array | None = None,
+    dlse: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients with the scores held whole. See `lm.kernels.attention.attention_backward`."""
     B, T, H, h = q_BTHh.shape
@@ -122,8 +122,8 @@ def reference_attention_backward(
 
     q, dout = grouped(q_BTHh), grouped(dout_BTHh)
     delta = jnp.sum(dout_BTHh.astype(jnp.float32) * out_BTHh.astype(jnp.float32), axis=-1)
-    if dlse_BTH is not None:
-        delta -= dlse_BTH
+    if dlse is not None:
+        delta -= dlse
     scores = dot("btkgh,bskh->bkgts", q, k_BSKh) * scale
     slope = jnp.float32(1)
     if softcap is not None:

@@ -1,0 +1,359 @@
+"""The two Pallas TPU kernels of flash attention (arXiv:2205.14135, 2307.08691).
+
+Scores are held transposed, [keys, queries]: what belongs to a query (its maximum, sum, log-sum-exp,
+position) is then a row that broadcasts along sublanes, reductions over keys are elementwise, and no
+matrix product needs more than a small operand transposed. One visit (see `schedule`) is a block of
+queries of several heads and the block of keys that they share.
+
+Shape suffixes: B batch, K key/value heads, N groups of g query heads that share a key/value head,
+T queries, S keys, t and s a block of each, h head size of queries and keys, d of values.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lm.kernels.attention.reference import NEGATIVE
+from lm.kernels.attention.schedule import FIRST, LAST, MASKED, RUN, Rows, key_block, query_block
+
+LOG2_E = math.log2(math.e)
+# A score that no query sees, and the maximum before any was seen: so far apart that the weight of
+# the one under the other is 0, though exp(MASK - MASK) would be 1.
+MASK, NONE_SEEN = -1e37, -1e30
+
+
+class Mask(NamedTuple):
+    """What a kernel knows of the mask at trace time."""
+
+    causal: bool
+    window: int | None
+    segments: bool
+
+
+class Scores(NamedTuple):
+    """How products become exponents of two: p = 2 ** (slope * f(product))."""
+
+    scale: float
+    softcap: float | None
+
+    @property
+    def unit(self) -> float:
+        """The scores are this times what the kernel holds."""
+        return self.scale if self.softcap is None else self.softcap
+
+    def capped(self, products: jax.Array) -> jax.Array:
+        if self.softcap is None:
+            return products
+        return jnp.tanh(products * (self.scale / self.softcap))
+
+
+def stack_rows(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """int32 [B, 1 or 2, T]: what the kernels read of a View."""
+    rows = (positions,) if segments is None else (positions, segments)
+    return jnp.stack(rows, axis=1)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(
+        a, b, dims, precision=precision, preferred_element_type=jnp.float32
+    )  # fmt: skip
+
+
+def _seen(query_rows: Any, key_rows: Any, mask: Mask) -> jax.Array:
+    """bool [s, t] from int32 refs [1, n, t] and [1, n, s]."""
+
+    def column(i: int) -> jax.Array:
+        row = key_rows[0, pl.ds(i, 1), :]
+        return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
+
+    distance = query_rows[0, pl.ds(0, 1), :] - column(0)
+    seen = None
+    if mask.causal:
+        seen = distance >= 0
+    if mask.window is not None:
+        near = distance < mask.window
+        seen = near if seen is None else seen & near
+        if not mask.causal:
+            seen &= distance > -mask.window
+    if mask.segments:
+        same = query_rows[0, pl.ds(1, 1), :] == column(1)
+        seen = same if seen is None else seen & same
+    return jnp.ones(distance.shape, bool) if seen is None else seen
+
+
+def _forward_kernel(
+    visits, query_rows, key_rows, q_ref, k_ref, v_ref, out_ref, lse_ref, top, total, sums,
+    *, mask: Mask, scores: Scores, visit_of,
+):  # fmt: skip
+    """top, total: f32 [g, 1, t]; sums: f32 [g, d, t]."""
+    visit = visit_of(visits)
+    num_heads = q_ref.shape[3]
+    slope = scores.unit * LOG2_E
+
+    @pl.when(visit & FIRST != 0)
+    def _():
+        top[...] = jnp.full(top.shape, NONE_SEEN, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        sums[...] = jnp.zeros(sums.shape, jnp.float32)
+
+    def run(masked: bool) -> None:
+        k, v = k_ref[0, 0], v_ref[0, 0]
+        seen = _seen(query_rows, key_rows, mask) if masked else None
+        for head in range(num_heads):
+            x = scores.capped(_dot(k, q_ref[0, 0, 0, head], (1, 1)))
+            if seen is not None:
+                x = jnp.where(seen, x, MASK)
+            old = top[head]
+            new = jnp.maximum(old, jnp.max(x, axis=0, keepdims=True))
+            weights = jnp.exp2(x * slope - new * slope)
+            decay = jnp.exp2((old - new) * slope)
+            top[head] = new
+            total[head] = total[head] * decay + jnp.sum(weights, axis=0, keepdims=True)
+            sums[head] = sums[head] * decay + _dot(v, weights.astype(v.dtype), (0, 0))
+
+    _when_run(visit, run)
+
+    @pl.when(visit & LAST != 0)
+    def _():
+        for head in range(num_heads):
+            blind = total[head] == 0
+            safe = jnp.where(blind, 1.0, total[head])
+            out = sums[head] * (1.0 / safe)
+            out_ref[0, 0, 0, head] = out.T.astype(out_ref.dtype)
+            lse = jnp.where(blind, NEGATIVE, top[head] * scores.unit + jnp.log(safe))
+            lse_ref[0, 0, 0, pl.ds(head, 1), :] = lse
+
+
+def _when_run(visit: Any, run: Any) -> None:
+    pl.when(visit & (RUN | MASKED) == RUN)(functools.partial(run, False))
+    pl.when(visit & (RUN | MASKED) == RUN | MASKED)(functools.partial(run, True))
+
+
+def _backward_kernel(
+    visits, query_rows, key_rows, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref,
+    dq_ref, dk_ref, dv_ref, dq_sums,
+    *, mask: Mask, scores: Scores, visit_of, key: int,
+):  # fmt: skip
+    """dk_ref [1, 1, S, h] and dv_ref [1, 1, S, d] stay in VMEM for all visits of a key/value head.
+
+    dq_sums: f32 [g, h, t]. lse_ref is in powers of two, and large where there is no weight.
+    """
+    visit = visit_of(visits)
+    num_heads = q_ref.shape[3]
+    slope = scores.unit * LOG2_E
+
+    @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
+    def _():
+        def clear(i, carry):
+            rows = pl.ds(pl.multiple_of(i * key, key), key)
+            dk_ref[0, 0, rows, :] = jnp.zeros((key, dk_ref.shape[3]), jnp.float32)
+            dv_ref[0, 0, rows, :] = jnp.zeros((key, dv_ref.shape[3]), jnp.float32)
+            return carry
+
+        jax.lax.fori_loop(0, dk_ref.shape[2] // key, clear, 0)
+
+    @pl.when(visit & FIRST != 0)
+    def _():
+        dq_sums[...] = jnp.zeros(dq_sums.shape, jnp.float32)
+
+    def run(masked: bool) -> None:
+        k, v = k_ref[0, 0], v_ref[0, 0]
+        rows = pl.ds(pl.multiple_of(key_block(visit) * key, key), key)
+        seen = _seen(query_rows, key_rows, mask) if masked else None
+        for head in range(num_heads):
+            q, dout = q_ref[0, 0, 0, head], dout_ref[0, 0, 0, head]
+            x = capped = scores.capped(_dot(k, q, (1, 1)))
+            if seen is not None:
+                x = jnp.where(seen, x, MASK)
+            weights = jnp.exp2(x * slope - lse_ref[0, 0, 0, pl.ds(head, 1), :])
+            dv_ref[0, 0, rows, :] += _dot(weights.astype(dout.dtype), dout, (1, 0))
+            dx = weights * (_dot(v, dout, (1, 1)) - delta_ref[0, 0, 0, pl.ds(head, 1), :])
+            if scores.softcap is not None:
+                dx *= 1.0 - capped * capped
+            dx = dx.astype(q.dtype)
+            dk_ref[0, 0, rows, :] += _dot(dx, q, (1, 0))
+            dq_sums[head] += _dot(k, dx, (0, 0))
+
+    _when_run(visit, run)
+
+    @pl.when(visit & LAST != 0)
+    def _():
+        for head in range(num_heads):
+            dq_ref[0, 0, 0, head] = (dq_sums[head] * scores.scale).T.astype(dq_ref.dtype)
+
+
+class Call(NamedTuple):
+    """One call of either kernel, but for its arrays."""
+
+    mask: Mask
+    scores: Scores
+    query: int  # tokens of a block
+    key: int
+    vmem: int  # bytes the kernel may use
+    interpret: bool | None  # None: on CPUs
+    cost: pl.CostEstimate
+
+
+def _specs(call: Call, visits: Any, num_rows: int):
+    """(visit_of, block specs by kind) for lists of shape [B or 1, P]."""
+    shared, P = visits.shape[0] == 1, visits.shape[1]
+
+    def at(b, p, flat):
+        return flat[p] if shared else flat[b * P + p]
+
+    def visit_of(flat):
+        return at(pl.program_id(0), pl.program_id(3), flat)
+
+    def of_queries(*block):
+        """Of an array [B, K, N, g, T, ...]."""
+        tail = (0,) * (len(block) - 2)
+        return pl.BlockSpec(
+            (1, 1, 1, *block),
+            lambda b, k, n, p, flat: (b, k, n, 0, query_block(at(b, p, flat)), *tail),
+        )
+
+    def of_keys(size: int):
+        """Of an array [B, K, S, size]."""
+        return pl.BlockSpec(
+            (1, 1, call.key, size), lambda b, k, n, p, flat: (b, k, key_block(at(b, p, flat)), 0)
+        )
+
+    query_rows = pl.BlockSpec(
+        (1, num_rows, call.query), lambda b, k, n, p, flat: (b, 0, query_block(at(b, p, flat)))
+    )
+    key_rows = pl.BlockSpec(
+        (1, num_rows, call.key), lambda b, k, n, p, flat: (b, 0, key_block(at(b, p, flat)))
+    )
+    return visit_of, of_queries, of_keys, [query_rows, key_rows]
+
+
+def _rows(rows: Rows) -> tuple[jax.Array, jax.Array]:
+    return (
+        stack_rows(rows.query_positions, rows.query_segments),
+        stack_rows(rows.key_positions, rows.key_segments),
+    )
+
+
+def forward(call: Call, visits, count, rows: Rows, q, k, v) -> tuple[jax.Array, jax.Array]:
+    """(out [B, K, N, g, T, d] of q's dtype, lse float32 [B, K, N, g, T]).
+
+    Args:
+      call: sizes and mask.
+      visits, count: a `Schedule`.
+      rows: positions and segments.
+      q: [B, K, N, g, T, h]; T a multiple of the block.
+      k, v: [B, K, S, h] and [B, K, S, d].
+    """
+    B, K, N, g, T, h = q.shape
+    d = v.shape[3]
+    row_arrays = _rows(rows)
+    visit_of, of_queries, of_keys, row_specs = _specs(call, visits, row_arrays[0].shape[1])
+    kernel = functools.partial(
+        _forward_kernel, mask=call.mask, scores=call.scores, visit_of=visit_of
+    )
+    call_on = functools.partial(
+        pl.pallas_call,
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, K, N, count),
+            in_specs=[*row_specs, of_queries(g, call.query, h), of_keys(h), of_keys(d)],
+            out_specs=[of_queries(g, call.query, d), of_queries(g, call.query)],
+            scratch_shapes=[
+                pltpu.VMEM((g, 1, call.query), jnp.float32),
+                pltpu.VMEM((g, 1, call.query), jnp.float32),
+                pltpu.VMEM((g, d, call.query), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, K, N, g, T, d), q.dtype),
+            jax.ShapeDtypeStruct((B, K, N, g, T), jnp.float32),
+        ],
+        **_options(call, True, "flash_attention_forward"),
+    )
+    return _launch(call, call_on, jnp.asarray(visits).reshape(-1), *row_arrays, q, k, v)
+
+
+def backward(
+    call: Call, visits, count, rows: Rows, q, k, v, dout, lse2, delta, dq_dtype
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(dq [B, K, N, g, T, h], dk [B, K, S, h] / scale, dv [B, K, S, d]); the latter two float32.
+
+    Args:
+      call, visits, count, rows, q, k, v: as `forward`.
+      dout: [B, K, N, g, T, d].
+      lse2: float32 [B, K, N, g, T], log-sum-exp in powers of two; 1e30 where every weight is 0.
+      delta: float32 [B, K, N, g, T], the sum of dout * out less the gradient of the log-sum-exp.
+      dq_dtype: of dq.
+    """
+    B, K, N, g, T, h = q.shape
+    S, d = v.shape[2:]
+    row_arrays = _rows(rows)
+    visit_of, of_queries, of_keys, row_specs = _specs(call, visits, row_arrays[0].shape[1])
+    kernel = functools.partial(
+        _backward_kernel, mask=call.mask, scores=call.scores, visit_of=visit_of, key=call.key
+    )
+
+    def resident(size: int):
+        return pl.BlockSpec((1, 1, S, size), lambda b, k, n, p, flat: (b, k, 0, 0))
+
+    call_on = functools.partial(
+        pl.pallas_call,
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, K, N, count),
+            in_specs=[
+                *row_specs,
+                of_queries(g, call.query, h),
+                of_keys(h),
+                of_keys(d),
+                of_queries(g, call.query, d),
+                of_queries(g, call.query),
+                of_queries(g, call.query),
+            ],
+            out_specs=[of_queries(g, call.query, h), resident(h), resident(d)],
+            scratch_shapes=[pltpu.VMEM((g, h, call.query), jnp.float32)],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, K, N, g, T, h), dq_dtype),
+            jax.ShapeDtypeStruct((B, K, S, h), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, S, d), jnp.float32),
+        ],
+        **_options(call, False, "flash_attention_backward"),
+    )
+    flat = jnp.asarray(visits).reshape(-1)
+    return _launch(call, call_on, flat, *row_arrays, q, k, v, dout, lse2, delta)
+
+
+def _options(call: Call, groups_apart: bool, name: str) -> dict[str, Any]:
+    return {
+        "compiler_params": pltpu.CompilerParams(
+            dimension_semantics=(
+                "parallel",
+                "parallel",
+                "parallel" if groups_apart else "arbitrary",
+                "arbitrary",
+            ),
+            vmem_limit_bytes=call.vmem,
+        ),
+        "cost_estimate": call.cost,
+        "name": name,
+    }
+
+
+def _launch(call: Call, call_on: Any, *arrays: jax.Array) -> Any:
+    if call.interpret is not None:
+        return call_on(interpret=call.interpret)(*arrays)
+    return jax.lax.platform_dependent(
+        *arrays, tpu=call_on(interpret=False), cpu=call_on(interpret=True)
+    )

@@ -1,0 +1,154 @@
+"""TPU kernels on arrays split over the mesh of the layout: batch and heads, each device its own."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
+
+from lm.kernels.attention.flash import flash_attention, flash_attention_backward
+from lm.kernels.attention.reference import View
+from lm.sharding import Layout, current_layout, partition_spec
+from lm.sharding.chips import chip_of
+
+
+def target() -> Any:
+    """A device with `platform` and `device_kind` of those compiled for, or None if unknown.
+
+    It is the layout's, or, where there is none, that of the `jax.shard_map` being traced.
+    """
+    layout = current_layout()
+    if layout is not None:
+        return layout.mesh.devices.flat[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.abstract_device if not mesh.empty and _is_local(mesh) else None
+
+
+def on_tpu() -> bool:
+    """Whether what is traced is known to run on TPUs."""
+    device = target()
+    return device is not None and device.platform == "tpu"
+
+
+def sharded_flash(q, k, v, view: View, *, sinks, return_lse: bool, **options: Any) -> Any:
+    """`flash_attention` of each device's part. Errors as `lm.kernels.attention.attention`."""
+    layout = current_layout()
+    kernel = functools.partial(flash_attention, return_lse=return_lse, **_where(), **options)
+    if layout is None or _is_local(layout.mesh):
+        return kernel(q, k, v, view, sinks=sinks)
+    queries, keys, rows, lse = _specs(layout, q, k)
+    heads = PartitionSpec(queries[2])
+    return jax.shard_map(
+        lambda q, k, v, view, sinks: kernel(q, k, v, view, sinks=sinks),
+        mesh=layout.mesh,
+        in_specs=(queries, keys, keys, rows, heads),
+        out_specs=(queries, lse) if return_lse else queries,
+        check_vma=False,
+    )(q, k, v, view, sinks)
+
+
+def sharded_flash_backward(q, k, v, view: View, out, lse, dout, *, dlse, **options: Any) -> Any:
+    """`flash_attention_backward` of each device's part."""
+    layout = current_layout()
+    kernel = functools.partial(flash_attention_backward, **_where(), **options)
+    if layout is None or _is_local(layout.mesh):
+        return kernel(q, k, v, view, out, lse, dout, dlse=dlse)
+    queries, keys, rows, by_head = _specs(layout, q, k)
+    return jax.shard_map(
+        lambda q, k, v, view, out, lse, dout, dlse: kernel(
+            q, k, v, view, out, lse, dout, dlse=dlse
+        ),
+        mesh=layout.mesh,
+        in_specs=(queries, keys, keys, rows, queries, by_head, queries, by_head),
+        out_specs=(queries, keys, keys),
+        check_vma=False,
+    )(q, k, v, view, out, lse, dout, dlse)
+
+
+def sharded_splash(q, k, v, view: View, *, scale, causal, window, softcap) -> jax.Array:
+    """JAX's own splash attention; what it cannot do is refused by `attention`."""
+    layout = current_layout()
+    T, S = q.shape[1], k.shape[1]
+    if T % 128 or S % 128:
+        raise ValueError(
+            f"splash attention needs lengths that 128 divides, got {T}; use implementation='flash'"
+        )
+    if window is not None:
+        one = splash.LocalMask((T, S), (window - 1, 0 if causal else window - 1), 0)
+    else:
+        one = splash.CausalMask((T, S)) if causal else splash.FullMask((T, S))
+    interpret = _where()["interpret"]
+    if interpret is None:
+        raise ValueError("splash attention needs a layout, to know where it runs")
+
+    def kernel(q, k, v, view: View) -> jax.Array:
+        attend = splash.make_splash_mha(
+            splash.MultiHeadMask([one] * q.shape[2]),
+            head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap,
+            interpret=interpret,
+        )  # fmt: skip
+        segments = None
+        if view.query_segments is not None:
+            segments = splash.SegmentIds(view.query_segments, view.key_segments)
+        heads_first = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+        out: Any = jax.vmap(attend)(*heads_first, segments)
+        return out.swapaxes(1, 2)
+
+    if layout is None or _is_local(layout.mesh):
+        return kernel(q, k, v, view)
+    queries, keys, rows, _ = _specs(layout, q, k)
+    return jax.shard_map(
+        kernel, mesh=layout.mesh, in_specs=(queries, keys, keys, rows), out_specs=queries,
+        check_vma=False,
+    )(q, k, v, view)  # fmt: skip
+
+
+def _where() -> dict[str, Any]:
+    """The chip, and whether to interpret.
+
+    Raises:
+      ValueError: the target is neither TPUs nor CPUs.
+    """
+    device = target()
+    if device is None:
+        return {"chip": None, "interpret": None}
+    if device.platform not in ("tpu", "cpu"):
+        raise ValueError(
+            f"flash attention is a TPU kernel (interpreted on CPUs), the mesh is of "
+            f"{device.platform} devices; use implementation='cudnn' or 'blocked'"
+        )
+    chip = chip_of(device.device_kind)
+    return {"chip": chip.name if chip else None, "interpret": device.platform == "cpu"}
+
+
+def _is_local(mesh: Any) -> bool:
+    """Whether arrays are one device's already: a mesh of one, or the inside of a shard_map."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return all(size == 1 or axis in manual for axis, size in mesh.shape.items())
+
+
+def _specs(layout: Layout, q, k) -> tuple[PartitionSpec, ...]:
+    """Of queries, keys, positions and log-sum-exp.
+
+    Raises:
+      ValueError: the mesh does not divide batch or heads, splits the sequence, or splits queries
+        and keys differently.
+    """
+    table, mesh = layout.rules.activations, layout.mesh
+    queries = partition_spec(table, ("batch", "sequence", "heads", None), mesh, q.shape)
+    keys = partition_spec(table, ("batch", "sequence", "kv_heads", None), mesh, k.shape)
+    if queries[1] is not None:
+        raise ValueError(
+            f"this attention sees a whole sequence, the layout splits it over {queries[1]!r}; give "
+            "the forward pass a context-parallel attention (ring or Ulysses)"
+        )
+    if queries[2] != keys[2]:
+        raise ValueError(
+            f"the rules split heads over {queries[2]!r} and kv_heads over {keys[2]!r}; "
+            "they must be split alike"
+        )
+    batch = queries[0]
+    return queries, keys, PartitionSpec(batch, None), PartitionSpec(batch, None, queries[2])
