@@ -2,36 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from experiments import config as config_lib
 from experiments.config import ConfigError
 
 
-def run(main: Callable[..., None], *, positional: bool = False) -> NoReturn:
-    """Run `main()`, or `main(arguments)` where arguments without a flag are taken, and exit.
+def run(
+    main: Callable[..., None],
+    *,
+    positional: bool = False,
+    configs: Mapping[str, Callable[..., Any]] | None = None,
+) -> NoReturn:
+    """Run `main()` and exit; a ConfigError is its message on stderr and status 2.
 
-    A ConfigError is its message on stderr and status 2; with `--verbosity=1` its traceback too.
+    With `--verbosity=1` it is its traceback too.
+
+    Args:
+      main: called without arguments, or with those that the next two ask for.
+      positional: `main` takes the list of arguments that are no flags.
+      configs: `main` takes the configuration that `--config` and its keys choose of these.
     """
+    chosen: list[Any] = []
+    default = next(iter(configs)) if configs else None
 
     def program(argv: Sequence[str]) -> None:
         logging.set_verbosity(max(flags.FLAGS.verbosity, logging.WARNING))
-        try:
+        with _reported():
             if argv[1:] and not positional:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags are --name=value")
-            main(*([list(argv[1:])] if positional else []))
-        except ConfigError as error:
-            if flags.FLAGS["verbosity"].present and flags.FLAGS.verbosity > 0:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except BrokenPipeError:  # whoever reads has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
+            main(*chosen, *([list(argv[1:])] if positional else []))
 
-    app.run(program)
+    def parse_flags(argv: list[str]) -> list[str]:
+        if configs is None or {"--help", "--helpshort", "--helpfull"} & set(argv):
+            return flags.FLAGS(argv)
+        with _reported():
+            _, rest = config_lib.parse(argv, configs, default)
+            positionals = flags.FLAGS(rest)  # first, so that an unknown flag is what is told
+            chosen.append(config_lib.parse(argv, configs)[0])
+            return positionals
+        raise AssertionError("_reported never swallows an error")
+
+    if configs is None:
+        app.run(program)
+    else:
+        app.run(program, flags_parser=parse_flags)
     raise AssertionError("app.run returned")
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        if (
+            flags.FLAGS.is_parsed()
+            and flags.FLAGS["verbosity"].present
+            and flags.FLAGS.verbosity > 0
+        ):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -12,6 +12,7 @@ trouble no program that wants neither.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -19,6 +20,8 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -105,10 +108,35 @@ def describe(name: str) -> list[Any]:
         if slices > 1:
             options["num_slices"] = slices
     try:
-        return list(topologies.get_topology_desc(**options).devices)
+        with _quiet():
+            jax.devices("cpu")  # what starting JAX loads speaks too
+            return list(topologies.get_topology_desc(**options).devices)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise TopologyError(f"topology {name!r} is refused by its compiler: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What libtpu and XLA say on stderr of hardware that is not here goes nowhere.
+
+    They write past Python, to the file descriptor. Of a failure all of it is shown after all; an
+    exception says what it has to by itself.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(kept, 2)
+            said.seek(0)
+            os.write(2, said.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _prepare() -> None:

@@ -1,0 +1,102 @@
+"""Configurations of `experiments.aot`: any model of `lm.model.known`, to train and to serve.
+
+--config=llama3_8b --config.mesh.fsdp=16 --config.mesh.tensor=4 --config.train.remat=matmuls
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from lm.model import ModelConfig
+from lm.model.known import KNOWN, known_model
+from lm.sharding import MeshShape
+from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """How arrays lie on the mesh in training.
+
+    Attributes:
+      zero: ZeRO stage over `zero_axes`.
+      zero_axes: mesh axes of the batch that share weights, gradients and optimizer state.
+      sequence_parallel: between blocks, split the sequence over `tensor`.
+    """
+
+    zero: Literal[0, 1, 2, 3] = 3
+    zero_axes: tuple[str, ...] = ("fsdp",)
+    sequence_parallel: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The training step.
+
+    Attributes:
+      rows_per_device: rows of a step over devices; a fraction where a row lies on several.
+      sequence_length: tokens of a row; none for the model's, at most 8,192.
+      num_micro_batches: a step's rows are taken in this many parts.
+      dtype: of compute; weights and their updates are float32.
+      remat: see `lm.model.remat`.
+      attention: implementation; none for what `lm.kernels.attention` chooses for the platform.
+      loss: implementation of the cross-entropy; none for what its size decides.
+      packed: rows hold several documents, so that attention has segments to mask.
+    """
+
+    rows_per_device: float = 1.0
+    sequence_length: int | None = None
+    num_micro_batches: int = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: str = "full"
+    attention: str | None = None
+    loss: str | None = None
+    packed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Prefill and decode.
+
+    Attributes:
+      rows_per_device: rows at once over devices.
+      prompt_length: tokens of a prompt.
+      cache_length: positions of the cache.
+      dtype: of weights, compute and cache.
+      zero: 3 also splits the weights over `fsdp`, and gathers them a layer at a time.
+    """
+
+    rows_per_device: float = 1.0
+    prompt_length: int = 2048
+    cache_length: int = 4096
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    zero: Literal[0, 3] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Aot:
+    """A model, where it lies, and what it does there."""
+
+    model: ModelConfig
+    mesh: MeshShape = MeshShape(fsdp=-1)
+    sharding: Sharding = Sharding()
+    optimizer: AdamW | Muon | Adafactor | Lion | Soap = AdamW()
+    train: Train = Train()
+    serve: Serve = Serve()
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training row."""
+        return self.train.sequence_length or min(self.model.max_length, 8192)
+
+
+def configuration(name: str) -> Aot:
+    """That of a model in `lm.model.known`."""
+    return Aot(known_model(name))
+
+
+CONFIGS: Mapping[str, Callable[[], Aot]] = {
+    name: functools.partial(configuration, name) for name in KNOWN
+}
