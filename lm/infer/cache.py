@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lm.infer.latent import LatentCache, make_latent_cache
 from lm.kernels.attention import View, attention
 from lm.model import Attention, ModelConfig, Tokens
 from lm.model.forward import attention_scale
@@ -59,10 +60,12 @@ class ContiguousCache:
 
 def make_cache(
     config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32
-) -> tuple[ContiguousCache, ...]:
+) -> tuple[ContiguousCache | LatentCache, ...]:
     """Empty caches, one a layer, of `length` positions for `batch` rows."""
 
-    def layer(a: Attention) -> ContiguousCache:
+    def layer(a: Attention) -> ContiguousCache | LatentCache:
+        if a.latent is not None:
+            return make_latent_cache(a, batch, length, dtype)
         shape = (batch, length, a.num_kv_heads, a.head_dim)
         return ContiguousCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 

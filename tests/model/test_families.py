@@ -106,7 +106,11 @@ def test_flops_from_matrices_and_masks(name, length):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("case", ["llama", "mistral", "gemma3", "olmo2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "mistral", "gemma3", "olmo2", "phi3", "gpt_neox", "deepseek_v2_plain_queries"]
+    + ["deepseek_v3"],
+)
 def test_flops_as_torch_counts_them(case):
     """PyTorch's counter, on a row of one token: there its attention is causal too."""
     torch = pytest.importorskip("torch")
