@@ -17,7 +17,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import View, attention, attention_backward
 from lm.parallel.context import Context, current_context
-from lm.sharding import use_layout
 
 BLIND = -0.7 * float(np.finfo(np.float32).max)  # the log-sum-exp of nothing, as kernels have it
 PADDING = np.iinfo(np.int32).max
@@ -148,12 +147,8 @@ def _specs(static: Static, q: jax.Array, k: jax.Array) -> tuple[Any, ...]:
 def _over_mesh(local, static: Static, q, k, out_specs, more_specs=()):
     heads, keys, tokens, _ = _specs(static, q, k)
 
-    def function(*args: Any) -> Any:
-        with use_layout(None):  # inside, every array is one device's own
-            return local(static, *args)
-
     return jax.shard_map(
-        function,
+        functools.partial(local, static),
         mesh=static.context.mesh,
         in_specs=(heads, keys, keys, *(tokens,) * 4, *more_specs),
         out_specs=out_specs,

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from lm.kernels.attention import View, attention
 from lm.parallel.context import Context, current_context, divisors
-from lm.sharding import use_layout
 
 
 def ulysses_attention(
@@ -54,11 +53,9 @@ def ulysses_attention(
 
         k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
         rows = View(*map(to_rows, fields), in_order=view.in_order)
-        with use_layout(None):  # here every array is one device's own
-            out = attention(
-                to_heads(q), to_heads(k), to_heads(v), rows,
-                implementation=implementation, **options,
-            )  # fmt: skip
+        out = attention(
+            to_heads(q), to_heads(k), to_heads(v), rows, implementation=implementation, **options
+        )
         return jax.lax.all_to_all(out, axes, split_axis=1, concat_axis=2, tiled=True)
 
     over_mesh = jax.shard_map(
