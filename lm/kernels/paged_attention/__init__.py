@@ -1,0 +1,31 @@
+"""Ragged paged attention: mixed prefill and decoding over pages of keys and values."""
+
+from lm.kernels.paged_attention.choose import (
+    IMPLEMENTATIONS,
+    kv_head_axes,
+    paged_attention,
+    write_pages,
+)
+from lm.kernels.paged_attention.pages import (
+    QUANTIZED,
+    Pages,
+    check_tables,
+    make_pages,
+    quantize,
+)
+from lm.kernels.paged_attention.reference import reference_paged_attention
+from lm.kernels.paged_attention.tpu import tpu_paged_attention
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "QUANTIZED",
+    "Pages",
+    "check_tables",
+    "kv_head_axes",
+    "make_pages",
+    "paged_attention",
+    "quantize",
+    "reference_paged_attention",
+    "tpu_paged_attention",
+    "write_pages",
+]

@@ -1,0 +1,232 @@
+"""Ragged paged attention: which implementation runs, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lm.kernels.paged_attention.pages import Pages
+from lm.kernels.paged_attention.reference import (
+    reference_paged_attention,
+    reference_write_pages,
+)
+from lm.kernels.paged_attention.tpu import tpu_paged_attention
+from lm.kernels.paged_attention.tpu_write import tpu_write_pages
+from lm.sharding import Layout, check_divides, current_layout
+
+IMPLEMENTATIONS = ("reference", "tpu")
+
+
+def paged_attention(
+    q: jax.Array,
+    pages: Pages,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    *,
+    scale: float,
+    q_lens: jax.Array | None = None,
+    max_q_len: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+    **blocks: int,
+) -> jax.Array:
+    """Causal attention of a flat batch of new tokens to their sequences' pages.
+
+    The new tokens are the last of their sequences, and their keys and values are in the pages
+    (`write_pages`). Prefill, chunks of it and single tokens may be mixed. Under a layout the heads
+    are split as its rules split `kv_heads`, pages alike; one head (latent or multi-query attention)
+    is held by every device, and everything is replicated over the other mesh axes.
+
+    Args:
+      q: [N, H, h], sequence after sequence; h is `pages.key_dim`.
+      pages: the pool; its K heads divide H.
+      page_table: int32 [B, M], pages of each sequence in order. Entries before a window or behind
+        the sequence's end are not read.
+      kv_lens: int32 [B], tokens of each sequence, new ones included.
+      cu_q_lens: int32 [B + 1], where each sequence's new tokens begin in q, and where the last's
+        end.
+      scale: multiplies the scores.
+      q_lens: int32 [B], new tokens of each, where they are fewer than from one beginning to the
+        next; the rest is padding.
+      max_q_len: the most new tokens of a sequence, where it is known; 1 for decoding.
+      window: positions a query sees, itself included; None for all.
+      softcap: scores become softcap * tanh(scores / softcap).
+      sinks: [H] scores of a key with no value, added to the denominator.
+      implementation: "reference" or "tpu"; None for the one of the layout's platform, or, without a
+        layout, of the platform compiled for.
+      interpret: run the TPU kernel as plain JAX.
+      blocks: `block_q` and `block_kv` of the TPU kernel, in tokens.
+
+    Returns:
+      [N, H, value_dim] of q's dtype; zeros for padding.
+
+    Raises:
+      ValueError: shapes disagree, the implementation is unknown or cannot hold the table or a page,
+        or the mesh does not divide the heads.
+    """
+    _check(q, pages, page_table, kv_lens, cu_q_lens)
+    starts, lens = _sequences(cu_q_lens, q_lens)
+    tensors = (q, pages, page_table, kv_lens, starts, lens, sinks)
+    layout = current_layout()
+    common: dict[str, Any] = {
+        "scale": scale, "max_len": max_q_len, "window": window, "softcap": softcap,
+    }  # fmt: skip
+
+    def reference(q, pages, table, kv_lens, starts, lens, sinks):
+        return reference_paged_attention(
+            q, pages, table, kv_lens, starts, lens, sinks=sinks, **common
+        )
+
+    def tpu(q, pages, table, kv_lens, starts, lens, sinks):
+        return tpu_paged_attention(
+            q, pages, table, kv_lens, starts, lens, sinks=sinks, interpret=interpret, **common,
+            **blocks,
+        )  # fmt: skip
+
+    sharded = functools.partial(_sharded_attention, tpu, layout)
+    return _dispatch(implementation, layout, tensors, reference, tpu, sharded)
+
+
+def write_pages(
+    pages: Pages,
+    keys: jax.Array,
+    values: jax.Array | None,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    *,
+    q_lens: jax.Array | None = None,
+    max_q_len: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Pages:
+    """Put the keys and values of a flat batch of new tokens into their sequences' pages.
+
+    A page must not be another sequence's too where new tokens go. Arguments that are not described
+    are those of `paged_attention`, errors too.
+
+    Args:
+      keys: [N, K, key_dim].
+      values: [N, K, value_dim]; None for latent pages, whose keys hold them.
+
+    Returns:
+      The pages, the old ones' memory where it is donated. Padding, positions beyond the table and
+      those whose table entry is negative are written nowhere.
+    """
+    starts, lens = _sequences(cu_q_lens, q_lens)
+    tensors = (pages, keys, values, page_table, kv_lens, starts, lens)
+    reference = functools.partial(reference_write_pages, max_len=max_q_len)
+    tpu = functools.partial(tpu_write_pages, max_len=max_q_len, interpret=interpret)
+    layout = current_layout()
+    sharded = functools.partial(_sharded_write, tpu, layout)
+    return _dispatch(implementation, layout, tensors, reference, tpu, sharded)
+
+
+def _sequences(cu_q_lens: jax.Array, q_lens: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    starts = cu_q_lens[:-1]
+    return starts, cu_q_lens[1:] - starts if q_lens is None else q_lens
+
+
+def _dispatch(
+    implementation: str | None,
+    layout: Layout | None,
+    tensors: tuple[Any, ...],
+    reference: Callable[..., Any],
+    tpu: Callable[..., Any],
+    sharded: Callable[..., Any],
+) -> Any:
+    if implementation is None and layout is not None:
+        platform = layout.mesh.devices.flat[0].platform
+        implementation = "tpu" if platform == "tpu" else "reference"
+    if implementation is None:
+        return jax.lax.platform_dependent(*tensors, tpu=tpu, default=reference)
+    if implementation == "reference":
+        return reference(*tensors)
+    if implementation == "tpu":
+        return tpu(*tensors) if layout is None else sharded(*tensors)
+    raise ValueError(
+        f"paged attention implementation {implementation!r} is unknown; use "
+        f"{', '.join(IMPLEMENTATIONS)}"
+    )
+
+
+def _check(
+    q: jax.Array, pages: Pages, page_table: jax.Array, kv_lens: jax.Array, cu_q_lens: jax.Array
+) -> None:
+    K, B = pages.data.shape[1], page_table.shape[0]
+    if q.ndim != 3 or q.shape[2] != pages.key_dim:
+        raise ValueError(f"q is [tokens, heads, {pages.key_dim}] for these pages, not {q.shape}")
+    if q.shape[1] % K:
+        raise ValueError(f"num_kv_heads={K} of the pages does not divide num_heads={q.shape[1]}")
+    if page_table.ndim != 2 or kv_lens.shape != (B,) or cu_q_lens.shape != (B + 1,):
+        raise ValueError(
+            f"page_table {page_table.shape}, kv_lens {kv_lens.shape}, cu_q_lens {cu_q_lens.shape}; "
+            "give [B, M], [B] and [B + 1] of one B"
+        )
+    for name, x in (("page_table", page_table), ("kv_lens", kv_lens), ("cu_q_lens", cu_q_lens)):
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} is {x.dtype.name}; give int32")
+
+
+def kv_head_axes(layout: Layout, num_kv_heads: int) -> tuple[str, ...]:
+    """Mesh axes the heads of pages are split over; none for a single head.
+
+    Raises:
+      ValueError: the axes do not divide the heads.
+    """
+    table, mesh = layout.rules.activations, layout.mesh
+    axes = tuple(a for a in table.get("kv_heads", ()) if mesh.shape[a] > 1)
+    if num_kv_heads == 1 or not axes:
+        return ()
+    check_divides(mesh, axes, "num_kv_heads", num_kv_heads)
+    return axes
+
+
+def _page_specs(pages: Pages, axes: tuple[str, ...]) -> Pages:
+    return dataclasses.replace(
+        pages,
+        data=PartitionSpec(None, axes or None),
+        scales=None if pages.scales is None else PartitionSpec(None, None, axes or None),
+    )
+
+
+# A Mosaic call cannot be partitioned by the compiler: each device runs it on the heads it has.
+def _sharded_attention(kernel: Callable[..., Any], layout: Layout, *tensors: Any) -> jax.Array:
+    q, pages, *tables, sinks = tensors
+    mesh, K = layout.mesh, pages.data.shape[1]
+    axes = kv_axes = kv_head_axes(layout, K)
+    if K == 1:
+        table = layout.rules.activations
+        axes = tuple(a for a in table.get("heads", ()) if mesh.shape[a] > 1)
+        if axes:
+            check_divides(mesh, axes, "num_heads", q.shape[1])
+    heads, whole = PartitionSpec(None, axes or None), PartitionSpec()
+    specs = (
+        heads, _page_specs(pages, kv_axes), *[whole] * len(tables),
+        None if sinks is None else PartitionSpec(axes or None),
+    )  # fmt: skip
+    run = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return run(q, pages, *tables, sinks)
+
+
+def _sharded_write(kernel: Callable[..., Any], layout: Layout, *tensors: Any) -> Pages:
+    pages, keys, values, *tables = tensors
+    axes = kv_head_axes(layout, pages.data.shape[1])
+    heads, page_specs = PartitionSpec(None, axes or None), _page_specs(pages, axes)
+    specs = (
+        page_specs, heads, None if values is None else heads, *[PartitionSpec()] * len(tables),
+    )  # fmt: skip
+    run = jax.shard_map(
+        kernel, mesh=layout.mesh, in_specs=specs, out_specs=page_specs, check_vma=False
+    )
+    return run(pages, keys, values, *tables)

@@ -1,0 +1,106 @@
+"""Ragged paged attention in plain JAX: the pages of each sequence gathered, the scores held whole.
+
+Shape suffixes as in `pages`; H query heads, G of them a key/value head, T most new tokens of a
+sequence, S = M x p key positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.attention.reference import NEGATIVE
+from lm.kernels.paged_attention.pages import Pages, new_rows
+
+
+def reference_write_pages(
+    pages: Pages,
+    keys: jax.Array,
+    values: jax.Array | None,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    starts: jax.Array,
+    lens: jax.Array,
+    max_len: int | None = None,
+) -> Pages:
+    """See `lm.kernels.paged_attention.write_pages`."""
+    del max_len
+    P, _, p, _ = pages.data.shape
+    B, M = page_table.shape
+    new, scales = new_rows(pages, keys, values)
+    token = jnp.arange(len(new), dtype=jnp.int32)
+    row = jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1
+    row = jnp.clip(row, 0, B - 1)
+    offset = token - starts[row]
+    position = (kv_lens - lens)[row] + offset
+    page = page_table[row, jnp.clip(position // p, 0, M - 1)]
+    known = (offset >= 0) & (offset < lens[row]) & (position >= 0) & (position < M * p)
+    page, slot = jnp.where(known & (page >= 0), page, P), position % p
+    data = pages.data.at[page, :, slot].set(new, mode="drop")
+    if scales is not None:
+        scales = pages.scales.at[page, :, :, slot].set(scales, mode="drop")
+    return dataclasses.replace(pages, data=data, scales=scales)
+
+
+def gather_pages(pages: Pages, page_table: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows of each sequence's positions, [B, K, S, W], dequantized to `dtype`."""
+    P, K, p, W = pages.data.shape
+    B, M = page_table.shape
+    table = jnp.clip(page_table, 0, P - 1)[:, None, :]
+    heads = jnp.arange(K)[None, :, None]
+    rows = pages.data[table, heads].astype(dtype)
+    if pages.scales is not None:
+        scales = pages.scales[table[..., None], jnp.arange(2), heads[..., None]]  # [B, K, M, 2, p]
+        first, second = (scales[:, :, :, i, :, None].astype(dtype) for i in range(2))
+        rows *= jnp.where(jnp.arange(W) < pages.split, first, second)
+    return rows.reshape(B, K, M * p, W)
+
+
+def reference_paged_attention(
+    q: jax.Array,
+    pages: Pages,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    starts: jax.Array,
+    lens: jax.Array,
+    *,
+    scale: float,
+    max_len: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """See `lm.kernels.paged_attention.paged_attention`; tokens of a sequence from starts[b]."""
+    N, H, _ = q.shape
+    K, T = pages.data.shape[1], N if max_len is None else max_len
+    offsets = jnp.arange(T, dtype=jnp.int32)
+    live = offsets < lens[:, None]
+    tokens = jnp.where(live, starts[:, None] + offsets, N)
+    q_BTKGh = q.at[tokens].get(mode="fill", fill_value=0).reshape(len(starts), T, K, H // K, -1)
+    rows = gather_pages(pages, page_table, q.dtype)
+    key_positions = jnp.arange(rows.shape[2], dtype=jnp.int32)
+    # What lies behind a sequence's end may be anything, and zero times NaN is NaN.
+    rows = jnp.where((key_positions < kv_lens[:, None])[:, None, :, None], rows, 0)
+
+    keys = rows[..., : pages.key_dim]
+    scores = jnp.einsum("btkgh,bksh->bkgts", q_BTKGh, keys, preferred_element_type=jnp.float32)
+    scores *= scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    positions = (kv_lens - lens)[:, None] + offsets
+    distance = positions[:, :, None] - key_positions
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    scores = jnp.where(seen[:, None, None], scores, NEGATIVE)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, K, H // K, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    out = jnp.einsum("bkgts,bksv->btkgv", weights, rows[..., pages.value_lanes])
+    out = out.reshape(len(starts), T, H, -1).astype(q.dtype)
+    return jnp.zeros((N, H, out.shape[-1]), q.dtype).at[tokens].set(out, mode="drop")

@@ -1,0 +1,500 @@
+"""Paged attention: the reference against plain attention, the TPU kernels against the reference."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lm.kernels.paged_attention import (
+    Pages,
+    check_tables,
+    make_pages,
+    paged_attention,
+    quantize,
+    write_pages,
+)
+from lm.sharding import Layout, MeshShape, make_mesh, make_rules, topologies, use_layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sequences with (tokens already there, new tokens), and what they are attended with."""
+
+    sequences: tuple[tuple[int, int], ...] = ((0, 21), (37, 1), (30, 1), (3, 0), (19, 9))
+    num_kv_heads: int = 2
+    group: int = 2
+    key_dim: int = 64
+    value_dim: int = 64
+    latent: bool = False
+    page_size: int = 16
+    dtype: str = "float32"
+    page_dtype: str | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    max_q_len: int | None = None
+    block_q: int | None = None
+    block_kv: int | None = 32
+
+    @property
+    def features(self):
+        return {"window": self.window, "softcap": self.softcap, "max_q_len": self.max_q_len}
+
+    @property
+    def num_heads(self):
+        return self.num_kv_heads * self.group
+
+    @property
+    def scale(self):
+        return 1.5 * self.key_dim**-0.5
+
+
+DECODE = ((37, 1), (15, 1), (0, 1), (60, 1))
+CASES = {
+    "mixed": Case(),
+    "decode": Case(DECODE, group=4, max_q_len=1),
+    "window-softcap": Case(window=10, softcap=2.0, block_q=4),
+    "decode-window-sinks": Case(DECODE, window=17, sinks=True, max_q_len=1, group=3),
+    "head128-bf16": Case(key_dim=128, value_dim=128, dtype="bfloat16", block_q=8, block_kv=48),
+    "many-heads": Case(DECODE[:2], num_kv_heads=10, group=1, key_dim=32, value_dim=48, max_q_len=1),
+    "latent": Case(num_kv_heads=1, group=4, key_dim=48, value_dim=32, latent=True, block_q=8),
+    "int8": Case(((0, 5), (130, 1), (100, 40)), page_dtype="int8", page_size=128, block_kv=128),
+    "fp8-head128": Case(
+        ((0, 1), (200, 1)), key_dim=128, value_dim=128, page_dtype="float8_e4m3fn", page_size=128,
+        max_q_len=1, block_kv=256,
+    ),
+    "latent-int8": Case(
+        ((128, 1), (140, 3)), num_kv_heads=1, group=4, key_dim=192, value_dim=128, latent=True,
+        page_dtype="int8", page_size=128, block_kv=128,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Drawn:
+    """A case's values; keys and values [row][position, K, h] are all of a sequence's."""
+
+    case: Case
+    q: jax.Array
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+    table: jax.Array
+    kv_lens: jax.Array
+    cu_q_lens: jax.Array
+    sinks: jax.Array | None
+    empty: Pages
+
+    @property
+    def tables(self):
+        return self.table, self.kv_lens, self.cu_q_lens
+
+    def new(self):
+        """Keys and values of the new tokens, [N, K, h]."""
+        parts = [slice(a, a + n) for a, n in self.case.sequences]
+        keys, values = (
+            jnp.asarray(np.concatenate([x[part] for x, part in zip(xs, parts, strict=True)]))
+            for xs in (self.keys, self.values)
+        )
+        return keys, None if self.case.latent else values
+
+    def pages(self, with_new: bool) -> Pages:
+        """The pages after the new tokens or before them, filled here; elsewhere they are NaN."""
+        case, empty = self.case, self.empty
+        data = np.full(empty.data.shape, np.nan if empty.scales is None else 1, empty.data.dtype)
+        scales = None if empty.scales is None else np.full(empty.scales.shape, np.nan, np.float32)
+        for row, (start, new) in enumerate(case.sequences):
+            keys, values = self.keys[row], self.values[row]
+            lanes = np.zeros((len(keys), case.num_kv_heads, data.shape[-1]), np.float32)
+            if not case.latent:
+                lanes[..., case.key_dim : case.key_dim + case.value_dim] = values
+            lanes[..., : case.key_dim] = keys
+            for position in range(start + new if with_new else start):
+                page = self.table[row, position // case.page_size]
+                slot, token = position % case.page_size, lanes[position]
+                if scales is not None:
+                    for i, half in enumerate((slice(0, empty.split), slice(empty.split, None))):
+                        part, scale = quantize(token[:, half], data.dtype)
+                        data[page, :, slot, half], scales[page, i, :, slot] = part, scale
+                else:
+                    data[page, :, slot] = token.astype(data.dtype)
+        return dataclasses.replace(
+            empty, data=jnp.asarray(data), scales=None if scales is None else jnp.asarray(scales)
+        )
+
+
+def int32(x):
+    return jnp.asarray(x, jnp.int32)
+
+
+def drawn(case: Case, seed: int = 0) -> Drawn:
+    rng = np.random.default_rng(seed)
+    lens = np.array([a + n for a, n in case.sequences])
+    new = np.array([n for _, n in case.sequences])
+    M = -(-lens.max() // case.page_size) + 1
+    pool = len(lens) * M + 3
+    K, H = case.num_kv_heads, case.num_heads
+    keys, values = (
+        [rng.normal(size=(n, K, h)).astype(case.dtype).astype(np.float32) for n in lens]
+        for h in (case.key_dim, case.value_dim)
+    )
+    if case.latent:
+        values = [k[..., : case.value_dim] for k in keys]
+    q = rng.normal(size=(new.sum() + 2, H, case.key_dim))
+    dtype = case.page_dtype or case.dtype
+    empty = make_pages(
+        int(pool), case.page_size, K, case.key_dim, case.value_dim, latent=case.latent, dtype=dtype
+    )
+    return Drawn(
+        case, jnp.asarray(q, case.dtype), keys, values,
+        int32(rng.permutation(pool)[: len(lens) * M].reshape(len(lens), M)), int32(lens),
+        int32(np.concatenate([[0], np.cumsum(new)])),
+        jnp.asarray(rng.normal(size=H), jnp.float32) if case.sinks else None, empty,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("max_q_len", "implementation"))
+def write(implementation, max_q_len, pages, keys, values, table, lens, cu, q_lens=None):
+    return write_pages(
+        pages, keys, values, table, lens, cu, q_lens=q_lens, max_q_len=max_q_len,
+        implementation=implementation, interpret=True,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("case", "implementation"))
+def attend(case: Case, implementation, q, pages, table, kv_lens, cu_q_lens, sinks):
+    blocks = {"block_kv": case.block_kv}
+    if case.block_q is not None:
+        blocks["block_q"] = case.block_q
+    return paged_attention(
+        q, pages, table, kv_lens, cu_q_lens, scale=case.scale, sinks=sinks,
+        implementation=implementation, interpret=True, **case.features, **blocks,
+    )  # fmt: skip
+
+
+def plain(d: Drawn) -> np.ndarray:
+    """The formula in float64, token by token."""
+    case, outs = d.case, []
+    q = np.asarray(d.q.astype(jnp.float32), np.float64)
+    q = q.reshape(len(q), case.num_kv_heads, case.group, case.key_dim)
+    for row, (start, new) in enumerate(case.sequences):
+        for i in range(new):
+            stop = start + i + 1
+            seen = slice(max(0, stop - (case.window or stop)), stop)
+            scores = np.einsum("kgh,skh->kgs", q[len(outs)], d.keys[row][seen]) * case.scale
+            if case.softcap is not None:
+                scores = case.softcap * np.tanh(scores / case.softcap)
+            weights = np.exp(scores)
+            total = weights.sum(axis=-1, keepdims=True)
+            if d.sinks is not None:
+                total += np.exp(np.asarray(d.sinks).reshape(case.num_kv_heads, case.group, 1))
+            out = np.einsum("kgs,skh->kgh", weights / total, d.values[row][seen])
+            outs.append(out.reshape(case.num_heads, case.value_dim))
+    return np.stack(outs)
+
+
+# Largest difference from attention over the exact keys and values, which are normal and of size 1.
+ERRORS = {None: 3e-6, "int8": 0.03, "float8_e4m3fn": 0.12}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_equals_the_formula(name):
+    d = drawn(CASES[name])
+    out = attend(d.case, "reference", d.q, d.pages(True), *d.tables, d.sinks)
+    expected = plain(d)
+    atol = 0.02 if d.case.dtype == "bfloat16" else ERRORS[d.case.page_dtype]
+    np.testing.assert_allclose(out[: len(expected)], expected, atol=atol)
+    assert not np.any(out[len(expected) :])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu"])
+@pytest.mark.parametrize("name", ["mixed", "decode", "head128-bf16", "int8", "latent-int8"])
+def test_new_tokens_are_written_and_nothing_else(name, implementation):
+    d = drawn(CASES[name])
+    pages = write(implementation, d.case.max_q_len, d.pages(False), *d.new(), *d.tables)
+    for one, other in zip(jax.tree.leaves(pages), jax.tree.leaves(d.pages(True)), strict=True):
+        if one.dtype == jnp.int8:  # the last bit of a scale may round a value otherwise
+            assert np.abs(one.astype(np.int32) - other.astype(np.int32)).max() <= 1
+        else:
+            one, other = (x.astype(np.float32) for x in (one, other))
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tpu_kernel_equals_the_reference(name):
+    d = drawn(CASES[name])
+    pages = d.pages(True)
+    out, expected = (
+        attend(d.case, implementation, d.q, pages, *d.tables, d.sinks).astype(np.float32)
+        for implementation in ("tpu", "reference")
+    )
+    tolerance = 0.02 if d.case.dtype == "bfloat16" else 3e-6
+    np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_bfloat16_is_as_near_to_exact_as_the_reference():
+    """Accumulated in float32: rounding of inputs and output only."""
+    d = drawn(CASES["head128-bf16"])
+    pages, expected = d.pages(True), plain(d)
+    errors = {}
+    for implementation in ("tpu", "reference"):
+        out = attend(d.case, implementation, d.q, pages, *d.tables, d.sinks)
+        errors[implementation] = np.abs(out[: len(expected)].astype(np.float32) - expected).max()
+    assert errors["tpu"] < 1.2 * errors["reference"] < 0.02
+
+
+def test_pages_before_the_window_may_be_gone():
+    d = drawn(CASES["decode-window-sinks"])
+    expected = attend(d.case, "tpu", d.q, d.pages(True), *d.tables, d.sinks)
+    behind = (d.kv_lens - d.case.window) // d.case.page_size
+    table = jnp.where(jnp.arange(d.table.shape[1]) < behind[:, None], -1, d.table)
+    assert np.sum(table < 0) > 2
+    out = attend(d.case, "tpu", d.q, d.pages(True), table, *d.tables[1:], d.sinks)
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu"])
+def test_padding_and_positions_without_a_page_are_written_nowhere(implementation):
+    d = drawn(Case(((0, 16), (0, 40))))
+    pages = dataclasses.replace(d.empty, data=jnp.zeros_like(d.empty.data))
+    table = d.table.at[0, 0].set(-1).at[1, 1].set(-1)
+    lens = d.kv_lens - int32([0, 1])
+    pages = write(implementation, None, pages, *d.new(), table, lens, d.cu_q_lens, q_lens=lens)
+    written = np.asarray(jnp.any(pages.data != 0, axis=(1, 3)))
+    expected = np.zeros(written.shape, bool)
+    expected[table[1, 0]] = True
+    expected[table[1, 2], :7] = True
+    np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("name", ["mixed", "latent"])
+def test_sharded_heads_equal_one_device(name):
+    case = dataclasses.replace(CASES[name], sinks=True)
+    d = drawn(case)
+    layout = Layout(make_mesh(MeshShape(fsdp=2, tensor=2), jax.devices()[:4]), make_rules())
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def run(keys, values, q, implementation=None):
+        with use_layout(layout):
+            how = {"implementation": implementation, "interpret": True}
+            pages = write_pages(before, keys, values, *d.tables, **how)
+            return paged_attention(q, pages, *d.tables, scale=case.scale, sinks=d.sinks, **how)
+
+    before = d.pages(False)
+    expected = attend(case, "reference", d.q, d.pages(True), *d.tables, d.sinks)
+    for implementation in ("tpu", None):
+        out = run(*d.new(), d.q, implementation)
+        np.testing.assert_allclose(out, expected, rtol=3e-6, atol=3e-6)
+
+
+def test_heads_that_the_mesh_does_not_divide_are_refused():
+    d = drawn(Case(num_kv_heads=6, group=1))
+    layout = Layout(make_mesh(MeshShape(tensor=4), jax.devices()[:4]), make_rules())
+    with (
+        use_layout(layout),
+        pytest.raises(ValueError, match=r"'tensor'=4 does not divide num_kv_heads=6; use 1, 2, 3"),
+    ):
+        paged_attention(d.q, d.empty, *d.tables, scale=1.0, implementation="tpu", interpret=True)
+
+
+def test_quantization_error_is_half_a_step():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 3, 64)), jnp.float32).at[0].set(0)
+    values, scales = quantize(x, jnp.int8)
+    error = jnp.abs(values * scales[..., None] - x)
+    assert jnp.all(error <= 0.5001 * scales[..., None])
+    assert jnp.max(jnp.abs(values)) == 127
+    values, scales = quantize(x, jnp.float8_e4m3fn)
+    error = jnp.abs(values.astype(jnp.float32) * scales[..., None] - x)
+    smallest = 2.0**-10 * scales[..., None]  # half the spacing of subnormal numbers
+    assert jnp.all(error <= jnp.maximum(jnp.abs(x) / 16, 1.001 * smallest))
+
+
+def test_hostile_tables_are_refused():
+    table, lens = np.array([[0, 1, 2], [3, 9, 9]]), np.array([48, 16])
+    check_tables(table, lens, 4, 16)
+    with pytest.raises(ValueError, match=r"page_table\[1, 1\]=9 is no page; there are 0..3"):
+        check_tables(table, lens + 1 - np.array([1, 0]), 4, 16)
+    with pytest.raises(ValueError, match=r"page_table\[0, 2\]=-1 is no page"):
+        check_tables(table - (table == 2) * 3, lens, 4, 16)
+    with pytest.raises(ValueError, match=r"kv_lens\[0\]=49 is outside 0..48, what 3 pages of 16"):
+        check_tables(table, lens + 1, 4, 16)
+    with pytest.raises(ValueError, match=r"kv_lens\[1\]=-1 is outside"):
+        check_tables(table, np.array([1, -1]), 4, 16)
+    with pytest.raises(ValueError, match=r"give \[B, M\] and \[B\]"):
+        check_tables(table[0], lens, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((4, 4, 32))}, r"q is \[tokens, heads, 64\]"),
+        ({"q": jnp.zeros((4, 5, 64))}, "num_kv_heads=2 of the pages does not divide num_heads=5"),
+        ({"table": jnp.zeros((2, 3), jnp.float32)}, "page_table is float32; give int32"),
+        ({"lens": jnp.zeros(3, jnp.int32)}, r"give \[B, M\], \[B\] and \[B \+ 1\]"),
+        ({"implementation": "paged"}, "'paged' is unknown; use reference, tpu"),
+        ({"pages": make_pages(4, 8, 2, 64)}, "page_size=8 of bfloat16 pages; .* multiple of 16"),
+        ({"pages": make_pages(4, 64, 2, 64, dtype="int8")}, "page_size=64 of int8 .* of 128"),
+        ({"pages": make_pages(1, 32768, 2, 64)}, "use pages of 16384"),
+        ({"table": jnp.zeros((2, 100_001), jnp.int32)}, "scalar memory holds .* pages of 32"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused(change, message):
+    given = {
+        "q": jnp.zeros((4, 4, 64)), "pages": make_pages(4, 16, 2, 64),
+        "table": jnp.zeros((2, 3), jnp.int32), "lens": jnp.zeros(2, jnp.int32),
+        "implementation": "tpu",
+    } | change  # fmt: skip
+    implementation = given.pop("implementation")
+    q, pages, table, lens = given.values()
+    with pytest.raises(ValueError, match=message):
+        paged_attention(
+            q, pages, table, lens, jnp.zeros(3, jnp.int32), scale=1.0,
+            implementation=implementation,
+        )  # fmt: skip
+
+
+def test_bad_pages_are_refused():
+    with pytest.raises(ValueError, match="page_size=0; use 1 or more"):
+        make_pages(4, 0, 2, 64)
+    with pytest.raises(ValueError, match="latent attention has one head"):
+        make_pages(4, 16, 2, 64, 32, latent=True)
+    with pytest.raises(ValueError, match=r"are \[tokens, 2, 128\] for these pages"):
+        write_pages(
+            make_pages(4, 16, 2, 64), jnp.zeros((4, 2, 64)), None, jnp.zeros((2, 3), jnp.int32),
+            jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32), implementation="reference",
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Shapes to compile for: sequences x context, heads as in published models."""
+
+    num_sequences: int = 64
+    num_tokens: int = 64
+    num_kv_heads: int = 8
+    group: int = 4
+    key_dim: int = 128
+    value_dim: int = 128
+    latent: bool = False
+    page_size: int = 64
+    page_dtype: str = "bfloat16"
+    context: int = 8192
+    window: int | None = None
+    softcap: float | None = None
+    max_q_len: int | None = 1
+
+
+LLAMA_8B = Program()
+PROGRAMS = {
+    "decode": Program(page_size=16),
+    "mixed": Program(num_sequences=16, num_tokens=512, context=2048, max_q_len=None),
+    "latent": Program(
+        num_kv_heads=1, group=16, key_dim=576, value_dim=512, latent=True, context=4096
+    ),
+    "int8": Program(page_dtype="int8", page_size=128),
+    "fp8": Program(page_dtype="float8_e4m3fn", page_size=128),
+}
+MORE = {
+    "head64": Program(key_dim=64, value_dim=64),
+    "head256-window-softcap": Program(
+        group=2, num_kv_heads=4, key_dim=256, value_dim=256, window=4096, softcap=50.0
+    ),
+    "head80-mha": Program(
+        num_sequences=16, num_kv_heads=32, group=1, key_dim=80, value_dim=80, page_size=16
+    ),
+    "latent-int8": Program(
+        num_kv_heads=1, group=128, key_dim=576, value_dim=512, latent=True, page_dtype="int8",
+        page_size=128,
+    ),
+    "latent-mixed": Program(
+        num_kv_heads=1, group=16, key_dim=576, value_dim=512, latent=True, num_tokens=1024,
+        max_q_len=None,
+    ),
+    "mixed-8k": Program(num_tokens=2048, max_q_len=None),
+    "largest-table": Program(page_size=16, context=16 * 200_000 // 64),
+}  # fmt: skip
+
+
+def compiled(program: Program, topology: str, tensor: int = 1):
+    """Writing and attending, for a topology's devices; (program, bytes of the pages)."""
+    mesh = make_mesh(MeshShape(tensor=tensor), topologies.describe(topology)[:tensor])
+    layout = Layout(mesh, make_rules())
+    B, N, K, H = (
+        program.num_sequences, program.num_tokens, program.num_kv_heads,
+        program.num_kv_heads * program.group,
+    )  # fmt: skip
+    M = program.context // program.page_size
+    pages = jax.eval_shape(
+        lambda: make_pages(
+            min(B * M, 32768), program.page_size, K, program.key_dim, program.value_dim,
+            latent=program.latent, dtype=program.page_dtype,
+        )
+    )  # fmt: skip
+
+    def abstract(shape, dtype=jnp.int32, spec=()):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def run(pages, q, keys, values, table, kv_lens, cu):
+        with use_layout(layout):
+            how = {"max_q_len": program.max_q_len}
+            values = None if program.latent else values
+            pages = write_pages(pages, keys, values, table, kv_lens, cu, **how)
+            how |= {"window": program.window, "softcap": program.softcap}
+            return pages, paged_attention(q, pages, table, kv_lens, cu, scale=0.1, **how)
+
+    heads = (None, "tensor")
+    kv = heads if K > 1 else ()
+    page_specs = dataclasses.replace(
+        pages,
+        data=abstract(pages.data.shape, pages.data.dtype, kv),
+        scales=None if pages.scales is None else abstract(
+            pages.scales.shape, pages.scales.dtype, (None, *kv)
+        ),
+    )  # fmt: skip
+    lowered = jax.jit(run, donate_argnums=0).lower(
+        page_specs,
+        abstract((N, H, program.key_dim), jnp.bfloat16, heads),
+        abstract((N, K, program.key_dim), jnp.bfloat16, kv),
+        abstract((N, K, program.value_dim), jnp.bfloat16, kv),
+        abstract((B, M)), abstract((B,)), abstract((B + 1,)),
+    )  # fmt: skip
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
+    return lowered.compile({"exec_time_optimization_effort": -1.0}), size
+
+
+def check_compiles(program: Program, topology: str, tensor: int = 1) -> None:
+    if not topologies.available(topology.split(":")[0]):
+        pytest.skip("compiling for TPUs needs libtpu; `make compilers` installs it")
+    executable, size = compiled(program, topology, tensor)
+    text = executable.as_text()
+    calls = text.count('custom_call_target="tpu_custom_call"')
+    assert calls == (2 if program.max_q_len == 1 else 3)
+    memory = executable.memory_analysis()
+    assert memory.alias_size_in_bytes >= size / (tensor if program.num_kv_heads > 1 else 1)
+    assert memory.temp_size_in_bytes < 0.5 * size / tensor, "the pool is copied"
+    if tensor > 1:
+        assert "all-gather" not in text and "all-reduce" not in text
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_compiles_without_a_copy_of_the_pages(name, topology):
+    check_compiles(PROGRAMS[name], topology)
+
+
+@pytest.mark.aot
+def test_compiles_for_split_heads():
+    check_compiles(LLAMA_8B, "v5e:2x2", tensor=4)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4:1x1x1", "v5p:1x1x1", "tpu7x:1x1x1", "v5e:1x1", "v6e:1x1"])
+@pytest.mark.parametrize("name", PROGRAMS | MORE)
+def test_compiles_for_every_generation(name, topology):
+    check_compiles((PROGRAMS | MORE)[name], topology)
