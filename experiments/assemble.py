@@ -207,7 +207,8 @@ def assemble(
 def make_layout(config: Pretrain) -> Layout:
     """Mesh and rules, with every size they must divide checked before anything is computed."""
     mesh = make_mesh(config.mesh)
-    rules = make_rules(config.sharding.zero, config.sharding.sequence_parallel)
+    sharding = config.sharding
+    rules = make_rules(sharding.zero, sharding.sequence_parallel, sharding.zero_axes)
     check_mesh(config.model, mesh)
     t = config.train
     if t.num_micro_batches < 1 or t.batch_size % t.num_micro_batches:

@@ -50,12 +50,15 @@ class Sharding:
     """How arrays lie on the mesh.
 
     Attributes:
-      zero: ZeRO stage over the mesh axis `fsdp`.
+      zero: ZeRO stage over `zero_axes`.
       sequence_parallel: between blocks, split the sequence over `tensor`.
+      zero_axes: mesh axes that share the state. On a TPU pod, `fsdp,data` with each as long as one
+        dimension of the torus moves half of the gradients' bytes of one long `fsdp`.
     """
 
     zero: Literal[0, 1, 2, 3] = 3
     sequence_parallel: bool = False
+    zero_axes: tuple[str, ...] = ("fsdp",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Meshes with named axes, rules from logical to mesh axes, the layout in force, several hosts."""
 
 from lm.sharding.cluster import ClusterError
+from lm.sharding.compiler import step_options
 from lm.sharding.distributed import (
     PreemptionNotice,
     barrier,
@@ -45,5 +46,6 @@ __all__ = [
     "reshard",
     "say",
     "start",
+    "step_options",
     "use_layout",
 ]

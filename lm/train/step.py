@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from lm.model import ModelConfig, forward, make_head, param_specs
-from lm.sharding import Layout, constrain, named_sharding, use_layout
+from lm.sharding import Layout, constrain, named_sharding, step_options, use_layout
 from lm.train.ema import Ema, num_updates
 from lm.train.objective import Batch, Objective, Term, total_loss
 from lm.train.optimizers import clip_by_global_norm
@@ -214,6 +214,7 @@ def make_train_step(
         in_shardings=(wanted, batch_sharding),
         out_shardings=(wanted, None),
         donate_argnums=0,
+        compiler_options=step_options(layout.mesh) or None,
     )
 
 

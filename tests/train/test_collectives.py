@@ -34,12 +34,14 @@ from tests.train.tiny import TIED, UNTIED, Case, compiled_step
 GOLDEN = pathlib.Path(__file__).with_name("golden_collectives.json")
 FSDP8, TENSOR8 = MeshShape(fsdp=8), MeshShape(tensor=8)
 ALL = MeshShape(data=2, fsdp=2, tensor=2)
+TWO_AXES = Case(MeshShape(data=2, fsdp=4), zero_axes=("fsdp", "data"))
 CASES = [
     Case(),
     Case(MeshShape(data=8), zero=0),
     *[Case(FSDP8, zero=zero) for zero in (1, 2, 3)],
     Case(FSDP8, zero=3, remat="full"),
     Case(FSDP8, zero=2, num_micro_batches=2),
+    TWO_AXES,
     Case(MeshShape(data=2, tensor=4), config=TIED),
     Case(TENSOR8, config=TIED, loss="reference"),
     Case(TENSOR8, sequence_parallel=True),
@@ -82,7 +84,7 @@ def test_nothing_is_moved_about_for_want_of_a_sharding(case):
 def test_only_gradients_are_moved_over_data(case):
     """Over `data`, alone or with others, nothing is gathered; what is summed is a gradient."""
     for c in found(case):
-        if "data" in c.axes:
+        if "data" in c.axes and case is not TWO_AXES:
             assert c.op in ("all-reduce", "reduce-scatter"), c
 
 
@@ -106,6 +108,14 @@ def test_zero_3_gathers_each_weight_once_a_pass(remat):
     assert len(gathered) - len(layers) in (2, 3)  # embedding; output, in one pass or both
     for c in of(case, "all-reduce", "fsdp"):
         assert len(matrix(c.shape)) < 2 or matrix(c.shape) in MATRICES, c
+
+
+def test_two_axes_are_gathered_and_scattered_one_at_a_time():
+    large = [c for c in found(TWO_AXES) if c.num_bytes > SCALARS]
+    assert {c.axes for c in large} == {("data",), ("fsdp",)}
+    gathered = {axis: of(TWO_AXES, "all-gather", axis) for axis in ("data", "fsdp")}
+    assert {matrix(c.shape) for c in gathered["fsdp"]} == MATRICES
+    assert len(gathered["data"]) == len(gathered["fsdp"])  # a quarter of each, first
 
 
 @pytest.mark.parametrize("zero", [1, 2])

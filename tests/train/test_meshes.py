@@ -16,6 +16,8 @@ CASES = [
     Case(FSDP8, zero=2, num_micro_batches=2),
     Case(FSDP8, zero=3, num_micro_batches=2, config=TIED, loss="reference"),
     Case(MeshShape(data=2, fsdp=4), zero=2, config=TIED),
+    *[Case(MeshShape(data=2, fsdp=4), zero=zero, zero_axes=("fsdp", "data")) for zero in (1, 2, 3)],
+    Case(ALL, config=TIED, num_micro_batches=2, zero_axes=("data", "fsdp")),
     Case(MeshShape(data=2, tensor=4), config=TIED),
     Case(MeshShape(data=2, tensor=4), sequence_parallel=True, loss="reference"),
     Case(TENSOR8, config=TIED, loss="reference"),

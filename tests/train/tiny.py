@@ -41,11 +41,13 @@ class Case:
     remat: str = "none"
     config: ModelConfig = UNTIED
     dtype: Any = jnp.float32
+    zero_axes: tuple[str, ...] = ("fsdp",)
 
     def __str__(self) -> str:
         axes = [f"{a}{n}" for a, n in dataclasses.asdict(self.mesh).items() if n > 1]
         parts = ["-".join(axes) or "one"]
         parts += [f"zero{self.zero}"] if self.mesh.fsdp > 1 else []
+        parts += ["over-" + "-".join(self.zero_axes)] if len(self.zero_axes) > 1 else []
         parts += ["sequence"] if self.sequence_parallel else []
         parts += [f"micro{self.num_micro_batches}"] if self.num_micro_batches > 1 else []
         parts += [self.loss] if self.loss != "fused" else []
@@ -56,7 +58,8 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(make_mesh(self.mesh), make_rules(self.zero, self.sequence_parallel))
+        rules = make_rules(self.zero, self.sequence_parallel, self.zero_axes)
+        return Layout(make_mesh(self.mesh), rules)
 
     @property
     def gradient(self) -> Accumulation:

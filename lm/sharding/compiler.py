@@ -1,0 +1,31 @@
+"""What the compiler is told of a sharded training step, by platform."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+# A reduce-scatter over one dimension of a torus stays one, in the layout its result rests in.
+_SCATTERS = {
+    "xla_tpu_assign_all_reduce_scatter_layout": True,
+    "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": 1,
+    "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
+}
+# Collectives run on the sparse cores, so beside the matrix products; scatters stay scatters too.
+_BESIDE = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+}
+_WITH_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x")
+
+
+def step_options(mesh: Mesh) -> dict[str, bool | int]:
+    """XLA options for `jax.jit(..., compiler_options=)` of a step on this mesh.
+
+    TPUs only, and only where there is something to send. They change what is sent when and in which
+    layout, never a result.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu" or mesh.size == 1:
+        return {}
+    return _BESIDE if device.device_kind in _WITH_SPARSE_CORES else _SCATTERS
