@@ -225,3 +225,11 @@ def test_errors_name_what_would_work():
         trace(ulysses_attention, make_layout(context=2, tensor=4), 16, 24, 12)
     with pytest.raises(ValueError, match=r"'context'=8 does not divide sequence=12; use 1, 2, 3"):
         trace(ring_attention, context, 12, 4, 4)
+
+
+@pytest.mark.parametrize("way", ["zigzag", "ulysses"])
+def test_the_flash_kernel_runs_inside(way):
+    rows = draw(1, 64, 4, 2, True)
+    actual, _ = split(way, {"context": 2}, rows, GEMMA | {"implementation": "flash"})
+    for x, y in zip(actual, on_one_device(rows, GEMMA), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.max(np.abs(y)))
