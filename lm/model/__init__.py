@@ -12,7 +12,7 @@ from lm.model.config import (
     Stack,
     make_stacks,
 )
-from lm.model.count import forward_flops, num_params, train_flops
+from lm.model.count import forward_flops, num_bytes, num_params, train_flops
 from lm.model.forward import LayerCache, Output, Tokens, forward
 from lm.model.head import Head, make_head
 from lm.model.params import (
@@ -47,6 +47,7 @@ __all__ = [
     "forward_flops",
     "make_head",
     "make_stacks",
+    "num_bytes",
     "num_params",
     "param_specs",
     "stack",

@@ -1,10 +1,16 @@
-"""Parameters and floating-point operations, from the specs alone."""
+"""Parameters, bytes and floating-point operations, from the specs alone."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
 from lm.model.config import Attention, ModelConfig
 from lm.model.params import param_specs
-from lm.weights import count
+from lm.weights import count, is_spec
 
 
 def num_params(config: ModelConfig, embedding: bool = True) -> int:
@@ -19,6 +25,21 @@ def num_params(config: ModelConfig, embedding: bool = True) -> int:
     matrices = 1 if config.tied else 2
     total = count(specs) - padding * config.embed_dim * matrices
     return total if embedding else total - config.vocab_size * config.embed_dim
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, ShapeDtypeStructs or ParamSpecs; a `Leaf` is what it holds.
+
+    So of weights in any format, a cache or a state of training, without making them:
+    `num_bytes(jax.eval_shape(lambda w: rtn(w, {"stacks/*": "nf4"}), abstract(specs)))`.
+    """
+    total = 0
+    for x in jax.tree.leaves(tree, is_leaf=is_spec):
+        if is_spec(x) and x.leaf is not None:
+            total += num_bytes(x.leaf)
+        else:
+            total += math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+    return total
 
 
 def forward_flops(config: ModelConfig, length: int) -> float:
