@@ -202,8 +202,8 @@ def test_errors():
     q, k, v = drawn_arrays(0, 2)
     plain = View(np.zeros((B, T), int), np.zeros((B, S), int))
     packed = View(plain.query_positions, plain.key_positions, *[plain.query_positions] * 2)
-    with pytest.raises(ValueError, match="implementation 'flash' is unknown; use reference, "):
-        attention(q, k, v, plain, scale=1.0, implementation="flash")
+    with pytest.raises(ValueError, match="implementation 'quick' is unknown; use reference, "):
+        attention(q, k, v, plain, scale=1.0, implementation="quick")
     in_order = View(plain.query_positions, plain.query_positions, in_order=True)
     for view, options in [
         (plain, {}),
