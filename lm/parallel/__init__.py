@@ -3,11 +3,16 @@
 from lm.parallel.dealing import deal
 from lm.parallel.ring import ring_attention
 from lm.parallel.ulysses import ulysses_attention
+from lm.parallel.ways import WAYS, check_context, context_attention, in_order_of
 from lm.parallel.zigzag import Zigzag, unzigzag, zigzag, zigzag_order
 
 __all__ = [
+    "WAYS",
     "Zigzag",
+    "check_context",
+    "context_attention",
     "deal",
+    "in_order_of",
     "ring_attention",
     "ulysses_attention",
     "unzigzag",

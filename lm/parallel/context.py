@@ -5,24 +5,25 @@ An attention function for each way, handed to the model's forward in place of
 alone split the sequence. Both read the layout in force and work with any of its other axes: the
 batch is split over those of the rules' `batch`, heads over `tensor`, the sequence over `context`.
 
-What one layer sends, per device, forward and backward together, in elements of two bytes (keys and
-values travel in the model's dtype, their gradients in float32), with B rows and H query heads, K
-key/value heads of size h on the device, T tokens of a row, n devices of `context`:
+What one layer sends, per device, forward and backward together, in bytes, of arrays of two bytes an
+element but the keys' gradients in float32; B rows, H query and K key/value heads of size h on the
+device, T tokens of a row, n devices of `context`:
 
-  ring     (n - 1) / n * B T K h * (4 + 4 + 8) bytes    keys and values twice, gradients once
-  ulysses  (n - 1) / n * B T h / n * 8 (H + max(K, n)) bytes    q, k, v and the result, both ways
+  ring     B T K h ((n - 1) / n (4 + 4 + 8) + 4 / n)    keys and values twice, gradients once
+  Ulysses  B T h (n - 1) / n 8 (H + max(K, n)) / n    q, k, v and the result, and their gradients
 
-The ring sends 2 K n / (H + max(K, n)) times as much: Llama 3's 8 of 32 heads, n = 8: 3.2 times. But
-it works on one chunk while the next one travels, so that it waits only where a chunk is short: a
-chunk of c tokens takes 2 B c^2 H h operations forward, half of it masked, for 4 B c K h bytes sent,
-so nothing is waited for from c = 2 (K / H) * operations a second / bytes a second of a link: 2,600
-tokens on TPU v5p (459e12, 90e9), 5,100 on v6e (918e12, 90e9). Ulysses waits for all it sends, but
-runs the ordinary attention on whole rows, which knows masks exactly, balances windows and packing,
-and needs no reordering.
+The ring sends about 2 K n / (H + max(K, n)) times as much: with Llama 3's 32 and 8 heads 3.2 times
+at n = 8. But it works on one chunk while the next one travels, and waits only where chunks are
+short: a chunk of c tokens takes 2 B c^2 H h operations forward (half of the scores are masked)
+while 4 B c K h bytes arrive, so nothing is waited for from c = 2 K / H x operations a second /
+bytes a second of a link: 2,300 tokens on TPU v5p, 4,600 on v6e. Ulysses waits for all that it
+sends, but runs the ordinary attention on whole rows: documents, padding and windows are balanced as
+they come, and tokens stay in order.
 
-So: Ulysses where H is a multiple of n and the row is short, or where most layers have a window;
-the ring, in `zigzag` order, beyond, for it has no bound on n. Where most layers have a small window
-the ring without zigzag talks to neighbours only: see `ring_attention`.
+So: Ulysses where n divides H and chunks are short, or where rows are packed of many documents,
+whose masks zigzag cannot balance; the ring in zigzag order for longer rows, as n is not bounded by
+heads. Where nearly all layers have a window, the ring without zigzag: such a layer talks to
+neighbours only.
 
 Sources: ring attention arXiv:2310.01889, its balanced order arXiv:2311.09431 and Llama 3
 (arXiv:2407.21783, section 3.3.2), Ulysses arXiv:2309.14509.

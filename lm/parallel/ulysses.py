@@ -41,7 +41,7 @@ def ulysses_attention(
     heads = context.spec(q.shape, "batch", "sequence", "heads", None)
     kv_heads = context.spec(k.shape, "batch", "sequence", "kv_heads", None)
     tokens = context.spec(q.shape[:2], "batch", "sequence")
-    repeats = _repeats(context, q.shape[2], k.shape[2])
+    repeats = check_heads(context, q.shape[2], k.shape[2])
     axes = context.axes
 
     def local(q, k, v, *fields):
@@ -70,7 +70,7 @@ def ulysses_attention(
     )
 
 
-def _repeats(context: Context, num_heads: int, num_kv_heads: int) -> int:
+def check_heads(context: Context, num_heads: int, num_kv_heads: int) -> int:
     """How often a key/value head is repeated so that every device gets one.
 
     Raises:

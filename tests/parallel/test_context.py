@@ -9,6 +9,9 @@ import pytest
 
 from lm.kernels.attention import View, mask
 from lm.parallel import (
+    WAYS,
+    check_context,
+    context_attention,
     ring,
     ring_attention,
     ulysses_attention,
@@ -233,3 +236,19 @@ def test_the_flash_kernel_runs_inside(way):
     actual, _ = split(way, {"context": 2}, rows, GEMMA | {"implementation": "flash"})
     for x, y in zip(actual, on_one_device(rows, GEMMA), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.max(np.abs(y)))
+
+
+def test_ways_are_checked_by_name_before_anything_is_computed():
+    layout = make_layout(context=4, tensor=2)
+    for way in WAYS:
+        check_context(way, layout, 64, [(32, 8), (8, 2)])
+        check_context(way, make_layout(tensor=2), 33, [(6, 6)])  # nothing is split
+    with pytest.raises(ValueError, match="unknown; use ring, zigzag, ulysses"):
+        context_attention("striped")
+    with pytest.raises(ValueError, match="'context'=4 does not divide sequence_length=42"):
+        check_context("ring", layout, 42, [])
+    check_context("ring", layout, 44, [])
+    with pytest.raises(ValueError, match="use a context of 1, 2, 11 or 22"):
+        check_context("zigzag", layout, 44, [])
+    with pytest.raises(ValueError, match="6 query and 3 key/value heads of a device"):
+        check_context("ulysses", layout, 64, [(32, 8), (12, 6)])

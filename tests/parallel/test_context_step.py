@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Rope, Stack, param_specs
-from lm.parallel import Zigzag, ring_attention, ulysses_attention
+from lm.parallel import context_attention, in_order_of
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.train.objective import NextToken
 from lm.train.state import init_state
@@ -48,11 +48,12 @@ class Case:
 
     @property
     def objective(self) -> Any:
-        return Zigzag(NextToken(z_loss=0.1)) if self.way == "zigzag" else NextToken(z_loss=0.1)
+        objective = NextToken(z_loss=0.1)
+        return in_order_of(self.way, objective) if self.way else objective
 
     @property
     def gradient(self) -> Accumulation:
-        attention = {"ulysses": ulysses_attention, None: None}.get(self.way, ring_attention)
+        attention = context_attention(self.way) if self.way else None
         return Accumulation(
             CONFIG, self.num_micro_batches, self.dtype, self.remat, attention=attention
         )
