@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.infer.cache import make_cache
+from lm.infer.cache import CacheKind, make_cache
 from lm.infer.requests import Request, Sample
 from lm.infer.sampling import sample_tokens, token_keys
 from lm.infer.text import StoppedText, Stream
@@ -53,6 +53,13 @@ class Controls:
     top_ps: Any
     stop_ids: Any
     ends: Any
+
+
+class CacheForm(NamedTuple):
+    """Kind and dtype of the cache."""
+
+    kind: CacheKind
+    dtype: Any
 
 
 @flax.struct.dataclass
@@ -96,6 +103,8 @@ class LocalSampler:
         max_length: int | None = None,
         max_batch: int = 16,
         dtype: Any = jnp.float32,
+        cache_kind: CacheKind = "contiguous",
+        cache_dtype: Any = None,
     ) -> None:
         """Weights are unstacked, and cast to `dtype`, once.
 
@@ -107,6 +116,8 @@ class LocalSampler:
           max_length: longest prompt and sample together; None for the model's.
           max_batch: most rows at once.
           dtype: of compute and cache. bfloat16 is slow for single tokens on CPUs.
+          cache_kind: see `lm.infer.cache.make_cache`.
+          cache_dtype: of the cache; None for `dtype`.
 
         Raises:
           ValueError: `max_batch` or `max_length` is out of range.
@@ -121,6 +132,7 @@ class LocalSampler:
         self.config, self.tokenizer, self.dtype = config, tokenizer, dtype
         self.eos_ids, self.max_batch = tuple(eos_ids), max_batch
         self.max_length = config.max_length if max_length is None else max_length
+        self.cache = CacheForm(cache_kind, dtype if cache_dtype is None else cache_dtype)
 
     def sample(
         self, requests: Sequence[Request], watch: Callable[[int, str], None] | None = None
@@ -194,7 +206,9 @@ class _Batch:
         sampler = self.sampler
         params, config, dtype = sampler.params, sampler.config, sampler.dtype
         ids, lengths, controls, length, num_top = self._arrays()
-        state = prefill(params, ids, lengths, controls, config, length, num_top, dtype)
+        state = prefill(
+            params, ids, lengths, controls, config, length, num_top, dtype, sampler.cache
+        )
         watched = self.watch is not None or any(request.stop for request in self.requests)
         steps = WATCHED if watched else length
         while True:
@@ -294,7 +308,7 @@ def bucket(size: int, smallest: int, largest: int | None = None) -> int:
     return bucket if largest is None else min(bucket, largest)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length", "num_top", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "length", "num_top", "dtype", "form"))
 def prefill(
     params: ModelWeights,
     ids: jax.Array,
@@ -304,6 +318,7 @@ def prefill(
     length: int,
     num_top: int,
     dtype: Any,
+    form: CacheForm | None = None,
 ) -> State:
     """Read the prompts and draw each row's first token.
 
@@ -315,12 +330,14 @@ def prefill(
       config: the model.
       length: positions of the cache, S.
       num_top: likeliest tokens to keep of each position, K.
-      dtype: of compute and cache.
+      dtype: of compute.
+      form: of the cache; None for a contiguous one of `dtype`.
     """
     B, T = ids.shape
+    form = form or CacheForm("contiguous", dtype)
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-    cache = make_cache(config, B, length, dtype)
+    cache = make_cache(config, B, length, form.dtype, kind=form.kind)
     output = forward(params, Tokens(ids, positions, segment_ids), config, cache, dtype=dtype)
     last_hidden = jnp.take_along_axis(output.hidden, lengths[:, None, None] - 1, axis=1)
     state = State(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lm.kernels.attention.sharded import on_tpu
 from lm.kernels.paged_attention.pages import Pages
 from lm.kernels.paged_attention.reference import (
     reference_paged_attention,
@@ -62,8 +63,7 @@ def paged_attention(
       window: positions a query sees, itself included; None for all.
       softcap: scores become softcap * tanh(scores / softcap).
       sinks: [H] scores of a key with no value, added to the denominator.
-      implementation: "reference" or "tpu"; None for the one of the layout's platform, or, without a
-        layout, of the platform compiled for.
+      implementation: "reference" or "tpu"; None for "tpu" where the layout's mesh is of TPUs.
       interpret: run the TPU kernel as plain JAX.
       blocks: `block_q` and `block_kv` of the TPU kernel, in tokens.
 
@@ -77,7 +77,6 @@ def paged_attention(
     _check(q, pages, page_table, kv_lens, cu_q_lens)
     starts, lens = _sequences(cu_q_lens, q_lens)
     tensors = (q, pages, page_table, kv_lens, starts, lens, sinks)
-    layout = current_layout()
     common: dict[str, Any] = {
         "scale": scale, "max_len": max_q_len, "window": window, "softcap": softcap,
     }  # fmt: skip
@@ -93,8 +92,7 @@ def paged_attention(
             **blocks,
         )  # fmt: skip
 
-    sharded = functools.partial(_sharded_attention, tpu, layout)
-    return _dispatch(implementation, layout, tensors, reference, tpu, sharded)
+    return _dispatch(implementation, tensors, reference, tpu, _sharded_attention)
 
 
 def write_pages(
@@ -127,9 +125,7 @@ def write_pages(
     tensors = (pages, keys, values, page_table, kv_lens, starts, lens)
     reference = functools.partial(reference_write_pages, max_len=max_q_len)
     tpu = functools.partial(tpu_write_pages, max_len=max_q_len, interpret=interpret)
-    layout = current_layout()
-    sharded = functools.partial(_sharded_write, tpu, layout)
-    return _dispatch(implementation, layout, tensors, reference, tpu, sharded)
+    return _dispatch(implementation, tensors, reference, tpu, _sharded_write)
 
 
 def _sequences(cu_q_lens: jax.Array, q_lens: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -139,21 +135,18 @@ def _sequences(cu_q_lens: jax.Array, q_lens: jax.Array | None) -> tuple[jax.Arra
 
 def _dispatch(
     implementation: str | None,
-    layout: Layout | None,
     tensors: tuple[Any, ...],
     reference: Callable[..., Any],
     tpu: Callable[..., Any],
     sharded: Callable[..., Any],
 ) -> Any:
-    if implementation is None and layout is not None:
-        platform = layout.mesh.devices.flat[0].platform
-        implementation = "tpu" if platform == "tpu" else "reference"
     if implementation is None:
-        return jax.lax.platform_dependent(*tensors, tpu=tpu, default=reference)
+        implementation = "tpu" if on_tpu() else "reference"
     if implementation == "reference":
         return reference(*tensors)
     if implementation == "tpu":
-        return tpu(*tensors) if layout is None else sharded(*tensors)
+        layout = current_layout()
+        return tpu(*tensors) if layout is None else sharded(tpu, layout, *tensors)
     raise ValueError(
         f"paged attention implementation {implementation!r} is unknown; use "
         f"{', '.join(IMPLEMENTATIONS)}"

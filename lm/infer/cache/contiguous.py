@@ -1,0 +1,170 @@
+"""Keys and values in slots: every position of a row, or those of a window.
+
+Shape suffixes: B rows, T new tokens of a row, S slots, K key/value heads, h head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.attention import View, attention
+from lm.kernels.paged_attention import QUANTIZED, quantize
+from lm.model import Attention, Tokens
+from lm.model.forward import attention_scale
+from lm.sharding import constrain
+
+NEVER = jnp.iinfo(jnp.int32).max  # the position of a key that no query sees
+
+
+@flax.struct.dataclass
+class Slots:
+    """Heads' vectors in the slots of rows; int8 and float8_e4m3fn with a scale for each.
+
+    Attributes:
+      values: [B, S, K, h].
+      scales: float32 [B, S, K], or None.
+    """
+
+    values: Any
+    scales: Any = None
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: Any) -> Slots:
+        quantized = jnp.dtype(dtype) in QUANTIZED
+        scales = jnp.zeros(shape[:-1], jnp.float32) if quantized else None
+        return cls(jnp.zeros(shape, dtype), scales)
+
+    def write(self, new: jax.Array, slots: jax.Array) -> Slots:
+        """With new [B, T, K, h] at slots int32 [B, T]; slots there are not are left out."""
+        rows = jnp.arange(len(slots), dtype=slots.dtype)[:, None]
+        scales = self.scales
+        if scales is not None:
+            new, new_scales = quantize(new, self.values.dtype)
+            scales = scales.at[rows, slots].set(new_scales, mode="drop")
+            scales = constrain(scales, "batch", None, "kv_heads")
+        values = self.values.at[rows, slots].set(new.astype(self.values.dtype), mode="drop")
+        return Slots(constrain(values, "batch", None, "kv_heads", None), scales)
+
+    def read(self, dtype: Any) -> jax.Array:
+        """[B, S, K, h]."""
+        values = self.values.astype(dtype)
+        return values if self.scales is None else values * self.scales[..., None].astype(dtype)
+
+
+@flax.struct.dataclass
+class ContiguousCache:
+    """Keys and values of one layer, position p of a row in its slot p.
+
+    Rows may be of different lengths: a row's tokens are written where their positions say, padding
+    (segment 0) and positions beyond the cache nowhere. A query sees slots up to its own position
+    only, so that what an earlier, longer row left behind is overwritten before it can be seen.
+    Layers with a sliding window keep every position too.
+
+    Attributes:
+      keys, values: [B, S, K, h].
+      key_scales, value_scales: float32 [B, S, K], of int8 and float8_e4m3fn ones, else None.
+      implementation: of attention; None for the default.
+    """
+
+    keys: Any
+    values: Any
+    key_scales: Any = None
+    value_scales: Any = None
+    implementation: str | None = flax.struct.field(pytree_node=False, default=None)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+    ) -> tuple[jax.Array, ContiguousCache]:
+        """See `lm.model.LayerCache`. Each row is one document: `tokens` must not be packed."""
+        B, S, _, _ = self.keys.shape
+        slots = tokens.positions
+        if tokens.segment_ids is not None:
+            slots = jnp.where(tokens.segment_ids == 0, S, slots)
+        keys = Slots(self.keys, self.key_scales).write(k, slots)
+        values = Slots(self.values, self.value_scales).write(v, slots)
+        key_positions = jnp.broadcast_to(jnp.arange(S, dtype=slots.dtype), (B, S))
+        out = attention(
+            q, keys.read(q.dtype), values.read(q.dtype), View(tokens.positions, key_positions),
+            scale=attention_scale(spec), window=spec.window, softcap=spec.softcap,
+            implementation=self.implementation,
+        )  # fmt: skip
+        return out, dataclasses.replace(
+            self, keys=keys.values, values=values.values, key_scales=keys.scales,
+            value_scales=values.scales,
+        )  # fmt: skip
+
+
+@flax.struct.dataclass
+class SlidingCache:
+    """Keys and values of one layer with a window, position p of a row in slot p mod S.
+
+    There are as many slots as the window has positions, so that a new token takes the slot of one
+    that nothing sees any more. What `ContiguousCache` says of rows and padding holds here too.
+
+    Attributes:
+      keys, values: [B, S, K, h].
+      positions: int32 [B, S], of what is in the slots; `NEVER` where there is nothing.
+      key_scales, value_scales: float32 [B, S, K], of int8 and float8_e4m3fn ones, else None.
+      implementation: of attention; None for the default.
+    """
+
+    keys: Any
+    values: Any
+    positions: Any
+    key_scales: Any = None
+    value_scales: Any = None
+    implementation: str | None = flax.struct.field(pytree_node=False, default=None)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+    ) -> tuple[jax.Array, SlidingCache]:
+        """See `lm.model.LayerCache`. Each row is one document: `tokens` must not be packed.
+
+        Raises:
+          ValueError: the layer's window is not one these slots hold.
+        """
+        B, S, _, _ = self.keys.shape
+        if spec.window is None or spec.window > S:
+            raise ValueError(
+                f"a sliding cache of {S} positions cannot serve window={spec.window}; use a "
+                "contiguous or paged one"
+            )
+        live = jnp.ones(tokens.positions.shape, bool)
+        if tokens.segment_ids is not None:
+            live = tokens.segment_ids != 0
+        new = jnp.where(live, tokens.positions, NEVER)
+        last = jnp.max(jnp.where(live, tokens.positions, -1), axis=1, keepdims=True)
+        slots = jnp.where(live & (new > last - S), new % S, S)  # of several of a slot, the newest
+        rows = jnp.arange(B, dtype=slots.dtype)[:, None]
+        keys = Slots(self.keys, self.key_scales)
+        values = Slots(self.values, self.value_scales)
+        written = keys.write(k, slots), values.write(v, slots)
+        positions = self.positions.at[rows, slots].set(new, mode="drop")
+        if q.shape[1] == 1:
+            all_keys, all_values = (x.read(q.dtype) for x in written)
+            key_positions = positions
+        else:
+            # Later tokens of the chunk take slots that earlier ones still see. Padding may be
+            # anything, and zero times NaN is NaN.
+            all_keys, all_values = (
+                jnp.concatenate([x.read(q.dtype), jnp.where(live[..., None, None], y, 0)], axis=1)
+                for x, y in ((keys, k.astype(q.dtype)), (values, v.astype(q.dtype)))
+            )
+            # What is not before the chunk was left behind by another document.
+            first = jnp.min(new, axis=1, keepdims=True)
+            old = jnp.where(self.positions < first, self.positions, NEVER)
+            key_positions = jnp.concatenate([old, new], axis=1)
+        out = attention(
+            q, all_keys, all_values, View(tokens.positions, key_positions),
+            scale=attention_scale(spec), window=spec.window, softcap=spec.softcap,
+            implementation=self.implementation,
+        )  # fmt: skip
+        return out, dataclasses.replace(
+            self, keys=written[0].values, values=written[1].values, positions=positions,
+            key_scales=written[0].scales, value_scales=written[1].scales,
+        )  # fmt: skip

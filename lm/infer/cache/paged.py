@@ -1,0 +1,186 @@
+"""Keys and values in pages, and who has which page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.kernels.paged_attention import Pages, paged_attention, write_pages
+from lm.model import Attention, Tokens
+from lm.model.forward import attention_scale
+from lm.sharding import constrain
+
+
+@flax.struct.dataclass
+class PagedCache:
+    """Keys and values, or latents, of one layer, position p of a row in its page p // page_size.
+
+    Padding (segment 0), positions beyond the table and table entries below zero are written
+    nowhere. A row's new tokens stand together, at positions in order and without gaps.
+
+    Attributes:
+      pages: the pool; several caches' tables may share one, and pages of it.
+      page_table: int32 [B, M], pages of each row in order; -1 for none.
+      implementation: of attention; None for the default.
+    """
+
+    pages: Pages
+    page_table: Any
+    implementation: str | None = flax.struct.field(pytree_node=False, default=None)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+    ) -> tuple[jax.Array, PagedCache]:
+        """See `lm.model.LayerCache`. Each row is one document: `tokens` must not be packed."""
+        B, T, H, _ = q.shape
+        live = jnp.ones((B, T), bool)
+        if tokens.segment_ids is not None:
+            live = tokens.segment_ids != 0
+        lens = jnp.sum(live, axis=1, dtype=jnp.int32)
+        ends = jnp.max(jnp.where(live, tokens.positions + 1, 0), axis=1)
+        rows = jnp.arange(B + 1, dtype=jnp.int32) * T
+        starts = rows.at[:-1].add(jnp.argmax(live, axis=1).astype(jnp.int32))
+        tables = (self.page_table, ends.astype(jnp.int32), starts)
+        options: dict[str, Any] = {
+            "q_lens": lens, "max_q_len": T, "implementation": self.implementation,
+        }  # fmt: skip
+        flat = [x.reshape(B * T, *x.shape[2:]) for x in (q, k, v)]
+        values = None if self.pages.latent else flat[2]
+        pages = write_pages(self.pages, flat[1], values, *tables, **options)
+        pages = dataclasses.replace(pages, data=_constrained(pages.data))
+        out = paged_attention(
+            flat[0], pages, *tables, scale=attention_scale(spec), window=spec.window,
+            softcap=spec.softcap, **options,
+        )  # fmt: skip
+        return out.reshape(B, T, H, -1), dataclasses.replace(self, pages=pages)
+
+
+def _constrained(data: jax.Array) -> jax.Array:
+    return constrain(data, None, "kv_heads" if data.shape[1] > 1 else None, None, None)
+
+
+class OutOfPages(RuntimeError):
+    """More pages are wanted than are free."""
+
+
+class PageAllocator:
+    """Hands out the pages of a pool. A page is free again when each that has it gave it back.
+
+    Attributes:
+      num_pages, page_size: of the pool.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        """Raises ValueError for sizes below one."""
+        for name, size in (("num_pages", num_pages), ("page_size", page_size)):
+            if size < 1:
+                raise ValueError(f"{name}={size}; use 1 or more")
+        self.num_pages, self.page_size = num_pages, page_size
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._holders = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def holders(self, page: int) -> int:
+        """How many have the page."""
+        return self._holders[self._known(page)]
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self, num: int) -> list[int]:
+        """`num` pages nobody has.
+
+        Raises:
+          OutOfPages: fewer are free; none is taken.
+          ValueError: `num` is negative.
+        """
+        if num < 0:
+            raise ValueError(f"num={num} pages; use 0 or more")
+        if num > len(self._free):
+            raise OutOfPages(
+                f"{num} pages of {self.page_size} tokens wanted, {len(self._free)} of "
+                f"{self.num_pages} are free; free some, or make a larger pool"
+            )
+        pages = [self._free.pop() for _ in range(num)]
+        for page in pages:
+            self._holders[page] = 1
+        return pages
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Give pages back.
+
+        Raises:
+          ValueError: nobody has one of them, or there is no such page; nothing is given back.
+        """
+        pages = list(pages)
+        for page in pages:
+            if self._holders[self._known(page)] < pages.count(page):
+                raise ValueError(f"page {page} is given back more often than it was taken")
+        for page in pages:
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)
+
+    def fork(
+        self, pages: Sequence[int], num_tokens: int
+    ) -> tuple[list[int], tuple[int, int] | None]:
+        """The pages of a second sequence that begins with the first `num_tokens` of one.
+
+        Full pages are shared. The one that both would write to is not: it must be copied
+        (`copy_pages`).
+
+        Returns:
+          The pages, and (from, to) of the copy, if any.
+
+        Raises:
+          OutOfPages: there is none to copy to; nothing is shared.
+          ValueError: the pages hold fewer tokens, or nobody has one of them.
+        """
+        if not 0 <= num_tokens <= len(pages) * self.page_size:
+            raise ValueError(
+                f"num_tokens={num_tokens} of {len(pages)} pages of {self.page_size} tokens"
+            )
+        shared = list(pages[: num_tokens // self.page_size])
+        for page in pages[: self.pages_for(num_tokens)]:
+            if not self._holders[self._known(page)]:
+                raise ValueError(f"page {page} is free; it has nothing to share")
+        copied = None
+        if num_tokens % self.page_size:
+            copied = pages[len(shared)], self.allocate(1)[0]
+        for page in shared:
+            self._holders[page] += 1
+        return shared + ([copied[1]] if copied else []), copied
+
+    def _known(self, page: int) -> int:
+        if not 0 <= page < self.num_pages:
+            raise ValueError(f"page {page} does not exist; there are 0..{self.num_pages - 1}")
+        return page
+
+
+def make_page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """int32 [B, width] of each sequence's pages in order, filled up with -1.
+
+    Raises:
+      ValueError: a sequence has more pages.
+    """
+    table = np.full((len(sequences), width), -1, np.int32)
+    for row, pages in enumerate(sequences):
+        if len(pages) > width:
+            raise ValueError(f"sequence {row} has {len(pages)} pages; the table is {width} wide")
+        table[row, : len(pages)] = pages
+    return table
+
+
+def copy_pages(pages: Pages, sources: jax.Array, targets: jax.Array) -> Pages:
+    """With pages int32 [n] copied to others."""
+    return jax.tree.map(lambda x: x.at[targets].set(x[sources]), pages)

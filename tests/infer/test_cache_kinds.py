@@ -1,0 +1,257 @@
+"""Sliding, paged and quantized caches: chunks through them equal attention over whole rows."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.infer.cache import (
+    OutOfPages,
+    PageAllocator,
+    SlidingCache,
+    copy_pages,
+    make_cache,
+    make_page_table,
+)
+from lm.infer.generate import LocalSampler
+from lm.infer.requests import Request
+from lm.kernels.attention import View, reference_attention
+from lm.model import (
+    Attention,
+    FeedForward,
+    Latent,
+    Layer,
+    ModelConfig,
+    Tokens,
+    make_stacks,
+    param_specs,
+)
+from lm.weights import is_spec
+
+LENGTHS = (43, 20, 31)
+WINDOW = 6
+GLOBAL = Attention(4, 2, 16, softcap=5.0)
+LOCAL = dataclasses.replace(GLOBAL, window=WINDOW)
+LATENT = Attention(4, 4, 24, latent=Latent(kv_rank=32, nope_dim=16, rope_dim=8, value_dim=16))
+
+# (attention, kind, dtype) -> largest error; keys and values are normal and of size 1.
+KINDS = {
+    "contiguous": (GLOBAL, "contiguous", "float32", 1e-5),
+    "contiguous-int8": (GLOBAL, "contiguous", "int8", 0.04),
+    "contiguous-fp8": (GLOBAL, "contiguous", "float8_e4m3fn", 0.15),
+    "sliding": (LOCAL, "sliding", "float32", 1e-5),
+    "sliding-int8": (LOCAL, "sliding", "int8", 0.04),
+    "paged": (GLOBAL, "paged", "float32", 1e-5),
+    "paged-window": (LOCAL, "paged", "float32", 1e-5),
+    "paged-int8": (GLOBAL, "paged", "int8", 0.04),
+    "paged-fp8": (GLOBAL, "paged", "float8_e4m3fn", 0.15),
+    "paged-latent": (LATENT, "paged", "float32", 1e-5),
+    "paged-latent-int8": (LATENT, "paged", "int8", 0.04),
+}
+
+
+def config_of(*attentions: Attention) -> ModelConfig:
+    layers = tuple(Layer(a, FeedForward(24)) for a in attentions)
+    return ModelConfig(50, 16, make_stacks(layers), tied=True, vocab_multiple=8)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def attend(cache, q, k, v, tokens, spec):
+    return cache.attend(q, k, v, tokens, spec)
+
+
+def drawn(spec: Attention, seed: int = 0):
+    """Queries, keys and values of whole rows, as a cache is given them."""
+    rng = np.random.default_rng(seed)
+    heads, k_dim = spec.num_kv_heads, spec.head_dim
+    if spec.latent is not None:
+        heads, k_dim = 1, spec.latent.kv_rank + spec.latent.rope_dim
+    shape = (len(LENGTHS), max(LENGTHS))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(*shape, n, k_dim)), jnp.float32)
+        for n in (spec.num_heads, heads, heads)
+    )
+    return q, k, v if spec.latent is None else k[..., : spec.latent.kv_rank]
+
+
+def whole(q, k, v, spec: Attention):
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return reference_attention(
+        q, k, v, View(positions, positions), scale=spec.head_dim**-0.5, window=spec.window,
+        softcap=spec.softcap,
+    )  # fmt: skip
+
+
+def chunk(arrays, starts, stops, width, seed=0):
+    """Tokens [start, stop) of each row, and padding: NaN, at the wrong place."""
+    B = len(starts)
+    parts = [np.full((B, width, *x.shape[2:]), np.nan, np.float32) for x in arrays]
+    parts[0][:] = 7.0  # queries of padding are multiplied
+    positions, segments = np.full((B, width), 2), np.zeros((B, width), np.int32)
+    for b, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        for part, x in zip(parts, arrays, strict=True):
+            part[b, : stop - start] = x[b, start:stop]
+        positions[b, : stop - start] = np.arange(start, stop)
+        segments[b, : stop - start] = 1
+    ids = np.zeros((B, width), np.int32)
+    tokens = Tokens(*(jnp.asarray(x, jnp.int32) for x in (ids, positions, segments)))
+    return [jnp.asarray(part) for part in parts], tokens
+
+
+def through(cache, arrays, spec):
+    """Ragged prompts, chunks of several tokens, single ones; rows end one by one."""
+    at, outs = [0, 0, 0], [[] for _ in LENGTHS]
+    widths = [((17, 2, 9), 18), ((18, 9, 0), 18), *[((1, 1, 5), 5)] * 4, *[((1, 1, 1), 1)] * 5]
+    for sizes, width in widths:
+        stops = [min(a + n, end) for a, n, end in zip(at, sizes, LENGTHS, strict=True)]
+        parts, tokens = chunk(arrays, at, stops, width)
+        out, cache = attend(cache, *parts, tokens, spec)
+        for b in range(3):
+            outs[b].append(np.asarray(out[b, : stops[b] - at[b]]))
+        at = stops
+    assert at == [43, 20, 31]
+    return [np.concatenate(out) for out in outs], cache
+
+
+def check(outs, expected, tolerance):
+    for out, row, length in zip(outs, expected, LENGTHS, strict=True):
+        np.testing.assert_allclose(out, row[:length], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_chunks_equal_the_whole(name):
+    spec, kind, dtype, tolerance = KINDS[name]
+    options = {"page_size": 16} if kind == "paged" else {}
+    (cache,) = make_cache(config_of(spec), 3, 48, dtype, kind=kind, **options)
+    arrays = drawn(spec)
+    outs, cache = through(cache, arrays, spec)
+    check(outs, whole(*arrays, spec), tolerance)
+    # Other rows in the same cache, begun anew.
+    arrays = drawn(spec, seed=1)
+    check(through(cache, arrays, spec)[0], whole(*arrays, spec), tolerance)
+
+
+def test_a_sliding_cache_is_as_long_as_the_window():
+    caches = make_cache(config_of(LOCAL, GLOBAL, LOCAL), 3, 48, kind="sliding")
+    assert [cache.keys.shape[1] for cache in caches] == [WINDOW, 48, WINDOW]
+    (short,) = make_cache(config_of(LOCAL), 3, WINDOW, kind="sliding")
+    assert not isinstance(short, SlidingCache)
+    q, k, v = drawn(GLOBAL)
+    with pytest.raises(ValueError, match="sliding cache of 6 positions cannot serve window=None"):
+        caches[0].attend(q, k, v, Tokens.of(jnp.zeros(q.shape[:2], jnp.int32)), GLOBAL)
+
+
+def test_forked_sequences_share_full_pages_only():
+    """Two continuations of one prompt, in shared pages, equal each alone."""
+    spec = GLOBAL
+    pool = PageAllocator(num_pages=12, page_size=8)
+    q, k, v = (x[:2] for x in drawn(spec))
+    k, v = (x.at[1, :20].set(x[0, :20]) for x in (k, v))
+    first = pool.allocate(pool.pages_for(20))
+    second, copied = pool.fork(first, 20)
+    assert second[:2] == first[:2] and second[2] != first[2] and copied == (first[2], second[2])
+    assert [pool.holders(page) for page in first] == [2, 2, 1]
+    for pages in (first, second):
+        pages += pool.allocate(pool.pages_for(28) - len(pages))
+
+    table = make_page_table([first, []], 5)
+    (cache,) = make_cache(
+        config_of(spec), 2, 40, kind="paged", page_size=8, page_table=jnp.asarray(table),
+        num_pages=12,
+    )  # fmt: skip
+    parts, tokens = chunk((q, k, v), [0, 0], [20, 0], 20)
+    _, cache = attend(cache, *parts, tokens, spec)
+    cache = dataclasses.replace(
+        cache,
+        pages=copy_pages(cache.pages, *(jnp.asarray([page]) for page in copied)),
+        page_table=jnp.asarray(make_page_table([first, second], 5)),
+    )
+    parts, tokens = chunk((q, k, v), [20, 20], [28, 28], 8)
+    out, _ = attend(cache, *parts, tokens, spec)
+    np.testing.assert_allclose(out, whole(q, k, v, spec)[:, 20:28], rtol=1e-5, atol=1e-5)
+
+    pool.free(first)
+    assert pool.num_free == 12 - len(second)
+    pool.free(second)
+    assert pool.num_free == 12
+
+
+def test_allocator_refuses_and_keeps_what_it_has():
+    pool = PageAllocator(4, 16)
+    pages = pool.allocate(3)
+    with pytest.raises(OutOfPages, match="2 pages of 16 tokens wanted, 1 of 4 are free"):
+        pool.allocate(2)
+    assert pool.num_free == 1 and len(set(pages) | set(pool.allocate(1))) == 4
+    with pytest.raises(OutOfPages, match="1 pages"):
+        pool.fork(pages, 20)
+    assert [pool.holders(page) for page in pages] == [1, 1, 1]
+    with pytest.raises(ValueError, match="given back more often"):
+        pool.free([pages[0], pages[1], pages[0]])
+    assert [pool.holders(page) for page in pages] == [1, 1, 1]
+    pool.free(pages)
+    with pytest.raises(ValueError, match="given back more often"):
+        pool.free(pages[:1])
+    with pytest.raises(ValueError, match="is free; it has nothing to share"):
+        pool.fork(pages, 20)
+    with pytest.raises(ValueError, match=r"page 4 does not exist; there are 0\.\.3"):
+        pool.free([4])
+    with pytest.raises(ValueError, match="num_tokens=49 of 3 pages of 16"):
+        pool.fork(pages, 49)
+    with pytest.raises(ValueError, match="page_size=0; use 1 or more"):
+        PageAllocator(4, 0)
+    with pytest.raises(ValueError, match="num=-1 pages"):
+        pool.allocate(-1)
+    with pytest.raises(ValueError, match="sequence 1 has 3 pages; the table is 2 wide"):
+        make_page_table([[0], [1, 2, 3]], 2)
+
+
+def test_bad_caches_are_refused():
+    with pytest.raises(ValueError, match="'ring' is unknown; use contiguous, sliding, paged"):
+        make_cache(config_of(GLOBAL), 3, 48, kind="ring")
+    with pytest.raises(ValueError, match="both or neither"):
+        make_cache(config_of(GLOBAL), 3, 48, kind="paged", num_pages=7)
+    with pytest.raises(ValueError, match="not kept in int8; use kind='paged'"):
+        make_cache(config_of(LATENT), 3, 48, "int8")
+
+
+@pytest.fixture(scope="module")
+def model():
+    rng = np.random.default_rng(0)
+    config = config_of(LOCAL, dataclasses.replace(GLOBAL, window=70), GLOBAL)
+
+    def draw(spec):
+        scale = {"normal": 0.3, "ones": 0.1, "zeros": 0.1}[spec.init]
+        return jnp.asarray(rng.normal(float(spec.init == "ones"), scale, spec.shape), jnp.float32)
+
+    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec), config
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return LocalSampler(*model).sample(requests())
+
+
+def requests():
+    rng = np.random.default_rng(1)
+    return [
+        Request(prompt_token_ids=rng.integers(0, 50, n).tolist(), max_new_tokens=new, logprobs=True)
+        for n, new in ((9, 40), (3, 50), (14, 5))
+    ]
+
+
+@pytest.mark.parametrize("kind", ["sliding", "paged"])
+def test_samples_do_not_depend_on_the_kind_of_cache(model, expected, kind):
+    samples = LocalSampler(*model, cache_kind=kind).sample(requests())
+    for one, other in zip(samples, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    assert len(set(samples[0].token_ids)) > 5
+
+
+def test_samples_from_quantized_caches_are_near(model, expected):
+    samples = LocalSampler(*model, cache_kind="paged", cache_dtype="int8").sample(requests())
+    for one, other in zip(samples, expected, strict=True):
+        np.testing.assert_allclose(one.logprobs[0], other.logprobs[0], atol=0.05)
