@@ -24,8 +24,9 @@ from lm.data.batches import Batches, HeldOut, PackedSource
 from lm.data.packing import make_plan
 from lm.data.sources import TokenSource
 from lm.data.stages import Stage
-from lm.kernels.attention import IMPLEMENTATIONS, attention
+from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import check_mesh, param_specs
+from lm.parallel import check_context, context_attention, in_order_of
 from lm.sharding import (
     Layout,
     check_divides,
@@ -36,7 +37,7 @@ from lm.sharding import (
 )
 from lm.sharding.distributed import barrier, is_first_process
 from lm.tokenizers.base import Tokenizer
-from lm.train.objective import NextToken
+from lm.train.objective import NextToken, Objective
 from lm.train.optimizers import Optimizer, make_optimizer
 from lm.train.schedules import BatchRamp, BatchStage, Schedule, linear_ramp
 from lm.train.state import TrainState, abstract_state, init_state
@@ -68,7 +69,7 @@ class Run:
     tokenizer: Tokenizer
     stream: Batches
     held_out: Mapping[str, HeldOut]
-    objective: NextToken
+    objective: Objective
     optimizer: Optimizer
     schedule: Schedule
     gradient: Accumulation
@@ -192,7 +193,7 @@ def assemble(
             tokenizer=tokenizer,
             stream=stream,
             held_out=held_out,
-            objective=NextToken(t.z_loss),
+            objective=in_order_of(config.sharding.context, NextToken(t.z_loss)),
             optimizer=make_optimizer(config.optimizer),
             schedule=make_schedule(config),
             gradient=Accumulation(
@@ -223,6 +224,8 @@ def make_layout(config: Pretrain) -> Layout:
     check_divides(
         mesh, rules.activations["residual_sequence"], "sequence_length", t.sequence_length
     )
+    heads = [(a.num_heads, a.num_kv_heads) for a in (x.attention for x in config.model.layers)]
+    check_context(sharding.context, Layout(mesh, rules), t.sequence_length, heads)
     if t.sequence_length > config.model.max_length:
         raise ValueError(
             f"train.sequence_length={t.sequence_length} is beyond model.max_length="
@@ -318,16 +321,14 @@ def make_schedule(config: Pretrain) -> Schedule:
 
 
 def named_attention(config: Pretrain) -> Any:
-    """The attention implementation asked for; None for the default.
+    """The attention asked for, across the mesh axis `context` where there is one.
 
     Raises:
       ConfigError: there is none of that name.
     """
     name = config.train.attention
-    if name is None:
-        return None
-    if name not in IMPLEMENTATIONS:
+    if name is not None and name not in IMPLEMENTATIONS:
         raise ConfigError(
             f"train.attention={name!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
         )
-    return functools.partial(attention, implementation=name)
+    return context_attention(config.sharding.context, name)

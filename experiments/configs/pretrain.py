@@ -54,11 +54,13 @@ class Sharding:
       sequence_parallel: between blocks, split the sequence over `tensor`.
       zero_axes: mesh axes that share the state. On a TPU pod, `fsdp,data` with each as long as one
         dimension of the torus moves half of the gradients' bytes of one long `fsdp`.
+      context: how attention crosses the mesh axis `context`; see `lm.parallel.context`.
     """
 
     zero: Literal[0, 1, 2, 3] = 3
     sequence_parallel: bool = False
     zero_axes: tuple[str, ...] = ("fsdp",)
+    context: Literal["zigzag", "ring", "ulysses"] = "zigzag"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,13 +102,23 @@ def test_a_finished_run_trains_no_further(finished: pathlib.Path) -> None:
     assert losses(finished) == before
 
 
-def test_a_run_goes_on_with_another_mesh(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh__fsdp": "2", "mesh__tensor": "2", "sharding__sequence_parallel": "true"},
+        {"mesh__context": "4", "mesh__fsdp": "2"},  # rows split in zigzag order
+        {"mesh__data": "2", "mesh__fsdp": "2", "sharding__zero_axes": "fsdp,data"},
+    ],
+    ids=["tensor", "context", "two_axes"],
+)
+def test_a_run_goes_on_with_another_mesh(
+    finished: pathlib.Path, tmp_path: pathlib.Path, changes: dict[str, str]
+) -> None:
     workdir = tmp_path / "mesh"
     shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("data"))
     for path in (workdir / "checkpoints").iterdir():
         if int(path.name) > 10:
             shutil.rmtree(path)
-    changes = {"mesh__fsdp": "2", "mesh__tensor": "2", "sharding__sequence_parallel": "true"}
     pretrain.main(small(finished / "data", **changes), workdir)
     ours, theirs = losses(workdir), losses(finished)
     assert ours.keys() == theirs.keys()
@@ -155,6 +165,8 @@ def test_a_mixture_with_named_validation_sets_and_another_batch_size_later(
     [
         ({"mesh__tensor": "3"}, "'tensor'=3 does not divide"),
         ({"mesh__fsdp": "3"}, "'fsdp'=3 does not divide"),
+        ({"mesh__context": "3"}, "'context'=3 does not divide"),
+        ({"sharding__zero_axes": "fsdp,tensor"}, "zero_axes=('fsdp', 'tensor')"),
         ({"train__num_micro_batches": "3"}, "num_micro_batches=3 does not divide"),
         ({"train__sequence_length": "65"}, "beyond model.max_length=64"),
         ({"data__files": "nothing/*.txt"}, "nothing/*.txt"),
