@@ -19,7 +19,7 @@ from lm.checkpoints.huggingface_formats import (
     NOTHING,
     Format,
 )
-from lm.checkpoints.huggingface_rope import read_rope, write_rope
+from lm.checkpoints.huggingface_rope import read_rope, rope_type, write_rope
 from lm.model import Latent, ModelConfig, Rope
 from lm.model.families import FAMILIES, make_config
 
@@ -221,6 +221,10 @@ def _read_rope(read: Reader, fmt: Format, family: str, max_length: int) -> dict[
 
     def parse(parameters: Mapping[str, Any], default_theta: float) -> Rope:
         parameters = {"rope_theta": default_theta, **outside, **parameters}
+        if rope_type(parameters) == "longrope":
+            # Where both say it, transformers believes this one.
+            original = "original_max_position_embeddings"
+            parameters[original] = read(original) or parameters.get(original)
         return read_rope(parameters, max_length, fmt.scalings, fraction_key is not None, fmt.latent)
 
     if family != "gemma3":
@@ -343,6 +347,8 @@ def _write_rope(config: ModelConfig, fmt: Format) -> dict[str, Any]:
     data["rope_scaling"] = None if rope.scaling is None else old
     if fraction_key is not None:
         data[fraction_key] = rope.fraction
+    if rope.scaling is not None and rope.scaling.kind == "longrope":
+        data["original_max_position_embeddings"] = rope.scaling.original_length
     if config.family == "gemma3":
         local_rope = local[0] if local and local[0] is not None else FAMILIES["gemma3"].local_rope
         assert local_rope is not None

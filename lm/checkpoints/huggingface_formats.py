@@ -121,10 +121,14 @@ FORMATS: Mapping[str, Format] = {
     "phi3": Format(
         "phi3",
         "Phi3ForCausalLM",
-        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+        },
         window="all",
         rope_keys=("rope_theta", "partial_rotary_factor"),
-        scalings=(),
+        scalings=("longrope",),
         own_keys=("original_max_position_embeddings",),
     ),
     "deepseek_v2": Format(

@@ -8,6 +8,8 @@ from typing import Any
 
 from lm.model import Rope, RopeScaling
 
+OLD_NAMES = {"su": "longrope"}
+
 # Keys of each rope type besides `rope_type`, `rope_theta` and `partial_rotary_factor`.
 KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
@@ -28,7 +30,28 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    ),
 }
+
+
+REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+def rope_type(parameters: Mapping[str, Any]) -> str:
+    """The rope type these parameters are of."""
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    return OLD_NAMES.get(kind, kind)
 
 
 def read_rope(
@@ -51,7 +74,7 @@ def read_rope(
     Raises:
       ValueError: a type or key that is not supported, or one that is missing.
     """
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = rope_type(parameters)
     if kind != "default" and kind not in scalings:
         raise ValueError(
             f"config.json key 'rope_type' is {kind!r}; supported here are "
@@ -83,12 +106,9 @@ def _read_scaling(
     original = p.get("original_max_position_embeddings")
     original = max_length if original is None else int(original)
     factor = p.get("factor")
-    if factor is None and kind == "yarn":
+    if factor is None and kind in ("yarn", "longrope"):
         factor = max_length / original
-    required = (
-        ("factor",) if kind != "llama3" else ("factor", "low_freq_factor", "high_freq_factor")
-    )
-    missing = [key for key in required if p.get(key) is None and kind != "yarn"]
+    missing = [key for key in REQUIRED[kind] if p.get(key) is None]
     if missing:
         raise ValueError(f"config.json rope parameters of type {kind!r} lack {', '.join(missing)}")
     factor = float(factor)  # pyright: ignore[reportArgumentType]
@@ -98,6 +118,16 @@ def _read_scaling(
         low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
         return RopeScaling("llama3", factor, original, low, high)
     attention_factor = p.get("attention_factor")
+    if kind == "longrope":
+        short, long = (tuple(map(float, p[key])) for key in ("short_factor", "long_factor"))
+        return RopeScaling(
+            "longrope",
+            factor,
+            original,
+            attention_factor=None if attention_factor is None else float(attention_factor),
+            short_factors=short,
+            long_factors=long,
+        )
     mscale, mscale_all = (float(p.get(key) or 0) for key in ("mscale", "mscale_all_dim"))
     if not scores and attention_factor is None and mscale and mscale_all:
         attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all)
@@ -127,14 +157,16 @@ def write_rope(rope: Rope, partial: bool) -> dict[str, Any]:
     if s is None:
         return parameters
     parameters |= {"rope_type": s.kind, "factor": s.factor}
-    if s.kind in ("llama3", "yarn"):
+    if s.kind != "linear":
         parameters["original_max_position_embeddings"] = s.original_length
     if s.kind == "llama3":
         parameters |= {"low_freq_factor": s.low_frequency, "high_freq_factor": s.high_frequency}
+    if s.kind == "longrope":
+        parameters |= {"short_factor": [*s.short_factors], "long_factor": [*s.long_factors]}
+    if s.attention_factor is not None:
+        parameters["attention_factor"] = s.attention_factor
     if s.kind == "yarn":
         parameters |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
-        if s.attention_factor is not None:
-            parameters["attention_factor"] = s.attention_factor
         weights = {"mscale": s.mscale, "mscale_all_dim": s.mscale_all_dim}
         parameters |= {key: weight for key, weight in weights.items() if weight is not None}
     return parameters

@@ -11,19 +11,24 @@ class RopeScaling:
     """Stretching of the rotary frequencies for contexts longer than the model was trained on.
 
     Attributes:
-      kind: "linear" (arXiv:2306.15595), "llama3" (Llama 3.1's rule), "yarn" (arXiv:2309.00071).
+      kind: "linear" (arXiv:2306.15595), "llama3" (Llama 3.1's rule), "yarn" (arXiv:2309.00071),
+        "longrope" (arXiv:2402.13753).
       factor: how much longer.
-      original_length: context of the original training (llama3, yarn).
+      original_length: context of the original training (llama3, yarn, longrope).
       low_frequency, high_frequency: llama3's bounds, in turns within `original_length`.
       beta_fast, beta_slow: yarn's bounds, in turns.
-      attention_factor: yarn multiplies cos and sin by this; None for 0.1 ln(factor) + 1.
+      attention_factor: yarn and longrope multiply cos and sin by this; None for 0.1 ln(factor) + 1
+        and for sqrt(1 + ln(factor) / ln(original_length)).
       truncate: yarn rounds the bounds of its ramp to whole dimensions.
       mscale, mscale_all_dim: DeepSeek's yarn, with m(x) = 0.1 x ln(factor) + 1: the scores are
         multiplied by m(mscale_all_dim) ** 2, and where both are given and `attention_factor` is
         not, cos and sin by m(mscale) / m(mscale_all_dim).
+      short_factors, long_factors: longrope divides each pair's frequency by its own; by the long
+        ones in a model whose `max_length` is over `original_length`, so that all of a cache is
+        rotated alike.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     original_length: int = 8192
     low_frequency: float = 1.0
@@ -34,6 +39,8 @@ class RopeScaling:
     truncate: bool = True
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +222,7 @@ class ModelConfig:
       logit_softcap: soft cap of the logits (Gemma 2).
       vocab_multiple: the vocabulary's rows are padded to a multiple of this; 128 x `tensor` keeps
         every shard a whole number of lanes. Padding is masked in loss and sampler.
-      max_length: context length the model is made for.
+      max_length: context length the model is made for; see `RopeScaling.long_factors`.
       family: name of the table it came from.
     """
 

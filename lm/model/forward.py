@@ -343,4 +343,4 @@ def rope_tables(tokens: Tokens, config: ModelConfig) -> RopeTables:
     kinds = {
         (a.rope, a.rotated_dim) for a in (layer.attention for layer in config.layers) if a.rope
     }
-    return {kind: rope_table(tokens.positions, *kind) for kind in kinds}
+    return {kind: rope_table(tokens.positions, *kind, config.max_length) for kind in kinds}

@@ -11,8 +11,14 @@ import numpy as np
 from lm.model.config import Rope, RopeScaling
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angle per position of each rotated pair, float64 [rotated / 2]; the factor of cos, sin."""
+def rope_frequencies(rope: Rope, head_dim: int, max_length: int = 0) -> tuple[np.ndarray, float]:
+    """Angle per position of each rotated pair, float64 [rotated / 2]; the factor of cos, sin.
+
+    Args:
+      rope: the rotary embedding.
+      head_dim: size of what it rotates a fraction of.
+      max_length: the model's, which longrope asks for.
+    """
     rotated = int(head_dim * rope.fraction)
     frequencies = rope.theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     scaling = rope.scaling
@@ -22,6 +28,8 @@ def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
         return frequencies / scaling.factor, 1.0
     if scaling.kind == "llama3":
         return _llama3(frequencies, scaling), 1.0
+    if scaling.kind == "longrope":
+        return _longrope(frequencies, scaling, max_length)
     return _yarn(frequencies, rope, rotated, scaling)
 
 
@@ -31,6 +39,22 @@ def _llama3(frequencies: np.ndarray, s: RopeScaling) -> np.ndarray:
     smooth = (turns - s.low_frequency) / (s.high_frequency - s.low_frequency)
     smooth = np.clip(smooth, 0.0, 1.0)
     return (1 - smooth) * frequencies / s.factor + smooth * frequencies
+
+
+def _longrope(frequencies: np.ndarray, s: RopeScaling, max_length: int) -> tuple[np.ndarray, float]:
+    """arXiv:2402.13753: factors that were searched for, pair by pair."""
+    name = "long_factors" if max_length > s.original_length else "short_factors"
+    factors = np.asarray(getattr(s, name), np.float64)
+    if factors.shape != frequencies.shape:
+        raise ValueError(
+            f"longrope has {factors.size} {name}; a head rotates {frequencies.size} pairs, which "
+            "need one each"
+        )
+    factor = s.attention_factor
+    if factor is None:
+        stretched = math.log(max(s.factor, 1.0)) / math.log(s.original_length)
+        factor = math.sqrt(1 + stretched)
+    return frequencies / factors, factor
 
 
 def _yarn(
@@ -68,9 +92,11 @@ def score_factor(rope: Rope | None) -> float:
     return _mscale(rope.scaling, rope.scaling.mscale_all_dim) ** 2
 
 
-def rope_table(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
+def rope_table(
+    positions: jax.Array, rope: Rope, head_dim: int, max_length: int = 0
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, T, rotated / 2], at integer positions [B, T]."""
-    frequencies, factor = rope_frequencies(rope, head_dim)
+    frequencies, factor = rope_frequencies(rope, head_dim, max_length)
     angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

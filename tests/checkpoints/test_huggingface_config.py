@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from lm.checkpoints import from_huggingface, to_huggingface
 from lm.model import Rope, RopeScaling, Stack, make_stacks, num_params
 from lm.model.families import make_config
 from lm.model.known import KNOWN, known_model
+from lm.model.rope import rope_frequencies
 
 # What the published repositories hold, less tokens and dtypes.
 PUBLISHED = {
@@ -297,3 +299,35 @@ def test_how_layers_are_stacked_does_not_matter():
         config, stacks=(Stack(config.layers[:1], 1), Stack(config.layers[:1], 3))
     )
     assert to_huggingface(other) == to_huggingface(config)
+
+
+def test_longrope_under_its_first_name():
+    """Phi-3 mini 128k as first published: `su`, and the original length beside it."""
+    long, short = [1.0 + i for i in range(48)], [1.0] * 48
+    data = {
+        "model_type": "phi3", "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+        "rope_theta": 10000.0, "sliding_window": 262144,
+        "rope_scaling": {"type": "su", "long_factor": long, "short_factor": short},
+    }  # fmt: skip
+    config = from_huggingface(data)
+    rope = config.layers[0].attention.rope
+    assert rope == Rope(
+        scaling=RopeScaling(
+            "longrope", 32.0, 4096, short_factors=tuple(short), long_factors=tuple(long)
+        )
+    )
+    plain, _ = rope_frequencies(Rope(), 96)
+    stretched, factor = rope_frequencies(rope, 96, config.max_length)
+    np.testing.assert_allclose(plain / stretched, long, rtol=1e-12)
+    # ln 32 / ln 4096 is 5 bits over 12.
+    assert factor == pytest.approx((17 / 12) ** 0.5, rel=1e-12)
+    within, factor_within = rope_frequencies(rope, 96, 4096)
+    assert np.array_equal(within, plain) and factor_within == factor
+    assert from_huggingface(to_huggingface(config)) == config
+    with pytest.raises(ValueError, match="longrope has 48 long_factors; a head rotates 32 pairs"):
+        rope_frequencies(rope, 64, config.max_length)
+    del data["rope_scaling"]["long_factor"]
+    with pytest.raises(ValueError, match="of type 'longrope' lack long_factor"):
+        from_huggingface(data)

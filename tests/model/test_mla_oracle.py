@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import from_huggingface, from_tensors
+from lm.checkpoints import from_huggingface, from_tensors, to_huggingface
 from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
 from lm.model import ModelConfig, Stack, Tokens, forward, make_head, num_params, unstack
@@ -40,12 +40,17 @@ def logits_of(oracle, config: ModelConfig, ids: np.ndarray) -> np.ndarray:
 
 
 TWO_LAYERS = {"num_hidden_layers": 2}
+PHI3 = GQA | TWO_LAYERS | {"original_max_position_embeddings": 32} | rope(
+    "longrope", partial_rotary_factor=0.75, short_factor=[1.1, 1.0, 1.3],
+    long_factor=[1.0, 3.1, 9.7], original_max_position_embeddings=32,
+)  # fmt: skip
 LONG = {
     "llama": ("llama", GQA | TWO_LAYERS
         | rope("yarn", factor=8.0, original_max_position_embeddings=32)),
     "llama3": ("llama", GQA | TWO_LAYERS
         | rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=32)),
+    "phi3": ("phi3", PHI3),
     "deepseek_v2": ("deepseek_v2", BASE | LATENT | TWO_LAYERS | YARN_DEEPSEEK),
     "deepseek_v3": ("deepseek_v3", BASE | LATENT | TWO_LAYERS | {"num_key_value_heads": 6}
         | rope("yarn", factor=40.0, original_max_position_embeddings=8, mscale=1.0,
@@ -71,6 +76,20 @@ def test_logits_beyond_the_original_length(case):
     layer = dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, rope=plain))
     other = logits_of(oracle, dataclasses.replace(config, stacks=(Stack((layer,), 2),)), ids)
     assert np.abs(other[:, 128:] - want[:, 128:]).max() > 0.1
+
+
+def test_longrope_within_the_original_length():
+    """A model that is to be no longer has the short factors, and cos and sin grow all the same."""
+    torch = pytest.importorskip("torch")
+    oracle = build_oracle("phi3", PHI3 | {"max_position_embeddings": 256})
+    ids = np.random.default_rng(0).integers(0, 139, (1, 32), dtype=np.int32)
+    with torch.no_grad():
+        want = oracle.model(input_ids=torch.from_numpy(ids).long(), use_cache=False).logits.numpy()
+    config = from_huggingface(oracle.json)
+    got = logits_of(oracle, dataclasses.replace(config, max_length=32), ids)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits_of(oracle, config, ids) - want).max() > 0.1
+    assert from_huggingface(to_huggingface(config)) == config
 
 
 @pytest.mark.parametrize("case", ["deepseek_v2_plain_queries", "deepseek_v3"])
