@@ -18,9 +18,9 @@ import numpy as np
 from lm.infer.cache import CacheKind, make_cache
 from lm.infer.requests import Request, Sample
 from lm.infer.sampling import sample_tokens, token_keys
+from lm.infer.serving import serving_form
 from lm.infer.text import StoppedText, Stream
-from lm.model import ModelConfig, ModelWeights, Tokens, forward, make_head, unstack
-from lm.weights import cast
+from lm.model import ModelConfig, ModelWeights, Tokens, forward, make_head
 
 MIN_PROMPT, MIN_CACHE, MIN_STOPS = 16, 64, 4  # smallest buckets
 WATCHED = 8  # tokens a row between two looks at the text
@@ -106,7 +106,7 @@ class LocalSampler:
         cache_kind: CacheKind = "contiguous",
         cache_dtype: Any = None,
     ) -> None:
-        """Weights are unstacked, and cast to `dtype`, once.
+        """Weights are brought into `serving_form`, in `dtype`, once.
 
         Args:
           params: weights, stacked or not.
@@ -115,7 +115,7 @@ class LocalSampler:
           eos_ids: tokens that end every sample; None for the tokenizer's, if any.
           max_length: longest prompt and sample together; None for the model's.
           max_batch: most rows at once.
-          dtype: of compute and cache. bfloat16 is slow for single tokens on CPUs.
+          dtype: of compute and cache.
           cache_kind: see `lm.infer.cache.make_cache`.
           cache_dtype: of the cache; None for `dtype`.
 
@@ -128,7 +128,7 @@ class LocalSampler:
             raise ValueError(f"max_length={max_length}; use 2 or more: a prompt and a new token")
         if eos_ids is None:
             eos_ids = () if tokenizer is None else tokenizer.eos_ids
-        self.params = cast(unstack(params), dtype)
+        self.params = serving_form(params, dtype)
         self.config, self.tokenizer, self.dtype = config, tokenizer, dtype
         self.eos_ids, self.max_batch = tuple(eos_ids), max_batch
         self.max_length = config.max_length if max_length is None else max_length

@@ -9,6 +9,7 @@ from lm.weights.int8_groups import Int8Groups
 from lm.weights.leaf import Leaf, Weight, grouped_linear, linear, take, unembed
 from lm.weights.lora import LoRA, MultiLoRA, bind
 from lm.weights.nf4 import NF4
+from lm.weights.panels import Panels
 from lm.weights.rtn import FORMATS, rtn
 from lm.weights.specs import (
     ParamSpec,
@@ -36,6 +37,7 @@ __all__ = [
     "Leaf",
     "LoRA",
     "MultiLoRA",
+    "Panels",
     "ParamSpec",
     "Weight",
     "abstract",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from lm.kernels.matmul import matmul
+from lm.kernels.matmul import dot, matmul
 from lm.sharding import Rules
 
 
@@ -117,5 +117,4 @@ def unembed(x: jax.Array, weight: Weight, transposed: bool) -> jax.Array:
     """
     if isinstance(weight, Leaf):
         return weight.unembed(x, transposed)
-    equation = "...d,vd->...v" if transposed else "...d,dv->...v"
-    return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    return dot(x, weight.astype(x.dtype), transpose_y=transposed, out_dtype=jnp.float32)

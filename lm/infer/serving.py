@@ -1,0 +1,50 @@
+"""The form of a model's weights in which the local engine multiplies them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.model import ModelWeights, unstack
+from lm.weights import Leaf, LoRA, MultiLoRA, Panels, cast, path_name
+from lm.weights.panels import panel_width
+
+PANELED = (jnp.float32, jnp.bfloat16)
+# Of latent attention: this one is not only multiplied by.
+WHOLE = ("key_value_up",)
+
+
+def serving_form(params: ModelWeights, dtype: Any) -> ModelWeights:
+    """Weights unstacked, in `dtype`, and on a CPU cut into panels; what is so already is kept.
+
+    One weight after another: beyond its result it needs memory for one weight. Weights that are
+    split over devices are not cut.
+    """
+    tied = params.output is None
+
+    def leaf(path: tuple[Any, ...], weight: Any) -> Any:
+        if isinstance(weight, LoRA | MultiLoRA):
+            return dataclasses.replace(weight.cast(dtype), base=leaf(path, weight.base))
+        weight = cast(weight if isinstance(weight, Leaf) else jnp.asarray(weight), dtype)
+        name = path_name(path)
+        if isinstance(weight, Leaf) or name.rsplit("/")[-1] in WHOLE or not _cuttable(weight):
+            return weight
+        if name != "embed":
+            return Panels.of(weight) if panel_width(weight.shape[1]) else weight
+        # The many panels of a vocabulary are slow in bfloat16.
+        cut = tied and weight.dtype == jnp.float32 and panel_width(weight.shape[0])
+        return Panels.of(weight, "in") if cut else weight
+
+    return jax.tree_util.tree_map_with_path(
+        leaf, unstack(params), is_leaf=lambda x: isinstance(x, Leaf)
+    )
+
+
+def _cuttable(weight: jax.Array) -> bool:
+    if weight.ndim != 2 or weight.dtype not in PANELED:
+        return False
+    platforms = [device.platform for device in weight.devices()]
+    return platforms == ["cpu"]

@@ -1,0 +1,94 @@
+"""Matrices cut into narrow panels, as CPUs multiply few rows by them fastest.
+
+A product of few rows takes as long as reading the matrix. XLA's CPU backend first copies a matrix
+`[in, out]` into panels, each multiplication again; of panels that lie so from the start it reads
+every byte once, nearly as fast as memory gives them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.matmul import FEWEST_ROWS
+from lm.weights.blocked import Along
+from lm.weights.leaf import Leaf
+
+WIDTHS = (64, 32)  # of a panel, the better first
+
+
+@flax.struct.dataclass
+class Panels(Leaf):
+    """A matrix multiplied by, cut along `out`; or an embedding table, cut along the vocabulary.
+
+    Attributes:
+      panels: [n, K, width]; K is `in`, or the embedding's size.
+      along: the dimension that is cut, "out" or, for an embedding table, "in".
+    """
+
+    panels: Any
+    along: Along = flax.struct.field(pytree_node=False, default="out")
+
+    @classmethod
+    def of(cls, matrix: jax.Array, along: Along = "out") -> Panels:
+        """Raises ValueError where no width of a panel divides the dimension to be cut."""
+        if along == "in":
+            matrix = matrix.T
+        K, size = matrix.shape
+        width = panel_width(size)
+        if width is None:
+            raise ValueError(
+                f"{along}={size} is no multiple of {WIDTHS[-1]}; keep the matrix whole"
+            )
+        return cls(matrix.reshape(K, -1, width).swapaxes(0, 1), along)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n, K, width = self.panels.shape
+        return (K, n * width) if self.along == "out" else (n * width, K)
+
+    def dequantize(self, dtype: Any) -> jax.Array:
+        n, K, width = self.panels.shape
+        matrix = self.panels.astype(dtype).swapaxes(0, 1).reshape(K, n * width)
+        return matrix if self.along == "out" else matrix.T
+
+    def linear(self, x: jax.Array) -> jax.Array:
+        return self._product(x).astype(x.dtype) if self.along == "out" else super().linear(x)
+
+    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        if self.along == "out":
+            return super().take(ids, dtype)
+        width = self.panels.shape[-1]
+        ids = jnp.clip(ids, 0, self.shape[0] - 1)
+        return self.panels[ids // width, :, ids % width].astype(dtype)
+
+    def unembed(self, x: jax.Array, transposed: bool) -> jax.Array:
+        if transposed == (self.along == "in"):
+            return self._product(x)
+        return super().unembed(x, transposed)
+
+    def cast(self, dtype: Any) -> Panels:
+        return Panels(self.panels.astype(dtype), self.along)
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        """x [..., K] by the panels -> float32 [..., n width]."""
+        n, K, width = self.panels.shape
+        rows = x.reshape(-1, K)
+        count = len(rows)
+        if count < FEWEST_ROWS:
+            rows = jnp.pad(rows, ((0, FEWEST_ROWS - count), (0, 0)))
+        y = jax.lax.dot_general(
+            jnp.broadcast_to(rows, (n, *rows.shape)),
+            self.panels.astype(x.dtype),
+            (((2,), (1,)), ((0,), (0,))),
+            preferred_element_type=jnp.float32,
+        )
+        return y.swapaxes(0, 1).reshape(len(rows), -1)[:count].reshape(*x.shape[:-1], n * width)
+
+
+def panel_width(size: int) -> int | None:
+    """Of the panels that a dimension of `size` is cut into; None where it cannot be."""
+    return next((width for width in WIDTHS if size % width == 0), None)

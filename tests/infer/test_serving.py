@@ -1,0 +1,71 @@
+"""The serving form: the same model, in panels where that is worth while."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.infer.serving import serving_form
+from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, Tokens, forward, make_head
+from lm.model.params import param_specs
+from lm.sharding import MeshShape, make_mesh
+from lm.weights import Int8, LoRA, Panels, initialize
+
+CONFIG = ModelConfig(61, 32, (Stack((Layer(Attention(4, 2, 8), FeedForward(96)),), 2),))
+
+
+def logits(params, config):
+    ids = jnp.array([[5, 3, 8, 1], [9, 2, 60, 4]])
+    hidden = forward(params, Tokens.of(ids), config).hidden
+    return jax.jit(make_head(params, config).logits)(hidden)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_same_model(tied):
+    config = dataclasses.replace(CONFIG, tied=tied)
+    params = initialize(param_specs(config), jax.random.key(0))
+    serving = serving_form(params, jnp.float32)
+    attention = serving.stacks[0].layers[1].attention
+    assert isinstance(attention.query, Panels)
+    assert not isinstance(attention.key, Panels)  # 16 columns
+    assert isinstance(serving.embed, Panels) == tied
+    assert isinstance(serving.output, Panels) != tied
+    np.testing.assert_allclose(logits(serving, config), logits(params, config), atol=1e-5)
+    again = serving_form(serving, jnp.float32)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (serving, again)), strict=True))
+
+
+def test_what_is_kept():
+    params = initialize(param_specs(CONFIG), jax.random.key(0))
+    serving = serving_form(params, jnp.float16)
+    assert not any(isinstance(x, Panels) for x in jax.tree.leaves(serving, is_leaf=is_panels))
+    bf16 = serving_form(params, jnp.bfloat16)
+    assert isinstance(bf16.embed, jax.Array)
+    layer = serving_form(params, jnp.float32).stacks[0].layers[0]
+    gate = layer.feed_forward.gate.dequantize(jnp.float32)
+    adapted = LoRA(gate, jnp.ones((32, 64)), jnp.ones((64, 96)), jnp.float32(1))
+    tree = dataclasses.replace(params, output=None, embed=Int8.quantize(params.embed))
+    unstacked = dataclasses.replace(
+        serving_form(tree, jnp.float32).stacks[0],
+        layers=(dataclasses.replace(layer, feed_forward=dataclasses.replace(
+            layer.feed_forward, gate=adapted)),),
+    )  # fmt: skip
+    found = serving_form(dataclasses.replace(tree, stacks=(unstacked,)), jnp.float32)
+    assert isinstance(found.embed, Int8)
+    gate = found.stacks[0].layers[0].feed_forward.gate
+    assert isinstance(gate.base, Panels)
+    assert isinstance(gate.b, jax.Array)
+
+
+def is_panels(x):
+    return isinstance(x, Panels)
+
+
+def test_weights_on_several_devices_stay_whole():
+    mesh = make_mesh(MeshShape(tensor=2), jax.devices()[:2])
+    places = jax.NamedSharding(mesh, jax.P())
+    params = jax.device_put(initialize(param_specs(CONFIG), jax.random.key(0)), places)
+    serving = serving_form(params, jnp.float32)
+    assert not any(is_panels(x) for x in jax.tree.leaves(serving, is_leaf=is_panels))
