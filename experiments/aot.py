@@ -17,7 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
+import re
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -27,15 +31,17 @@ from experiments.aot_figures import (
     asked_flops,
     assumptions,
     calibration,
-    device_chip,
+    chip_for,
     memory,
     model_flops,
     roofline,
     usable_bytes,
 )
 from experiments.aot_programs import Compiled, Program, compile_program, make_program
+from experiments.aot_search import Machine, candidates, first, remedies
 from experiments.config import ConfigError, input_errors
 from experiments.configs.aot import CONFIGS, Aot
+from lm.sharding import topologies
 
 
 def say(text: str) -> None:
@@ -43,20 +49,26 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def ask(name: Any, config: Aot, topology: str, *, full: bool = False) -> dict[str, Any]:
-    """The answer to one question.
+def ask(
+    name: Any, config: Aot, topology: str, *, full: bool = False,
+    options: Mapping[str, str] | None = None, hlo: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The answer to one question. Arguments as `make_program` and `compile_program`.
 
     Raises:
       ValueError: it makes no sense.
     """
     program = make_program(name, config, topology)
     say(f"compiling {name} for {topology} ({program.num_devices} devices) ...")
-    return answer(program, compile_program(program, full=full))
+    compiled = compile_program(program, full=full, options=options)
+    if hlo is not None and compiled.text:
+        pathlib.Path(hlo).expanduser().write_text(compiled.text, "utf-8")
+    return answer(program, compiled)
 
 
 def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
     """Everything that is known of a compiled program."""
-    chip, mesh = device_chip(program), program.layout.mesh
+    chip, mesh = chip_for(program.device), program.layout.mesh
     held = memory(program, compiled)
     available = compiled.available_bytes or usable_bytes(chip)
     # libtpu refuses what does not fit; XLA for GPUs compiles it all the same.
@@ -92,7 +104,7 @@ def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
 
 def timing(program: Program, compiled: Compiled, asked: Any, analytic: float) -> dict[str, Any]:
     """Operations, traffic and the roofline of a program that was compiled."""
-    census, chip = compiled.census, device_chip(program)
+    census, chip = compiled.census, chip_for(program.device)
     assert census is not None
     terms = roofline(program, compiled, asked.kernels, chip)
     seconds = terms["total_seconds"]
@@ -125,6 +137,8 @@ def timing(program: Program, compiled: Compiled, asked: Any, analytic: float) ->
 
 def table(found: dict[str, Any]) -> str:
     """The answer for the eye."""
+    if "bytes_per_device" not in found:
+        return "\n".join([f"does not fit: {found['refusal']}", *_choice_lines(found)])
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items()) or "one device"
     lines = [
         f"{found['program']} on {found['topology']} ({mesh}), {found['rows']:,} rows, "
@@ -139,8 +153,27 @@ def table(found: dict[str, Any]) -> str:
         lines += ["", f"the compiler: {found['refusal']}"]
     if "roofline" in found:
         lines += _timing_lines(found)
+    lines += _choice_lines(found)
     lines += ["", f"compiled in {found['compile_seconds']:.1f} s"]
     return "\n".join(lines)
+
+
+def _choice_lines(found: dict[str, Any]) -> list[str]:
+    """What would fit, and what a search found."""
+    lines = []
+    if found.get("would_fit"):
+        lines += ["", "what would fit, by estimate"]
+        lines += [
+            f"  {row['change']}: {row['estimated_bytes'] / 2**30:.1f} GiB, "
+            f"{row['estimated_tokens_per_second']:,.0f} tokens/s: {' '.join(row['flags'])}"
+            for row in found["would_fit"]
+        ]
+    for row in found.get("search", {}).get("compiled", ()):
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s" if row["fits"] else "does not fit"
+        lines.append(f"  {speed}: {' '.join(row['flags'])}")
+    if "flags" in found:
+        lines += ["", f"best: {' '.join(found['flags'])}"]
+    return lines
 
 
 def _timing_lines(found: dict[str, Any]) -> list[str]:
@@ -178,18 +211,134 @@ def _timing_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def compiler_options(texts: Sequence[str]) -> dict[str, str]:
+    """`name=value` of each.
+
+    Raises:
+      ValueError: one is not of that form.
+    """
+    pairs = [text.partition("=") for text in texts]
+    wrong = [
+        text for text, (name, equals, _) in zip(texts, pairs, strict=True) if not name or not equals
+    ]
+    if wrong:
+        raise ValueError(f"--compiler_options: {wrong[0]!r} is not NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def ask_apart(arguments: Sequence[str]) -> dict[str, Any]:
+    """The answer of this command in a process of its own, whose compiler may abort.
+
+    Raises:
+      ConfigError: the command refuses, for the reason it has printed.
+    """
+    command = [sys.executable, "-m", "experiments.aot", "--here", "--format=json", *arguments]
+    root = pathlib.Path(__file__).resolve().parent.parent
+    with subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        died = refused = None
+        for line in child.stderr:
+            if died is None and re.match(r"F\d{4} ", line):
+                died = line.split("] ", 1)[-1].strip()
+            elif line.startswith("error: "):
+                refused = line.removeprefix("error: ").strip()
+            elif died is None:
+                print(line, end="", file=sys.stderr, flush=True)
+        answered = child.stdout.read()
+    if refused is not None:
+        raise ConfigError(refused)
+    if died is not None or child.returncode < 0 or not answered.strip():
+        return {"fits": False, "refusal": f"the compiler died: {died or child.returncode}"}
+    return json.loads(answered.splitlines()[-1])
+
+
+def search(
+    name: Any, config: Aot, topology: str, most: int, extra: Sequence[str]
+) -> dict[str, Any]:
+    """The fastest configuration, by its roofline, of the few that estimates put first.
+
+    Args:
+      name, config, topology: of the question.
+      most: configurations to compile.
+      extra: arguments of this command for each.
+
+    Raises:
+      ValueError: no mesh of these devices divides the model, or the estimates fit nothing.
+    """
+    found = candidates(name, config, machine_of(topology))
+    if not found:
+        raise ValueError(
+            f"by the estimates nothing of this model fits on {topology}: not with any mesh, remat "
+            "and batch tried; use more devices"
+        )
+    say(f"{len(found)} meshes, remat policies and batches may fit; compiling the best {most}")
+    tried, best = [], None
+    chosen = first(found, most)
+    for i, each in enumerate(chosen):
+        say(f"{i + 1}/{len(chosen)}: {' '.join(each.flags) or 'as it is'}")
+        arguments = [f"--topology={topology}", f"--program={name}", *extra, *each.flags]
+        answered = ask_apart(arguments)
+        speed = answered.get("tokens_per_second")
+        total = answered.get("bytes_per_device", {}).get("total")
+        tried.append({
+            "flags": list(each.flags), "fits": answered["fits"], "tokens_per_second": speed,
+            "bytes": total, "estimated_bytes": each.estimate.total_bytes,
+            "estimated_tokens_per_second": each.estimate.tokens_per_second,
+            "refusal": answered.get("refusal"),
+        })  # fmt: skip
+        say("  " + (f"fits, {speed:,.0f} tokens/s" if answered["fits"] else "does not fit"))
+        if answered["fits"] and (best is None or speed > best["tokens_per_second"]):
+            best = answered | {"flags": list(each.flags)}
+    best = best or {"fits": False, "program": name, "topology": topology, "refusal": "none fits"}
+    return best | {"search": {"considered": len(found), "compiled": tried}}
+
+
 def main(config: Aot) -> None:
     values = flags.FLAGS
     if not values.topology:
         raise ConfigError("no topology; give one with --topology=v5e:4x4")
     with input_errors():
-        found = ask(values.program, config, values.topology, full=values.full_effort)
+        options = compiler_options(values.compiler_options)
+        own = [a for a in sys.argv[1:] if not re.match(r"--?(no)?(search|format|here|hlo)\b", a)]
+        if values.search:
+            own = [a for a in own if not re.match(r"--?(topology|program|compiled)\b", a)]
+            found = search(values.program, config, values.topology, values.compiled, own)
+        elif values.here:
+            found = ask(
+                values.program, config, values.topology, full=values.full_effort, options=options,
+                hlo=values.hlo,
+            )  # fmt: skip
+        else:
+            hlo = [f"--hlo={values.hlo}"] if values.hlo else []
+            found = ask_apart([*own, *hlo])
+        if not found["fits"] and "would_fit" not in found:
+            found["would_fit"] = would_fit(values.program, config, values.topology, found)
     print(json.dumps(found) if values.format == "json" else table(found))
+
+
+def would_fit(name: Any, config: Aot, topology: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Estimates of what fits, beside a program that does not."""
+    needed = found.get("bytes_per_device", {}).get("total", 0.0)
+    return remedies(name, config, machine_of(topology), needed)
+
+
+def machine_of(topology: str) -> Machine:
+    """The devices of a topology."""
+    devices = topologies.describe(topology)
+    return Machine(devices, chip_for(devices[0]))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "What to compile for: v5e:4x4, 2*v5p:4x4x8, h200:8 ...")
     flags.DEFINE_enum("program", "train", ["train", "prefill", "decode"], "What to compile.")
     flags.DEFINE_enum("format", "table", ["table", "json"], "For people, or for programs.")
+    flags.DEFINE_bool("search", False, "Choose mesh, remat and batch.")
+    flags.DEFINE_integer("compiled", 4, "How many a search compiles.", lower_bound=1)
     flags.DEFINE_bool("full_effort", False, "Compile as a run would; minutes instead of seconds.")
+    flags.DEFINE_string("hlo", None, "Write the compiled program's text to this file.")
+    flags.DEFINE_multi_string("compiler_options", [], "NAME=VALUE of the compiler, repeatable.")
+    flags.DEFINE_bool("here", False, "Compile in this process, which a dying compiler takes along.")
     program_lib.run(main, configs=CONFIGS)

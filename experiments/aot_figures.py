@@ -146,15 +146,15 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
                 yield each
 
 
-def device_chip(program: Program) -> Chip:
-    """The chip a program is for.
+def chip_for(device: Any) -> Chip:
+    """The chip of a device.
 
     Raises:
       ValueError: its figures are not in the table.
     """
-    chip = chip_of(program.device.device_kind)
+    chip = chip_of(device.device_kind)
     if chip is None or chip.hbm_bandwidth is None:
-        raise ValueError(f"no figures for {program.device.device_kind} in lm.sharding.chips")
+        raise ValueError(f"no figures for {device.device_kind} in lm.sharding.chips")
     return chip
 
 

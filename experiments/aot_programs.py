@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -208,9 +209,13 @@ def _serve(name: Name, config: Aot, topology: str, mesh: Any) -> Program:
     controls = generate.Controls(
         by_row(kind=jnp.uint32), f32(), by_row(), f32(), by_row(generate.MIN_STOPS), by_row()
     )
+
+    def cached(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        rest = (None, "kv_heads", None) if len(x.shape) == 4 else (None,) * (len(x.shape) - 1)
+        return struct(x.shape, x.dtype, "batch", *rest)  # latents have no heads
+
     cache = jax.tree.map(
-        lambda x: struct(x.shape, x.dtype, "batch", None, "kv_heads", None),
-        jax.eval_shape(lambda: make_cache(model, rows, s.cache_length, dtype)),
+        cached, jax.eval_shape(lambda: make_cache(model, rows, s.cache_length, dtype))
     )
     S = s.cache_length
     state = generate.State(
@@ -250,12 +255,15 @@ def _serve(name: Name, config: Aot, topology: str, mesh: Any) -> Program:
     return Program(name, config, topology, layout, function, arguments, call, rows, tokens)
 
 
-def compile_program(program: Program, *, full: bool = False) -> Compiled:
+def compile_program(
+    program: Program, *, full: bool = False, options: Mapping[str, Any] | None = None
+) -> Compiled:
     """Compiles a program for its topology.
 
     Args:
       program: what.
       full: with all the effort the compiler would spend by itself.
+      options: of the compiler, beside those.
 
     Raises:
       ValueError: the program cannot be compiled, for another reason than memory.
@@ -263,12 +271,12 @@ def compile_program(program: Program, *, full: bool = False) -> Compiled:
     begin = time.perf_counter()
     with jax.set_mesh(program.layout.mesh):
         lowered = program.function.lower(*program.call)
-        options = {"xla_gpu_autotune_level": 0}
+        chosen: dict[str, Any] = {"xla_gpu_autotune_level": 0}
         if program.device.platform == "tpu":
-            options = {} if full else FAST
+            chosen = {} if full else dict(FAST)
         middle = time.perf_counter()
         try:
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered.compile(compiler_options=chosen | dict(options or {}))
         except jax.errors.JaxRuntimeError as error:
             end = time.perf_counter()
             return _refused(str(error), middle - begin, end - middle)

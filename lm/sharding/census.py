@@ -33,7 +33,7 @@ COLLECTIVES = (
 # Operations that move nothing by themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call",
-    "conditional", "iota", "partition-id", "replica-id", "opt-barrier", "async-start",
+    "conditional", "iota", "partition-id", "replica-id", "opt-barrier",
     "async-update", "async-done", "domain", "add-dependency",
 }  # fmt: skip
 # Their computations say how to combine two numbers.
@@ -111,7 +111,7 @@ def census(text: str, mesh: Any) -> Census:
     """
     computations, entry = parse(text)
     sizes = dict(mesh.shape)
-    tally = _Counter(computations, math.prod(sizes.values())).of(entry, "")
+    tally = _Counter(computations, math.prod(sizes.values())).of(entry, "", False)
     found: dict[tuple[Any, ...], list[float]] = {}
     for (op, groups, dtype, is_async), figures in tally.collectives.items():
         axes, size = _axes_of(groups, sizes)
@@ -163,58 +163,60 @@ class _Counter:
         self.computations, self.num_devices = computations, num_devices
         self.of = functools.cache(self._of)
 
-    def _of(self, name: str, fusion: str) -> _Tally:
-        """`fusion` names the fusion the computation is the inside of; "" for none."""
+    def _of(self, name: str, fusion: str, beside: bool) -> _Tally:
+        """Of a computation that is the inside of a fusion, its name, or that runs beside others."""
         computation, tally = self.computations[name], _Tally()
         for instruction in computation.instructions.values():
-            self.count(instruction, computation, tally, fusion)
-            for part, times in self.called(instruction, computation, tally):
+            self.count(instruction, computation, tally, fusion, beside)
+            for part, times in self.called(instruction, computation, tally, beside):
                 tally.add(part, times)
         return tally
 
     def count(
-        self, instruction: Instruction, computation: Computation, tally: _Tally, fusion: str
-    ) -> None:
+        self, instruction: Instruction, computation: Computation, tally: _Tally, fusion: str,
+        beside: bool,
+    ) -> None:  # fmt: skip
         """What an instruction does by itself."""
         op = instruction.op
         base = op.removesuffix("-start")
         if base in COLLECTIVES:
-            self.count_collective(instruction, computation, tally, fusion)
+            self.count_collective(instruction, computation, tally, fusion, beside)
         elif op in ("dot", "convolution"):
             tally.flops += matmul_flops(instruction, computation)
         elif op == "custom-call":
             tally.calls[_target(instruction)] += 1
-        if not fusion:
+        if not fusion and not beside:  # else counted where it is called
             if op not in _FREE and not op.endswith("-done"):
                 tally.hbm += self.traffic(instruction, computation)
             tally.host += host_bytes(instruction, computation)
 
     def called(
-        self, instruction: Instruction, computation: Computation, tally: _Tally
+        self, instruction: Instruction, computation: Computation, tally: _Tally, beside: bool
     ) -> Iterator[tuple[_Tally, float]]:
         """The tallies of what an instruction calls, and how often."""
         op = instruction.op
         if op == "while":
             trips = trip_count(instruction, computation, self.computations)
             tally.loops.append((instruction.name, 1, trips))
-            yield self.of(instruction.attribute("body"), ""), 1 if trips is None else trips
+            yield self.of(instruction.attribute("body"), "", beside), 1 if trips is None else trips
             return
         if op == "conditional":
             names = instruction.attribute("branch_computations")
             pair = [instruction.attribute(f"{c}_computation") for c in ("true", "false")]
             branches = re.findall(r"[\w.\-]+", names) if names else [n for n in pair if n]
-            yield max((self.of(n, "") for n in branches), key=lambda t: t.weight), 1
+            yield max((self.of(n, "", beside) for n in branches), key=lambda t: t.weight), 1
             return
         for name in ("calls", "to_apply", "called_computations"):
             called = None if op in _COMBINING else instruction.attribute(name)
             for each in re.findall(r"[\w.\-]+", called or ""):
                 if each in self.computations:
                     inside = f"{instruction.name} {each}" if op == "fusion" else ""
-                    yield self.of(each, inside), 1
+                    yield self.of(each, inside, beside or op.endswith("-start")), 1
 
     def count_collective(
-        self, instruction: Instruction, computation: Computation, tally: _Tally, fusion: str
-    ) -> None:
+        self, instruction: Instruction, computation: Computation, tally: _Tally, fusion: str,
+        beside: bool,
+    ) -> None:  # fmt: skip
         op = instruction.op.removesuffix("-start")
         groups = self.groups(instruction)
         size = len(groups[0])
@@ -229,9 +231,8 @@ class _Counter:
         share = (size - 1) / size
         wire = payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(op, share)
         dtype = computation.operand(instruction, 0).arrays[0].dtype
-        is_async = instruction.op.endswith("-start") and '"is_sync":true' not in (
-            instruction.attributes
-        )
+        synchronous = '"is_sync":true' in instruction.attributes
+        is_async = beside or (instruction.op.endswith("-start") and not synchronous)
         figures = tally.collectives.setdefault((op, groups, dtype, is_async), [0.0] * 4)
         for i, figure in enumerate((1, 1, payload, wire)):
             figures[i] += figure
