@@ -34,30 +34,38 @@ def run(
 
     def program(argv: Sequence[str]) -> None:
         logging.set_verbosity(max(flags.FLAGS.verbosity, logging.WARNING))
-        with _reported():
+        with reported():
             if argv[1:] and not positional:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags are --name=value")
             main(*chosen, *([list(argv[1:])] if positional else []))
 
     def parse_flags(argv: list[str]) -> list[str]:
-        if configs is None or {"--help", "--helpshort", "--helpfull"} & set(argv):
+        if {"--help", "--helpshort", "--helpfull"} & set(argv):
             return flags.FLAGS(argv)
-        with _reported():
+        with reported():
+            if configs is None:
+                return parse_known(argv)
             _, rest = config_lib.parse(argv, configs, default)
-            positionals = flags.FLAGS(rest)  # first, so that an unknown flag is what is told
+            positionals = parse_known(rest)  # first, so that an unknown flag is what is told
             chosen.append(config_lib.parse(argv, configs)[0])
             return positionals
-        raise AssertionError("_reported never swallows an error")
+        raise AssertionError("reported never swallows an error")
 
-    if configs is None:
-        app.run(program)
-    else:
-        app.run(program, flags_parser=parse_flags)
+    app.run(program, flags_parser=parse_flags)
     raise AssertionError("app.run returned")
 
 
+def parse_known(argv: Sequence[str], known_only: bool = False) -> list[str]:
+    """What of `argv` is no flag. Raises ConfigError for a flag that is wrong or missing."""
+    try:
+        return flags.FLAGS(argv, known_only=known_only)
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+
+
 @contextlib.contextmanager
-def _reported() -> Iterator[None]:
+def reported() -> Iterator[None]:
+    """Ends the program with a ConfigError's message, and quietly where its reader has gone."""
     try:
         yield
     except ConfigError as error:

@@ -34,7 +34,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import config as config_lib
-from experiments import fields
+from experiments import fields, program
 from experiments.config import ConfigError
 
 Edits = dict[str, str]  # texts by dotted key, as on the command line
@@ -233,11 +233,14 @@ def main(argv: list[str]) -> int:
 
 
 def _program(argv: list[str]) -> None:
-    try:
+    with program.reported():
         sys.exit(main(argv[1:]))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    with program.reported():
+        return program.parse_known(argv, known_only=True)
+    raise AssertionError("reported never swallows an error")
 
 
 if __name__ == "__main__":
@@ -246,4 +249,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of all runs; the same one resumes.", required=True)
     flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "Print the commands and run nothing.")
-    app.run(_program, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    app.run(_program, flags_parser=_parse)
