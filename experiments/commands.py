@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments.config import ConfigError, input_errors
+from lm.adapters import combine
 from lm.checkpoints import Opened, open_any
 from lm.checkpoints.models import DTYPES
+from lm.checkpoints.peft import load_peft
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -20,14 +22,59 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of weights and compute."
 _KEEP_QUANTIZED = flags.DEFINE_bool(
     "keep_quantized", False, "Compute on the blocks of a .gguf file instead of decoding them once."
 )
+_ADAPTER = flags.DEFINE_multi_string(
+    "adapter",
+    [],
+    "A PEFT directory with a LoRA adapter, put over the model. experiments.generate takes several "
+    'as NAME=DIRECTORY, of which each row of --prompts chooses by "adapter": NAME.',
+)
 
 
 def open_model() -> Opened:
-    """The model the flags name.
+    """The model the flags name, with the adapter they name.
 
     Raises:
-      ConfigError: there is none, or it cannot be opened.
+      ConfigError: there is none, it or its adapter cannot be opened, or there are several adapters.
     """
+    opened = _open_base()
+    if not _ADAPTER.value:
+        return opened
+    if len(_ADAPTER.value) > 1:
+        raise ConfigError("give one --adapter=DIRECTORY; experiments.generate alone takes several")
+    return _adapted(opened, _ADAPTER.value[0])
+
+
+def open_with_adapters() -> tuple[Opened, dict[str, int]]:
+    """The model the flags name, and the numbers of the adapters that have names.
+
+    Raises:
+      ConfigError: as `open_model`; or one of several adapters has no name, or two have the same.
+    """
+    named: dict[str, str] = {}
+    for value in _ADAPTER.value:
+        name, equals, directory = value.partition("=")
+        if not equals or not name:
+            if len(_ADAPTER.value) == 1:
+                return open_model(), {}
+            raise ConfigError(f"--adapter={value}: one of several needs a name: NAME=DIRECTORY")
+        if name in named:
+            raise ConfigError(f"two adapters are named {name!r}; give each its own name")
+        named[name] = directory
+    opened = _open_base()
+    if not named:
+        return opened, {}
+    adapted = [_adapted(opened, directory).params for directory in named.values()]
+    with input_errors():
+        params = combine(opened.params, adapted)
+    return opened._replace(params=params), {name: i for i, name in enumerate(named)}
+
+
+def _adapted(opened: Opened, directory: str) -> Opened:
+    with input_errors():
+        return opened._replace(params=load_peft(directory, opened.params, opened.config))
+
+
+def _open_base() -> Opened:
     if not _MODEL.value:
         raise ConfigError("no model; give one with --model=PATH_OR_NAME")
     with input_errors():

@@ -3,8 +3,9 @@
     python -m experiments.convert --model=gemma3-270m --format=safetensors --output=gemma-3-270m \\
         --dtype=bfloat16
 
-Blocks of GGUF files are decoded. Writes config.json, generation_config.json, safetensors, and
-tokenizer.json with its configuration and chat template.
+Blocks of GGUF files are decoded, and an adapter (`--adapter=DIRECTORY`) is added in. Writes
+config.json, generation_config.json, safetensors, and tokenizer.json with its configuration and chat
+template.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from absl import flags
 
 from experiments import commands, program
 from experiments.config import ConfigError, input_errors
+from lm.adapters import merge
 from lm.checkpoints import save
 from lm.checkpoints.models import is_huggingface, locate
 from lm.tokenizers import Tokenizer
@@ -44,7 +46,7 @@ def main() -> None:
     opened = commands.open_model()
     tokenizer = opened.tokenizer
     with input_errors():
-        save(opened.params, opened.config, output, extra=special_ids(tokenizer))
+        save(merge(opened.params), opened.config, output, extra=special_ids(tokenizer))
     source = locate(flags.FLAGS.model)
     if is_huggingface(source) and flags.FLAGS.tokenizer is None:
         for name in TOKENIZER_FILES:

@@ -9,6 +9,10 @@ name of a model that an installed package brings. A prompt is raw text with the 
 BOS, special tokens in it parsed; `--chat` puts it into the model's chat template as a user's turn.
 A row of `--prompts` is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}.
 
+`--adapter=DIRECTORY` puts a LoRA adapter of PEFT over the model, quantized or not. With
+`--adapter=NAME=DIRECTORY`, once for each of several, a row that has "adapter": NAME gets that one,
+and any other the model alone; rows of all kinds run in one batch.
+
 `--format=json` prints an object a prompt, in order: `prompt_token_ids`, `token_ids` (the one that
 ended it included), `text` (without it), `finish_reason` ("stop", or "length" at `--max_new_tokens`
 or the end of the context), and with `--logprobs=K` `logprobs`: for each token its `token_id`, its
@@ -42,12 +46,13 @@ def main() -> None:
     rows = [("--prompt", {"prompt": FLAGS.prompt})]
     if FLAGS.prompts is not None:
         rows = list(read_rows(FLAGS.prompts))
-    opened = commands.open_model()
+    opened, adapters = commands.open_with_adapters()
     requests = []
     for i, (where, row) in enumerate(rows):
         ids = encode(opened, row, where, FLAGS.chat)
         seed = (FLAGS.seed + i) % 2**32
-        requests.append(Request(prompt_token_ids=ids, **settings | {"seed": seed}))
+        own = {"seed": seed, "adapter": adapter_of(row, adapters, where)}
+        requests.append(Request(prompt_token_ids=ids, **settings | own))
     with input_errors():
         sampler = LocalSampler(
             opened.params,
@@ -127,6 +132,19 @@ def check_row(row: Any, where: str) -> None:
             f'{where}: "messages" has to be a list of objects with "role" and "content", '
             f"not {messages!r:.80}"
         )
+
+
+def adapter_of(row: Mapping[str, Any], adapters: Mapping[str, int], where: str) -> int | None:
+    """The number of the adapter a row names.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    name = row.get("adapter")
+    if name is not None and name not in adapters:
+        known = ", ".join(adapters) or "none; give them as --adapter=NAME=DIRECTORY"
+        raise ConfigError(f"{where}: no adapter {name!r}; there are {known}")
+    return None if name is None else adapters[name]
 
 
 def encode(opened: Opened, row: Mapping[str, Any], where: str, chat: bool = False) -> list[int]:

@@ -21,6 +21,7 @@ from lm.infer.sampling import sample_tokens, token_keys
 from lm.infer.serving import serving_form
 from lm.infer.text import StoppedText, Stream
 from lm.model import ModelConfig, ModelWeights, Tokens, forward, make_head
+from lm.weights import bind, num_adapters
 
 MIN_PROMPT, MIN_CACHE, MIN_STOPS = 16, 64, 4  # smallest buckets
 WATCHED = 8  # tokens a row between two looks at the text
@@ -45,6 +46,7 @@ class Controls:
       top_ks: int32 [B].
       stop_ids: int32 [B, M], -1 for none.
       ends: int32 [B], the position at which a row is full.
+      adapters: int32 [B], -1 for none; or None where the model has not several.
     """
 
     seeds: Any
@@ -53,6 +55,7 @@ class Controls:
     top_ps: Any
     stop_ids: Any
     ends: Any
+    adapters: Any = None
 
 
 class CacheForm(NamedTuple):
@@ -129,6 +132,7 @@ class LocalSampler:
         if eos_ids is None:
             eos_ids = () if tokenizer is None else tokenizer.eos_ids
         self.params = serving_form(params, dtype)
+        self.num_adapters = num_adapters(self.params)
         self.config, self.tokenizer, self.dtype = config, tokenizer, dtype
         self.eos_ids, self.max_batch = tuple(eos_ids), max_batch
         self.max_length = config.max_length if max_length is None else max_length
@@ -146,7 +150,8 @@ class LocalSampler:
 
         Raises:
           ValueError: a prompt leaves no room for a new token, or has an id outside the vocabulary;
-            more likeliest tokens than there are; a stop text, or `watch`, without a tokenizer.
+            more likeliest tokens than there are; an adapter that is not there; a stop text, or
+            `watch`, without a tokenizer.
         """
         for i, request in enumerate(requests):
             self._check(i, request)
@@ -176,6 +181,11 @@ class LocalSampler:
             raise ValueError(
                 f"request {index}: top_logprobs={request.top_logprobs}; there are {vocab_size} "
                 "tokens"
+            )
+        if request.adapter is not None and request.adapter >= self.num_adapters:
+            raise ValueError(
+                f"request {index}: adapter={request.adapter}; the model has {self.num_adapters} to "
+                "choose from (see lm.adapters.combine)"
             )
         if request.stop and self.tokenizer is None:
             raise ValueError(
@@ -240,13 +250,15 @@ class _Batch:
         ids = np.zeros((B, T), np.int32)
         seeds, top_ks = np.zeros(B, np.uint32), np.zeros(B, np.int32)
         temperatures, top_ps = np.zeros(B, np.float32), np.ones(B, np.float32)
+        adapters = np.full(B, -1, np.int32)
         stop_ids = np.full((B, bucket(max(map(len, self.stops)), MIN_STOPS)), -1, np.int32)
         for i, r in enumerate(requests):
             ids[i, : lengths[i]] = r.prompt_token_ids
             seeds[i], temperatures[i] = r.seed, r.temperature
             top_ks[i], top_ps[i] = min(r.top_k, np.iinfo(np.int32).max), r.top_p
             stop_ids[i, : len(self.stops[i])] = self.stops[i]
-        controls = Controls(seeds, temperatures, top_ks, top_ps, stop_ids, ends)
+            adapters[i] = -1 if r.adapter is None else r.adapter
+        controls = Controls(seeds, temperatures, top_ks, top_ps, stop_ids, ends, adapters)
         return ids, lengths, controls, S, num_top
 
     def _take(self, i: int, new: Sequence[int]) -> bool:
@@ -338,6 +350,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
     cache = make_cache(config, B, length, form.dtype, kind=form.kind)
+    params = _bound(params, controls)
     output = forward(params, Tokens(ids, positions, segment_ids), config, cache, dtype=dtype)
     last_hidden = jnp.take_along_axis(output.hidden, lengths[:, None, None] - 1, axis=1)
     state = State(
@@ -368,6 +381,7 @@ def decode(
     from the host (on two CPU cores 3 % slower to 12 % faster), which would also have to wait for
     each token to know when to stop.
     """
+    params = _bound(params, controls)
 
     def step(state: State) -> State:
         positions = (state.positions - 1)[:, None]
@@ -383,6 +397,10 @@ def decode(
 
     start = jnp.int32(0), state
     return jax.lax.while_loop(more, lambda loop: (loop[0] + 1, step(loop[1])), start)[1]
+
+
+def _bound(params: ModelWeights, controls: Controls) -> ModelWeights:
+    return params if controls.adapters is None else bind(params, controls.adapters)
 
 
 def _emit(

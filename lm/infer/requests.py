@@ -27,6 +27,8 @@ class Request:
       stop: texts that end the sample, and are left out of its text; they need a tokenizer.
       logprobs: whether the sample carries its log-probabilities.
       top_logprobs: how many of the likeliest tokens it carries for each of its own.
+      adapter: number of the adapter, where the model has several (`lm.adapters.combine`); None for
+        the model beneath them.
 
     Raises:
       ValueError: a value is out of range.
@@ -43,6 +45,7 @@ class Request:
     top_p: float = 1.0
     stop: Sequence[str] = ()
     top_logprobs: int = 0
+    adapter: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -61,6 +64,10 @@ class Request:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}; use 0 to {2**32 - 1}")
+        if self.adapter is not None:
+            object.__setattr__(self, "adapter", _integer("adapter", self.adapter))
+            if self.adapter < 0:
+                raise ValueError(f"adapter={self.adapter}; they count from 0, None is for none")
         for name in ("top_k", "top_logprobs"):
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
             if getattr(self, name) < 0:

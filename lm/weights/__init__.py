@@ -7,7 +7,7 @@ from lm.weights.int4 import Int4
 from lm.weights.int8 import Int8
 from lm.weights.int8_groups import Int8Groups
 from lm.weights.leaf import Leaf, Weight, grouped_linear, linear, take, unembed
-from lm.weights.lora import LoRA, MultiLoRA, bind
+from lm.weights.lora import LoRA, MultiLoRA, bind, num_adapters
 from lm.weights.nf4 import NF4
 from lm.weights.panels import Panels
 from lm.weights.rtn import FORMATS, rtn
@@ -49,6 +49,7 @@ __all__ = [
     "initialize",
     "is_spec",
     "linear",
+    "num_adapters",
     "path_name",
     "rtn",
     "shard_like",

@@ -242,6 +242,12 @@ class MultiLoRA(Leaf):
         return shardings(self.specs(ParamSpec(self.shape, axes)), rules, mesh)
 
 
+def num_adapters(params: Tree) -> int:
+    """Of how many adapters rows may choose; 0 where no weight has several."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, MultiLoRA))
+    return next((x.num_adapters for x in leaves if isinstance(x, MultiLoRA)), 0)
+
+
 def bind(params: Tree, rows: jax.Array) -> Tree:
     """`params` with every `MultiLoRA` told the adapters of the rows: int32 [B], -1 for none.
 

@@ -6,13 +6,18 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from experiments import commands
 from experiments.config import ConfigError
-from experiments.generate import encode, read_rows
+from experiments.generate import adapter_of, encode, read_rows
+from lm.adapters import add_lora, merge
 from lm.checkpoints import open_any
+from lm.checkpoints.peft import load_peft, save_peft
 from lm.infer import Request
 from lm.infer.generate import LocalSampler
 from lm.infer.score import Scorer, perplexity
@@ -109,11 +114,87 @@ def test_convert(tiny, opened, tmp_path):
     assert error == f"error: {tmp_path / 'm'} is there already; give a new folder as --output\n"
 
 
+@pytest.fixture(scope="module")
+def adapters(opened, tmp_path_factory):
+    """Two PEFT directories that change what the model says."""
+    found = {}
+    for seed, name in enumerate(("terse", "wordy")):
+        key = jax.random.key(seed)
+        adapted = add_lora(opened.params, opened.config, key, rank=4 + seed)
+
+        def shake(path, x, key=key):
+            moved = jax.tree_util.keystr(path, simple=True).endswith("b")
+            return 0.3 * jax.random.normal(key, x.shape) if moved else x
+
+        adapted = jax.tree_util.tree_map_with_path(shake, adapted)
+        found[name] = tmp_path_factory.mktemp("adapters") / name
+        save_peft(adapted, opened.config, found[name])
+    return found
+
+
+def test_rows_choose_among_adapters(tiny, opened, adapters, tmp_path):
+    """One batch gives each row what its adapter alone, merged into the model, gives."""
+    rows = [{"prompt": "The", "adapter": name} for name in adapters] + [{"prompt": "The"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = run(
+        "generate", f"--model={tiny}", f"--prompts={tmp_path / 'rows.jsonl'}", "--format=json",
+        "--max_new_tokens=8", *[f"--adapter={name}={path}" for name, path in adapters.items()],
+    )  # fmt: skip
+    found = [json.loads(line)["token_ids"] for line in out.splitlines()]
+    models = [load_peft(path, opened.params, opened.config) for path in adapters.values()]
+    request = Request(prompt_token_ids=opened.tokenizer.encode_prompt("The"), max_new_tokens=8)
+    expected = []
+    for params in (*map(merge, models), opened.params):
+        sampler = LocalSampler(params, opened.config, tokenizer=opened.tokenizer)
+        expected.append(list(sampler.sample([request])[0].token_ids))
+    assert found == expected
+    assert len(set(map(tuple, found))) == 3
+
+
+def test_convert_merges_an_adapter(tiny, opened, adapters, tmp_path):
+    run("convert", f"--model={tiny}", f"--adapter={adapters['wordy']}", f"--output={tmp_path}")
+    merged = merge(load_peft(adapters["wordy"], opened.params, opened.config))
+    jax.tree.map(np.testing.assert_array_equal, open_any(tmp_path).params, merged)
+
+
+def test_adapters_that_cannot_be(tiny, opened, adapters, tmp_path):
+    name = adapters["terse"]
+    settings = json.loads((name / "adapter_config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_model.safetensors").write_bytes(
+        (name / "adapter_model.safetensors").read_bytes()
+    )
+    (other / "adapter_config.json").write_text(
+        json.dumps(settings | {"target_modules": ["c_attn"]})
+    )
+    both = [f"--adapter=a={name}", f"--adapter={name}"]
+    with pytest.raises(ConfigError, match=r"c_attn.* names no module of this model"):
+        open_with(tiny, f"--adapter={other}")
+    with pytest.raises(ConfigError, match="nowhere"):
+        open_with(tiny, "--adapter=nowhere")
+    with pytest.raises(ConfigError, match="one of several needs a name: NAME=DIRECTORY"):
+        open_with(tiny, *both)
+    with pytest.raises(ConfigError, match="two adapters are named 'a'"):
+        open_with(tiny, both[0], both[0])
+    with pytest.raises(ConfigError, match="x:1: no adapter 'b'; there are a"):
+        adapter_of({"adapter": "b"}, {"a": 0}, "x:1")
+    sampler = LocalSampler(opened.params, opened.config)
+    with pytest.raises(ValueError, match="request 0: adapter=0; the model has 0 to choose from"):
+        sampler.sample([Request(prompt_token_ids=[1], adapter=0)])
+
+
+def open_with(model, *arguments):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["", f"--model={model}", *arguments])
+        return commands.open_with_adapters()
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["--model=smollm3", "--prompt=a"], 2, "error: no model 'smollm3': no such path"),
-        (["--model={tiny}", "--prompt=a", "--dtype=float8"], 1, "dtype"),
+        (["--model={tiny}", "--prompt=a", "--dtype=float8"], 2, "error: flag --dtype=float8: value should be"),
         (["--model={tiny}"], 2, "give either --prompt=TEXT or --prompts=FILE.jsonl"),
         (["--model={tiny}", "--prompt=a", "--top_p=0"], 2, "error: top_p=0.0; use more than 0"),
     ],
