@@ -31,11 +31,14 @@ from tests.parallel.rows import (
 from tests.train.hlo import collectives
 
 GEMMA = {"window": 9, "softcap": 2.0}
-CASES = [
-    # way, mesh, query and key/value heads, packed, options
-    ("ring", {"context": 8}, (4, 2), True, GEMMA),
+# way, mesh, query and key/value heads, packed, options
+SLOW = [
     ("ring", {"fsdp": 2, "context": 2, "tensor": 2}, (4, 2), False, {}),
     ("zigzag", {"context": 8}, (4, 1), True, {}),
+    ("ulysses", {"context": 4, "tensor": 2}, (8, 8), False, {}),
+]
+CASES = [
+    ("ring", {"context": 8}, (4, 2), True, GEMMA),
     ("zigzag", {"data": 2, "context": 4}, (4, 2), False, GEMMA),
     ("zigzag", {"fsdp": 2, "context": 2, "tensor": 2}, (4, 2), True, GEMMA),
     ("ulysses", {"context": 8}, (16, 2), True, GEMMA),
@@ -63,7 +66,9 @@ def name(case):
     return "-".join([*parts, *(["packed"] if packed else []), *options])
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW)], ids=name
+)
 def test_equals_one_device(case):
     way, axes, heads, packed, options = case
     rows = draw(4, 64, *heads, packed)
@@ -76,7 +81,7 @@ def test_equals_one_device(case):
     assert large == {"all-to-all" if way == "ulysses" else "collective-permute"}, talk
 
 
-@pytest.mark.parametrize("way", ["zigzag", "ulysses"])
+@pytest.mark.parametrize("way", ["zigzag", pytest.param("ulysses", marks=pytest.mark.slow)])
 def test_bfloat16_is_as_exact_as_on_one_device(way):
     """Merging rounded results costs less than a bfloat16's last digit, 2 ** -8, of the largest."""
     rows = jax.tree.map(
@@ -230,7 +235,7 @@ def test_errors_name_what_would_work():
         trace(ring_attention, context, 12, 4, 4)
 
 
-@pytest.mark.parametrize("way", ["zigzag", "ulysses"])
+@pytest.mark.parametrize("way", ["zigzag", pytest.param("ulysses", marks=pytest.mark.slow)])
 def test_the_flash_kernel_runs_inside(way):
     rows = draw(1, 64, 4, 2, True)
     actual, _ = split(way, {"context": 2}, rows, GEMMA | {"implementation": "flash"})
