@@ -106,7 +106,7 @@ class LocalSampler:
         max_length: int | None = None,
         max_batch: int = 16,
         dtype: Any = jnp.float32,
-        cache_kind: CacheKind = "contiguous",
+        cache_kind: CacheKind = "sliding",
         cache_dtype: Any = None,
     ) -> None:
         """Weights are brought into `serving_form`, in `dtype`, once.

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.infer.cache import (
     OutOfPages,
@@ -26,8 +28,18 @@ from lm.model import (
     Layer,
     ModelConfig,
     Tokens,
+    forward,
     make_stacks,
     param_specs,
+)
+from lm.sharding import (
+    Layout,
+    MeshShape,
+    make_mesh,
+    make_rules,
+    named_sharding,
+    topologies,
+    use_layout,
 )
 from lm.weights import is_spec
 
@@ -255,3 +267,58 @@ def test_samples_from_quantized_caches_are_near(model, expected):
     samples = LocalSampler(*model, cache_kind="paged", cache_dtype="int8").sample(requests())
     for one, other in zip(samples, expected, strict=True):
         np.testing.assert_allclose(one.logprobs[0], other.logprobs[0], atol=0.05)
+
+
+@pytest.mark.aot
+def test_decoding_through_pages_compiles_for_split_heads():
+    """Pages are neither copied nor gathered; two reductions a layer and the embedding's are all."""
+    if not topologies.available("v5e"):
+        pytest.skip("compiling for TPUs needs libtpu; `make compilers` installs it")
+    mesh = make_mesh(MeshShape(tensor=4), topologies.describe("v5e:2x2"))
+    layout = Layout(mesh, make_rules())
+    spec = Attention(16, 4, 128)
+    layers = (
+        Layer(spec, FeedForward(1024)),
+        Layer(dataclasses.replace(spec, window=512), FeedForward(1024)),
+    )
+    config = ModelConfig(512, 512, make_stacks(layers), vocab_multiple=512)
+
+    def sharded(spec):
+        sharding = named_sharding(mesh, layout.rules.weights, spec.axes, spec.shape)
+        return jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=sharding)
+
+    def placed(x, *axes):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def place(cache):
+        data = placed(cache.pages.data, None, "tensor")
+        scales = placed(cache.pages.scales, None, None, "tensor")
+        pages = dataclasses.replace(cache.pages, data=data, scales=scales)
+        return dataclasses.replace(cache, pages=pages, page_table=placed(cache.page_table))
+
+    B = 32
+    caches = jax.eval_shape(lambda: make_cache(config, B, 4096, "int8", kind="paged"))
+    ids = placed(jax.ShapeDtypeStruct((B, 1), jnp.int32))
+
+    def run(params, caches, ids, positions):
+        def step(_, carry):
+            caches, positions = carry
+            tokens = Tokens(ids, positions, jnp.ones_like(ids))
+            output = forward(params, tokens, config, caches, dtype=jnp.bfloat16)
+            return output.cache, positions + (output.hidden[..., 0] < 9)
+
+        with use_layout(layout):
+            return jax.lax.fori_loop(0, 8, step, (caches, positions))
+
+    lowered = jax.jit(run, donate_argnums=1).lower(
+        jax.tree.map(sharded, param_specs(config), is_leaf=is_spec), tuple(map(place, caches)),
+        ids, ids,
+    )  # fmt: skip
+    executable = lowered.compile({"exec_time_optimization_effort": -1.0})
+    text, memory = executable.as_text(), executable.memory_analysis()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * len(caches)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches)) / 4
+    assert memory.alias_size_in_bytes > 0.99 * size
+    assert memory.temp_size_in_bytes < 0.2 * size
+    assert "all-gather" not in text and len(re.findall(r"all-reduce(-start)?\(", text)) <= 5

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.kernels.paged_attention import (
@@ -39,6 +40,7 @@ class Case:
     max_q_len: int | None = None
     block_q: int | None = None
     block_kv: int | None = 32
+    cores: int = 1
 
     @property
     def features(self):
@@ -60,6 +62,7 @@ CASES = {
     "window-softcap": Case(window=10, softcap=2.0, block_q=4),
     "decode-window-sinks": Case(DECODE, window=17, sinks=True, max_q_len=1, group=3),
     "head128-bf16": Case(key_dim=128, value_dim=128, dtype="bfloat16", block_q=8, block_kv=48),
+    "two-cores": Case(((0, 9), (30, 1), (3, 0), (19, 2), (5, 1), (4, 4)), block_q=4, cores=2),
     "many-heads": Case(DECODE[:2], num_kv_heads=10, group=1, key_dim=32, value_dim=48, max_q_len=1),
     "latent": Case(num_kv_heads=1, group=4, key_dim=48, value_dim=32, latent=True, block_q=8),
     "int8": Case(((0, 5), (130, 1), (100, 40)), page_dtype="int8", page_size=128, block_kv=128),
@@ -166,7 +169,7 @@ def write(implementation, max_q_len, pages, keys, values, table, lens, cu, q_len
 
 @functools.partial(jax.jit, static_argnames=("case", "implementation"))
 def attend(case: Case, implementation, q, pages, table, kv_lens, cu_q_lens, sinks):
-    blocks = {"block_kv": case.block_kv}
+    blocks = {"block_kv": case.block_kv, "cores": case.cores}
     if case.block_q is not None:
         blocks["block_q"] = case.block_q
     return paged_attention(
@@ -244,6 +247,35 @@ def test_bfloat16_is_as_near_to_exact_as_the_reference():
         out = attend(d.case, implementation, d.q, pages, *d.tables, d.sinks)
         errors[implementation] = np.abs(out[: len(expected)].astype(np.float32) - expected).max()
     assert errors["tpu"] < 1.2 * errors["reference"] < 0.02
+
+
+RACES = {
+    "small": Case(((20, 1), (5, 3)), page_size=8, block_kv=16, num_kv_heads=1),
+    "latent-int8": CASES["latent-int8"],
+}
+
+
+@pytest.mark.parametrize("name", ["small", pytest.param("latent-int8", marks=pytest.mark.slow)])
+def test_no_copy_races_with_another(name, capfd):
+    """Copies, semaphores and memory simulated: nothing is read before it has come."""
+    d = drawn(RACES[name])
+    simulate = pltpu.InterpretParams(detect_races=True)
+    pages = write_pages(
+        d.pages(False), *d.new(), *d.tables, implementation="tpu", interpret=simulate
+    )
+    out = paged_attention(
+        d.q,
+        pages,
+        *d.tables,
+        scale=d.case.scale,
+        implementation="tpu",
+        interpret=simulate,
+        block_kv=d.case.block_kv,
+        block_q=8,
+    )
+    expected = attend(d.case, "reference", d.q, pages, *d.tables, d.sinks)
+    np.testing.assert_allclose(out, expected, rtol=3e-6, atol=3e-6)
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 def test_pages_before_the_window_may_be_gone():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm.kernels.attention.sharded import on_tpu
+from lm.kernels.attention.sharded import on_tpu, target
 from lm.kernels.paged_attention.pages import Pages
 from lm.kernels.paged_attention.reference import (
     reference_paged_attention,
@@ -20,8 +20,10 @@ from lm.kernels.paged_attention.reference import (
 from lm.kernels.paged_attention.tpu import tpu_paged_attention
 from lm.kernels.paged_attention.tpu_write import tpu_write_pages
 from lm.sharding import Layout, check_divides, current_layout
+from lm.sharding.chips import chip_of
 
 IMPLEMENTATIONS = ("reference", "tpu")
+MEGACORE = ("TPU v4", "TPU v5p")
 
 
 def paged_attention(
@@ -38,7 +40,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: jax.Array | None = None,
     implementation: str | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
     **blocks: int,
 ) -> jax.Array:
     """Causal attention of a flat batch of new tokens to their sequences' pages.
@@ -64,8 +66,8 @@ def paged_attention(
       softcap: scores become softcap * tanh(scores / softcap).
       sinks: [H] scores of a key with no value, added to the denominator.
       implementation: "reference" or "tpu"; None for "tpu" where the layout's mesh is of TPUs.
-      interpret: run the TPU kernel as plain JAX.
-      blocks: `block_q` and `block_kv` of the TPU kernel, in tokens.
+      interpret: run the TPU kernel as plain JAX; or what else `pl.pallas_call` takes.
+      blocks: `block_q` and `block_kv` of the TPU kernel, in tokens, and its `cores`.
 
     Returns:
       [N, H, value_dim] of q's dtype; zeros for padding.
@@ -88,8 +90,8 @@ def paged_attention(
 
     def tpu(q, pages, table, kv_lens, starts, lens, sinks):
         return tpu_paged_attention(
-            q, pages, table, kv_lens, starts, lens, sinks=sinks, interpret=interpret, **common,
-            **blocks,
+            q, pages, table, kv_lens, starts, lens, sinks=sinks, interpret=interpret,
+            **{"cores": _cores()} | common | blocks,
         )  # fmt: skip
 
     return _dispatch(implementation, tensors, reference, tpu, _sharded_attention)
@@ -106,7 +108,7 @@ def write_pages(
     q_lens: jax.Array | None = None,
     max_q_len: int | None = None,
     implementation: str | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Pages:
     """Put the keys and values of a flat batch of new tokens into their sequences' pages.
 
@@ -126,6 +128,13 @@ def write_pages(
     reference = functools.partial(reference_write_pages, max_len=max_q_len)
     tpu = functools.partial(tpu_write_pages, max_len=max_q_len, interpret=interpret)
     return _dispatch(implementation, tensors, reference, tpu, _sharded_write)
+
+
+def _cores() -> int:
+    """Cores of a device: some chips show their two as one."""
+    device = target()
+    chip = None if device is None else chip_of(device.device_kind)
+    return 2 if chip is not None and chip.name in MEGACORE else 1
 
 
 def _sequences(cu_q_lens: jax.Array, q_lens: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -41,7 +41,7 @@ class Items(NamedTuple):
       rows: sequence.
       firsts: position of its first query.
       ends: one past the last key it sees; 0 for an item with nothing to do.
-      nexts: the following item with something to do, or I.
+      nexts: the following item of the same core with something to do, or I. Cores take turns.
       tokens: places in the flat batch, N where there is no query.
     """
 
@@ -59,21 +59,18 @@ def make_items(
     num_tokens: int,
     block_q: int,
     capacity: int,
-    at_least: int,
+    cores: int,
 ) -> Items:
-    """Items of the sequences with `at_least` new tokens, `block_q` to an item.
-
-    Or, where `block_q` is one, of those with exactly one.
-    """
+    """Items of sequences with one new token where `block_q` is 1, else of those with more."""
     B = len(lens)
     if block_q == 1:
         rows, blocks = jnp.arange(B, dtype=jnp.int32), jnp.zeros(B, jnp.int32)
         live = lens == 1
     else:
-        counts = jnp.where(lens >= at_least, -(-lens // block_q), 0)
+        counts = jnp.where(lens > 1, -(-lens // block_q), 0)
         stops = jnp.cumsum(counts)
-        # Each of these sequences has at least `at_least` tokens and one block that is not full.
-        num_items = max(1, num_tokens // block_q + min(B, num_tokens // at_least))
+        # Each of these sequences has at least two tokens, and at most one block that is not full.
+        num_items = max(1, num_tokens // block_q + min(B, num_tokens // 2))
         index = jnp.arange(num_items, dtype=jnp.int32)
         rows = jnp.searchsorted(stops, index, side="right", method="compare_all")
         rows = jnp.minimum(rows, B - 1).astype(jnp.int32)
@@ -85,10 +82,12 @@ def make_items(
     firsts = (kv_lens - lens)[rows] + offsets[:, 0]
     ends = jnp.minimum(jnp.minimum(firsts + block_q, kv_lens[rows]), capacity)
     ends = jnp.where(live & (firsts >= 0), ends, 0)
+    rows, firsts, ends = (jnp.pad(x, (0, -len(x) % cores)) for x in (rows, firsts, ends))
+    tokens = jnp.pad(tokens, [(0, -len(tokens) % cores), (0, 0)], constant_values=num_tokens)
     num = len(rows)
-    own = jnp.where(ends > 0, jnp.arange(num, dtype=jnp.int32), num)
-    following = jnp.concatenate([own[1:], jnp.full(1, num, jnp.int32)])
-    nexts = jax.lax.cummin(following, reverse=True)
+    own = jnp.where(ends > 0, jnp.arange(num, dtype=jnp.int32), num).reshape(-1, cores)
+    following = jnp.concatenate([own[1:], jnp.full((1, cores), num, jnp.int32)])
+    nexts = jax.lax.cummin(following, axis=0, reverse=True).reshape(-1)
     return Items(rows, firsts, ends, nexts, tokens)
 
 
@@ -134,9 +133,13 @@ def tpu_paged_attention(
     sinks: jax.Array | None = None,
     block_q: int | None = None,
     block_kv: int | None = None,
-    interpret: bool = False,
+    cores: int = 1,
+    interpret: Any = False,
 ) -> jax.Array:
     """See `lm.kernels.paged_attention.paged_attention`; tokens of a sequence from starts[b].
+
+    `cores` of one device share the items: two on TPUs v4 and v5p. `interpret` is what
+    `pl.pallas_call` takes.
 
     Raises:
       ValueError: the page size, the table or a page is one the kernel cannot hold.
@@ -147,7 +150,7 @@ def tpu_paged_attention(
     check_sizes(pages, page_table)
     run = functools.partial(
         _run, q, pages, page_table, scale=scale, window=window, softcap=softcap, sinks=sinks,
-        block_kv=block_kv, interpret=interpret,
+        block_kv=block_kv, cores=cores, interpret=interpret,
     )  # fmt: skip
     capacity = page_table.shape[1] * pages.page_size
     most = N if max_len is None else min(max_len, N)
@@ -155,9 +158,9 @@ def tpu_paged_attention(
         # Whole tiles of the matrix unit, but no more than sequences are likely to fill.
         likely = most if max_len is not None else max(8, N // B)
         block_q = min(max(8, 512 // group), 1 << max(1, (likely - 1).bit_length()))
-    passes = [make_items(starts, lens, kv_lens, N, 1, capacity, 1)]
+    passes = [make_items(starts, lens, kv_lens, N, 1, capacity, cores)]
     if most > 1:
-        passes.append(make_items(starts, lens, kv_lens, N, max(2, block_q), capacity, 2))
+        passes.append(make_items(starts, lens, kv_lens, N, max(2, block_q), capacity, cores))
     rows = [run(items) for items in passes]
     # Rows of the passes' results, by token of the batch.
     tokens = jnp.concatenate([items.tokens.reshape(-1) for items in passes])
@@ -204,7 +207,8 @@ def _run(
     softcap: float | None,
     sinks: jax.Array | None,
     block_kv: int | None,
-    interpret: bool,
+    cores: int,
+    interpret: Any,
 ) -> jax.Array:
     """One pass: [I x block_q, H, V], in the order of the items' tokens."""
     _, K, p, W = pages.data.shape
@@ -230,7 +234,7 @@ def _run(
     x = jnp.pad(x, [(0, 0), (0, 0), (0, R - block_q * group), (0, static.key_dim - h)])
 
     operands = [x, pages.data]
-    specs = [_item_spec(K, R, static.key_dim), pl.BlockSpec(memory_space=pl.ANY)]
+    specs = [_item_spec(K, R, static.key_dim, cores), pl.BlockSpec(memory_space=pl.ANY)]
     scratch = [pltpu.VMEM((2, static.pages_per_block, K, p, W), pages.data.dtype)]
     if pages.scales is not None:
         operands.append(pages.scales)
@@ -239,7 +243,7 @@ def _run(
     if sinks is not None:
         by_row = jnp.tile(sinks.astype(jnp.float32).reshape(K, group), (1, -(-R // group)))[:, :R]
         operands.append(jnp.broadcast_to(by_row[:, :, None], (K, R, LANES)))
-        specs.append(pl.BlockSpec((K, R, LANES), lambda i, *_: (0, 0, 0)))
+        specs.append(pl.BlockSpec((K, R, LANES), lambda *_: (0, 0, 0)))
     scratch += [
         pltpu.VMEM((K, R, LANES), jnp.float32),  # maximum
         pltpu.VMEM((K, R, LANES), jnp.float32),  # sum
@@ -252,14 +256,14 @@ def _run(
         functools.partial(_kernel, static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(num,),
+            grid=(cores, num // cores),
             in_specs=specs,
-            out_specs=_item_spec(K, R, V),
+            out_specs=_item_spec(K, R, V, cores),
             scratch_shapes=scratch,
         ),
         out_shape=jax.ShapeDtypeStruct((num, K, R, V), q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=_cost(x, pages, page_table, V, window),
         interpret=interpret,
@@ -271,8 +275,8 @@ def _run(
     return out.transpose(0, 2, 1, 3, 4).reshape(num * block_q, H, -1)
 
 
-def _item_spec(K: int, R: int, width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((1, K, R, width), lambda i, *_: (i, 0, 0, 0))
+def _item_spec(K: int, R: int, width: int, cores: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, K, R, width), lambda core, i, *_: (i * cores + core, 0, 0, 0))
 
 
 def _pages_per_block(pages: Pages, block_kv: int | None, R: int, most: int) -> int:
@@ -396,10 +400,11 @@ def _kernel(static: Static, table, rows, firsts, ends, nexts, q_ref, *refs) -> N
     top_ref, total_ref, acc_ref, turn, semaphores = refs
     pairs = list(zip(hbm, buffers, strict=True))
     copies = _Copies(static, table, rows, firsts, ends, pairs, semaphores)
-    item = pl.program_id(0)
-    num_items = pl.num_programs(0)
+    cores = pl.num_programs(0)
+    item = pl.program_id(1) * cores + pl.program_id(0)
+    num_items = pl.num_programs(1) * cores
 
-    @pl.when(item == 0)
+    @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         turn[0] = 0
         turn[1] = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def tpu_write_pages(
     lens: jax.Array,
     *,
     max_len: int | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Pages:
     """See `lm.kernels.paged_attention.write_pages`; tokens of a sequence from starts[b]."""
     check_sizes(pages, page_table)
