@@ -186,6 +186,37 @@ def init_state(
     return jax.jit(_maker(specs, optimizer, trains, ema, health), out_shardings=wanted)(key)
 
 
+def state_of(
+    params: Tree,
+    specs: Tree,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    trains: Callable[[str], bool],
+    *,
+    ema: bool = False,
+    health: bool = False,
+) -> TrainState:
+    """The state in which training of an existing model begins: of adapters over it, say.
+
+    Args:
+      params: weights of any kind. They are handed over: what lies in its place already is not
+        copied, and the first step takes its memory.
+      specs: of these weights; `lm.weights.specs_of` gives them.
+      optimizer, layout, trains, ema, health: as in `init_state`.
+    """
+    wanted = state_shardings(specs, optimizer, layout, trains, ema=ema, health=health)
+    trainable, frozen = jax.device_put(partition(params, trains), (wanted.trainable, wanted.frozen))
+
+    def make(trainable: Tree) -> tuple[jax.Array, Tree, Tree, Any]:
+        average = cast(trainable, jnp.float32) if ema else None
+        known = Health.new() if health else None
+        return jnp.zeros((), jnp.int32), optimizer.init(trainable), average, known
+
+    places = (wanted.step, wanted.opt_state, wanted.ema, wanted.health)
+    step, opt_state, average, known = jax.jit(make, out_shardings=places)(trainable)
+    return TrainState(step, trainable, frozen, opt_state, average, known)
+
+
 def abstract_state(
     specs: Tree,
     optimizer: optax.GradientTransformation,

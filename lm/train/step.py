@@ -55,6 +55,8 @@ class Accumulation:
       loss: implementation of the cross-entropy; None lets the size of the logits decide.
       attention: implementation of attention; None for the default.
       unroll: write the layers out instead of looping over them; see `lm.model.forward`.
+      specs: of every weight, where some are leaves or have adapters (`lm.weights.specs_of`); None
+        for those of plain arrays.
     """
 
     config: ModelConfig
@@ -64,12 +66,13 @@ class Accumulation:
     loss: str | None = None
     attention: Callable[..., jax.Array] | None = None
     unroll: bool = False
+    specs: Any = None
 
     def __call__(
         self, objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
     ) -> tuple[Tree, dict[str, Term]]:
         # Pinned where they rest, so that what is gathered is in the dtype of compute.
-        specs = _specs_of(self.config, trainable)
+        specs = _trainable_specs(specs_of_gradient(self), trainable)
         compute = shard_like(cast(trainable, self.dtype), specs, "weights")
         counts = self.counts(objective, compute, frozen, batch, key)
 
@@ -118,7 +121,7 @@ class Accumulation:
         self, micro_gradient: Callable[[Batch], Any], trainable: Tree, batch: Batch
     ) -> tuple[Tree, dict[str, jax.Array]]:
         """The sum of `micro_gradient` over the micro-batches."""
-        specs = _specs_of(self.config, trainable)
+        specs = _trainable_specs(specs_of_gradient(self), trainable)
 
         def split(x: jax.Array) -> jax.Array:
             M, B = self.num_micro_batches, x.shape[0]
@@ -139,9 +142,14 @@ class Accumulation:
         return total
 
 
-def _specs_of(config: ModelConfig, trainable: Tree) -> Tree:
+def specs_of_gradient(gradient: Gradient) -> Tree:
+    """Specs of every weight that a `Gradient` computes with."""
+    own = getattr(gradient, "specs", None)
+    return param_specs(gradient.config) if own is None else own
+
+
+def _trainable_specs(specs: Tree, trainable: Tree) -> Tree:
     """Specs of the weights that train, None elsewhere."""
-    specs = param_specs(config)
     return map_specs(lambda spec, weight: None if weight is None else spec, specs, trainable)
 
 
@@ -176,7 +184,7 @@ def make_train_step(
     Metrics, float32 scalars: each term's mean under its name, `grad_norm` (before clipping),
     `learning_rate` (this step's), `tokens`, the count of the first term, and `Stability.guard`'s.
     """
-    specs = param_specs(gradient.config)
+    specs = specs_of_gradient(gradient)
     parts = {"ema": ema is not None, "health": stability is not None}
     wanted = state_shardings(specs, optimizer, layout, trains, **parts)
     train_specs, _ = partition(specs, trains)
