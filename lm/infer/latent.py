@@ -25,7 +25,7 @@ class LatentCache:
 
     Attributes:
       latents: [B, S, kv_rank + rope_dim].
-      implementation: of attention; None for the default.
+      implementation: of attention; None for "reference" in latent space, the default expanded.
     """
 
     latents: Any
@@ -37,7 +37,10 @@ class LatentCache:
         """See `lm.model.LayerCache`: multi-query attention, whose values are a part of the keys."""
         cache = self.write(k[:, :, 0], tokens)
         keys = cache.latents[:, :, None].astype(q.dtype)
-        return cache.read(q, keys, keys[..., : v.shape[-1]], tokens, spec), cache
+        # Few queries, and one head of keys, which no mesh can split: a case for no kernel.
+        implementation = self.implementation or "reference"
+        values = keys[..., : v.shape[-1]]
+        return cache.read(q, keys, values, tokens, spec, implementation), cache
 
     def attend_expanded(
         self,
@@ -49,7 +52,8 @@ class LatentCache:
     ) -> tuple[jax.Array, LatentCache]:
         """See `lm.model.forward.LatentLayerCache`."""
         cache = self.write(latents, tokens)
-        return cache.read(q, *expand(cache.latents.astype(q.dtype)), tokens, spec), cache
+        k, v = expand(cache.latents.astype(q.dtype))
+        return cache.read(q, k, v, tokens, spec, self.implementation), cache
 
     def write(self, latents: jax.Array, tokens: Tokens) -> LatentCache:
         """With latents [B, T, kv_rank + rope_dim] in their slots."""
@@ -62,7 +66,13 @@ class LatentCache:
         return dataclasses.replace(self, latents=constrain(kept, "batch", None, None))
 
     def read(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        tokens: Tokens,
+        spec: Attention,
+        implementation: str | None,
     ) -> jax.Array:
         """q [B, T, H, h] over every slot's k [B, S, K, h] and v."""
         B, S, _ = self.latents.shape
@@ -70,7 +80,7 @@ class LatentCache:
         return attention(
             q, k, v, View(tokens.positions, positions),
             scale=attention_scale(spec), window=spec.window, softcap=spec.softcap,
-            implementation=self.implementation,
+            implementation=implementation,
         )  # fmt: skip
 
 
