@@ -26,6 +26,7 @@ from lm.kernels.attention.flash_blocks import (
     blocks_for,
     even,
     forward_vmem,
+    grown,
 )
 from lm.kernels.attention.flash_kernels import LOG2_E, Mask, Scores
 from lm.kernels.attention.reference import View
@@ -119,12 +120,12 @@ def _attend(q, k, v, view: View, static: Static) -> tuple[jax.Array, jax.Array]:
 
 def _forward(q_BTHh, k_BSKh, v_BSKd, view, static: Static):
     (B, T, H, h), (S, K, d) = q_BTHh.shape, v_BSKd.shape[1:]
-    query, key = _fit(static.blocks.forward, T, S)
+    heads = _heads(H // K, static.blocks.heads)
+    query, key = _fit(static.blocks.forward, heads, T, S, static.blocks)
     rows = _padded_rows(view, query, key, static.causal)
     visits, count = _schedule(rows, query, key, static)
-    heads = _heads(H // K, static.blocks.heads)
     call = _call(static, rows, query, key)._replace(
-        vmem=_budget(static.chip, forward_vmem(static.blocks, heads, h, d, q_BTHh.dtype.itemsize)),
+        vmem=_budget(static.chip, forward_vmem(query, key, heads, h, d, q_BTHh.dtype.itemsize)),
         cost=_cost(static, q_BTHh, v_BSKd, query, key, backward=False),
     )
     out, lse = kernels.forward(
@@ -150,8 +151,8 @@ _attend.defvjp(_forward, _backward)
 
 def _gradients(q_BTHh, k_BSKh, v_BSKd, view, out, lse, dout, dlse, static: Static, dq_dtype):
     (B, T, H, h), (S, K, d) = q_BTHh.shape, v_BSKd.shape[1:]
-    query, key = _fit(static.blocks.backward, T, S)
     heads = _heads(H // K, static.blocks.heads)
+    query, key = _fit(static.blocks.backward, heads, T, S, static.blocks)
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     if dlse is not None:
         delta -= dlse
@@ -161,7 +162,7 @@ def _gradients(q_BTHh, k_BSKh, v_BSKd, view, out, lse, dout, dlse, static: Stati
     rows = _padded_rows(view, query, chunks * keys, static.causal)
     call = _call(static, rows, query, key)._replace(
         vmem=_budget(
-            static.chip, backward_vmem(static.blocks, heads, keys, h, d, q_BTHh.dtype.itemsize)
+            static.chip, backward_vmem(query, key, keys, heads, h, d, q_BTHh.dtype.itemsize)
         ),
         cost=_cost(static, q_BTHh, v_BSKd, query, key, backward=True, chunks=chunks),
     )
@@ -207,10 +208,11 @@ def _by_chunk(call, chunks: int, static: Static, rows: Rows, q, k, v, dout, lse,
     return dq, dk, dv
 
 
-def _fit(blocks: tuple[int, int], T: int, S: int) -> tuple[int, int]:
-    if min(blocks) % LANES:  # the interpreter takes any
-        return blocks
-    return even(T, blocks[0]), even(S, blocks[1])
+def _fit(block: tuple[int, int], heads: int, T: int, S: int, blocks: Blocks) -> tuple[int, int]:
+    if min(block) % LANES:  # the interpreter takes any
+        return block
+    query, key = grown(block, heads, blocks)
+    return even(T, query), even(S, key)
 
 
 def _heads(group: int, most: int) -> int:

@@ -33,12 +33,24 @@ class Blocks(NamedTuple):
     resident: int
 
 
-# (chip, padded head size of queries and keys); None: the safe default, within 16 MiB.
+# By chip and largest head size; None: any chip, within 16 MiB. Chosen by the compiler's static
+# schedules (bundles of a visit) and the cost of a grid step, not measured on hardware.
+_LARGE = {
+    128: Blocks((512, 1024), (512, 512), 4, 8192),
+    256: Blocks((512, 1024), (512, 512), 2, 8192),
+    640: Blocks((256, 512), (256, 256), 1, 2048),
+}
 TABLE: dict[tuple[str | None, int], Blocks] = {
     (None, 128): Blocks((512, 512), (256, 512), 4, 2048),
     (None, 256): Blocks((256, 512), (256, 256), 2, 1024),
     (None, 640): Blocks((256, 256), (128, 128), 1, 512),
+    **{
+        (chip, size): blocks
+        for chip in ("TPU v5e", "TPU v5p", "TPU v6e", "TPU7x")
+        for size, blocks in _LARGE.items()
+    },
 }
+MOST_KEYS = 1024
 
 
 def blocks_for(chip: str | None, head_dim: int) -> Blocks:
@@ -64,21 +76,28 @@ def even(length: int, block: int) -> int:
     return min(block, -(-length // (parts * LANES)) * LANES)
 
 
+def grown(block: tuple[int, int], heads: int, blocks: Blocks) -> tuple[int, int]:
+    """A block with more keys where fewer heads share them, so that a visit is as much work."""
+    query, key = block
+    return query, max(key, min(MOST_KEYS, key * blocks.heads // heads))
+
+
 def _lanes(size: int) -> int:
     return -(-size // LANES) * LANES
 
 
-def forward_vmem(blocks: Blocks, heads: int, h: int, d: int, itemsize: int) -> int:
+def forward_vmem(query: int, key: int, heads: int, h: int, d: int, itemsize: int) -> int:
     """Bytes the forward kernel holds: two of each block of its operands, scratch, and scores."""
-    (t, s), h, d = blocks.forward, _lanes(h), _lanes(d)
-    operands = heads * t * (h + d) * itemsize + s * (h + d) * itemsize + 8 * 8 * (t + s)
-    scratch = heads * t * (d + 16) * 4
-    return 2 * operands + scratch + 3 * s * t * 4 + heads * t * d * 4
+    h, d = _lanes(h), _lanes(d)
+    operands = heads * query * ((h + d) * itemsize + 4) + key * (h + d) * itemsize
+    scratch = heads * query * (d + 16) * 4
+    return 2 * operands + scratch + heads * query * d * 4 + 4 * query * key * 4
 
 
-def backward_vmem(blocks: Blocks, heads: int, keys: int, h: int, d: int, itemsize: int) -> int:
-    """Bytes the backward kernel holds, with the gradients of `keys` keys."""
-    (t, s), h, d = blocks.backward, _lanes(h), _lanes(d)
-    operands = heads * t * ((h + d) * itemsize + h * 4 + 64) + s * (h + d) * itemsize
-    resident = 2 * keys * (h + d) * 4
-    return 2 * operands + resident + heads * t * h * 4 + 5 * s * t * 4
+def backward_vmem(
+    query: int, key: int, keys: int, heads: int, h: int, d: int, itemsize: int
+) -> int:
+    """Bytes the backward kernel holds, the gradients of `keys` keys and values among them."""
+    h, d = _lanes(h), _lanes(d)
+    operands = heads * query * ((h + d) * itemsize + h * 4 + 8) + key * (h + d) * itemsize
+    return 2 * operands + 2 * keys * (h + d) * 4 + heads * query * h * 4 + 4 * query * key * 4

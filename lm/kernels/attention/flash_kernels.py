@@ -3,7 +3,9 @@
 Scores are held transposed, [keys, queries]: what belongs to a query (its maximum, sum, log-sum-exp,
 position) is then a row that broadcasts along sublanes, reductions over keys are elementwise, and no
 matrix product needs more than a small operand transposed. One visit (see `schedule`) is a block of
-queries of several heads and the block of keys that they share.
+queries of several heads and the block of keys that they share, worked off in units of one head and
+`UNIT` keys. Programs are written so that the matrix unit has the next unit's products to compute
+while the vector unit is at this one's exponentials: the compiler keeps much of the written order.
 
 Shape suffixes: B batch, K key/value heads, N groups of g query heads that share a key/value head,
 T queries, S keys, t and s a block of each, h head size of queries and keys, d of values.
@@ -24,6 +26,7 @@ from lm.kernels.attention.reference import NEGATIVE
 from lm.kernels.attention.schedule import FIRST, LAST, MASKED, RUN, Rows, key_block, query_block
 
 LOG2_E = math.log2(math.e)
+UNIT, UNROLLED = 256, 4
 # A score that no query sees, and the maximum before any was seen: so far apart that the weight of
 # the one under the other is 0, though exp(MASK - MASK) would be 1.
 MASK, NONE_SEEN = -1e37, -1e30
@@ -68,14 +71,32 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     )  # fmt: skip
 
 
-def _seen(query_rows: Any, key_rows: Any, mask: Mask) -> jax.Array:
-    """bool [s, t] from int32 refs [1, n, t] and [1, n, s]."""
+def _each_part(key: int, num_heads: int, work: Any) -> None:
+    """Calls `work(units)` in a loop over a block of keys; a unit is (keys of the block, head).
+
+    A few units are written out at a time, to overlap; more would only take longer to compile.
+    """
+    parts = max(1, UNROLLED // num_heads)
+    size = math.gcd(key, UNIT)
+    parts = max(n for n in range(1, parts + 1) if key // size % n == 0)
+
+    def step(i: Any, carry: Any) -> Any:
+        start = i * (parts * size)
+        keys = [pl.ds(pl.multiple_of(start + n * size, size), size) for n in range(parts)]
+        work([(part, head) for part in keys for head in range(num_heads)])
+        return carry
+
+    jax.lax.fori_loop(0, key // (parts * size), step, 0)
+
+
+def _seen(query_rows: Any, key_rows: Any, keys: Any, mask: Mask) -> jax.Array:
+    """bool [s, t] from int32 refs [1, n, t] and [1, n, s], for some of the keys."""
 
     def column(i: int) -> jax.Array:
-        row = key_rows[0, pl.ds(i, 1), :]
+        row = key_rows[0, i : i + 1, keys]
         return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
 
-    distance = query_rows[0, pl.ds(0, 1), :] - column(0)
+    distance = query_rows[0, 0:1, :] - column(0)
     seen = None
     if mask.causal:
         seen = distance >= 0
@@ -85,7 +106,7 @@ def _seen(query_rows: Any, key_rows: Any, mask: Mask) -> jax.Array:
         if not mask.causal:
             seen &= distance > -mask.window
     if mask.segments:
-        same = query_rows[0, pl.ds(1, 1), :] == column(1)
+        same = query_rows[0, 1:2, :] == column(1)
         seen = same if seen is None else seen & same
     return jnp.ones(distance.shape, bool) if seen is None else seen
 
@@ -105,22 +126,33 @@ def _forward_kernel(
         total[...] = jnp.zeros(total.shape, jnp.float32)
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
-    def run(masked: bool) -> None:
-        k, v = k_ref[0, 0], v_ref[0, 0]
-        seen = _seen(query_rows, key_rows, mask) if masked else None
-        for head in range(num_heads):
-            x = scores.capped(_dot(k, q_ref[0, 0, 0, head], (1, 1)))
-            if seen is not None:
-                x = jnp.where(seen, x, MASK)
+    def products(keys: Any, head: int) -> jax.Array:
+        return _dot(k_ref[0, 0, keys], q_ref[0, 0, 0, head], (1, 1))
+
+    def add(keys: Any, head: int, decay: jax.Array, weights: jax.Array) -> None:
+        sums[head] = sums[head] * decay + _dot(v_ref[0, 0, keys], weights, (0, 0))
+
+    def part(masked: bool, units: list[tuple[Any, int]]) -> None:
+        following, behind = products(*units[0]), None
+        for i, (keys, head) in enumerate(units):
+            x = scores.capped(following)
+            if i + 1 < len(units):
+                following = products(*units[i + 1])
+            if masked:
+                x = jnp.where(_seen(query_rows, key_rows, keys, mask), x, MASK)
             old = top[head]
             new = jnp.maximum(old, jnp.max(x, axis=0, keepdims=True))
             weights = jnp.exp2(x * slope - new * slope)
             decay = jnp.exp2((old - new) * slope)
             top[head] = new
             total[head] = total[head] * decay + jnp.sum(weights, axis=0, keepdims=True)
-            sums[head] = sums[head] * decay + _dot(v, weights.astype(v.dtype), (0, 0))
+            if behind is not None:
+                add(*behind)
+            behind = keys, head, decay, weights.astype(v_ref.dtype)
+        if behind is not None:
+            add(*behind)
 
-    _when_run(visit, run)
+    _when_run(visit, k_ref.shape[2], num_heads, part)
 
     @pl.when(visit & LAST != 0)
     def _():
@@ -130,12 +162,14 @@ def _forward_kernel(
             out = sums[head] * (1.0 / safe)
             out_ref[0, 0, 0, head] = out.T.astype(out_ref.dtype)
             lse = jnp.where(blind, NEGATIVE, top[head] * scores.unit + jnp.log(safe))
-            lse_ref[0, 0, 0, pl.ds(head, 1), :] = lse
+            lse_ref[0, 0, 0, head : head + 1, :] = lse
 
 
-def _when_run(visit: Any, run: Any) -> None:
-    pl.when(visit & (RUN | MASKED) == RUN)(functools.partial(run, False))
-    pl.when(visit & (RUN | MASKED) == RUN | MASKED)(functools.partial(run, True))
+def _when_run(visit: Any, key: int, num_heads: int, part: Any) -> None:
+    """Works off a visit's units by `part(masked, units)`, if it has any that are seen."""
+    for masked, flags in ((False, RUN), (True, RUN | MASKED)):
+        run = functools.partial(_each_part, key, num_heads, functools.partial(part, masked))
+        pl.when(visit & (RUN | MASKED) == flags)(run)
 
 
 def _backward_kernel(
@@ -165,25 +199,33 @@ def _backward_kernel(
     def _():
         dq_sums[...] = jnp.zeros(dq_sums.shape, jnp.float32)
 
-    def run(masked: bool) -> None:
-        k, v = k_ref[0, 0], v_ref[0, 0]
-        rows = pl.ds(pl.multiple_of(key_block(visit) * key, key), key)
-        seen = _seen(query_rows, key_rows, mask) if masked else None
-        for head in range(num_heads):
-            q, dout = q_ref[0, 0, 0, head], dout_ref[0, 0, 0, head]
-            x = capped = scores.capped(_dot(k, q, (1, 1)))
-            if seen is not None:
-                x = jnp.where(seen, x, MASK)
-            weights = jnp.exp2(x * slope - lse_ref[0, 0, 0, pl.ds(head, 1), :])
-            dv_ref[0, 0, rows, :] += _dot(weights.astype(dout.dtype), dout, (1, 0))
-            dx = weights * (_dot(v, dout, (1, 1)) - delta_ref[0, 0, 0, pl.ds(head, 1), :])
+    start = pl.multiple_of(key_block(visit) * key, key)
+
+    def products(keys: Any, head: int) -> tuple[jax.Array, jax.Array]:
+        q, dout = q_ref[0, 0, 0, head], dout_ref[0, 0, 0, head]
+        return _dot(k_ref[0, 0, keys], q, (1, 1)), _dot(v_ref[0, 0, keys], dout, (1, 1))
+
+    def part(masked: bool, units: list[tuple[Any, int]]) -> None:
+        following = products(*units[0])
+        for i, (keys, head) in enumerate(units):
+            x, dweights = following
+            if i + 1 < len(units):
+                following = products(*units[i + 1])
+            x = capped = scores.capped(x)
+            if masked:
+                x = jnp.where(_seen(query_rows, key_rows, keys, mask), x, MASK)
+            weights = jnp.exp2(x * slope - lse_ref[0, 0, 0, head : head + 1, :])
+            dx = weights * (dweights - delta_ref[0, 0, 0, head : head + 1, :])
             if scores.softcap is not None:
                 dx *= 1.0 - capped * capped
-            dx = dx.astype(q.dtype)
+            q, dout = q_ref[0, 0, 0, head], dout_ref[0, 0, 0, head]
+            weights, dx = weights.astype(dout.dtype), dx.astype(q.dtype)
+            rows = pl.ds(pl.multiple_of(start + keys.start, keys.size), keys.size)
+            dv_ref[0, 0, rows, :] += _dot(weights, dout, (1, 0))
             dk_ref[0, 0, rows, :] += _dot(dx, q, (1, 0))
-            dq_sums[head] += _dot(k, dx, (0, 0))
+            dq_sums[head] += _dot(k_ref[0, 0, keys], dx, (0, 0))
 
-    _when_run(visit, run)
+    _when_run(visit, key, num_heads, part)
 
     @pl.when(visit & LAST != 0)
     def _():

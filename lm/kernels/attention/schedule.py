@@ -75,17 +75,32 @@ def schedule(
     num_queries, num_keys = T // query, rows.key_positions.shape[1] // key
     if num_queries > MAX_BLOCKS or num_keys > MAX_BLOCKS:
         raise ValueError(_too_long(T, rows.key_positions.shape[1]))
-    possible, whole = _by_index(num_queries, num_keys, query, key, causal, window, in_order)
+    possible, whole = pairs(rows, query, key, causal=causal, window=window, in_order=in_order)
     if in_order and rows.query_segments is None:
-        visits, count = _listed(np, possible[None], whole[None])
+        visits, count = _listed(np, possible, whole)
         return Schedule(visits[:, : int(count)], int(count))
-    dynamic_possible, dynamic_whole = _by_value(rows, query, key, causal, window)
-    possible, whole = dynamic_possible & possible, dynamic_whole
     if B * num_queries * num_keys > MAX_VISITS:
         possible, whole = possible.any(0, keepdims=True), whole.all(0, keepdims=True)
         if num_queries * num_keys > MAX_VISITS:
             raise ValueError(_too_long(T, rows.key_positions.shape[1]))
     return Schedule(*_listed(jnp, possible, whole))
+
+
+def pairs(
+    rows: Rows, query: int, key: int, *, causal: bool, window: int | None, in_order: bool
+) -> tuple[Any, Any]:
+    """bool [B or 1, num_queries, num_keys] twice: may a query see a key; do all see all.
+
+    NumPy arrays where in order without segments, else JAX ones. Arguments as `schedule`.
+    """
+    num_queries, num_keys = (
+        rows.query_positions.shape[1] // query, rows.key_positions.shape[1] // key
+    )  # fmt: skip
+    possible, whole = _by_index(num_queries, num_keys, query, key, causal, window, in_order)
+    if in_order and rows.query_segments is None:
+        return possible[None], whole[None]
+    dynamic_possible, dynamic_whole = _by_value(rows, query, key, causal, window)
+    return dynamic_possible & possible, dynamic_whole
 
 
 def _too_long(T: int, S: int) -> str:
