@@ -1,8 +1,9 @@
 """Ring attention (arXiv:2310.01889): keys and values go round, queries stay.
 
-A device's part of the row is cut in two, as the zigzag order has it, and a pair of halves whose
-positions and segments say that no query sees a key is not computed. Shape suffixes: P halves,
-B batch, t queries and s keys of a half, H query and K key/value heads, h head size.
+A device's chunk of the row is cut in two parts, as the zigzag order has it, or in more where there
+is no kernel; a pair of parts whose positions and segments say that no query sees a key is not
+computed. Shape suffixes: P parts, B batch, t queries and s keys of a part, H query and K key/value
+heads, h head size.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from lm.kernels.attention import View, attention, attention_backward
 from lm.parallel.context import Context, current_context
 
 BLIND = -0.7 * float(np.finfo(np.float32).max)  # the log-sum-exp of nothing, as kernels have it
+LONGEST_PLAIN = 1024  # tokens of a part where plain JAX holds the scores of a pair of them
 PADDING = np.iinfo(np.int32).max
 
 
 class Static(NamedTuple):
-    """What is known at trace time; `steps` chunks are visited, of `parts` halves each."""
+    """What is known at trace time; `steps` chunks are visited, of `parts` parts each."""
 
     context: Context
     steps: int
@@ -34,7 +36,7 @@ class Static(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """First and last (segment, position) of each half and row, int32 [P, B], in that order."""
+    """First and last (segment, position) of each part and row, int32 [P, B], in that order."""
 
     first_segment: jax.Array
     first_position: jax.Array
@@ -83,7 +85,7 @@ def ring_attention(
       q: [B, T, H, h].
       k, v: [B, T, K, h], of the same tokens.
       view, scale, causal, window, softcap: as `attention`.
-      implementation: of the attention of one half of a chunk to another.
+      implementation: of the attention of one part of a chunk to another.
 
     Raises:
       ValueError: the mesh does not divide batch, sequence or heads.
@@ -100,7 +102,9 @@ def ring_attention(
     steps = context.size
     if causal and window is not None and view.in_order:
         steps = min(steps, 1 + -(-(window - 1) // chunk))
-    parts = 2 if chunk % 2 == 0 else 1
+    platform = context.mesh.devices.flat[0].platform
+    kernel = implementation == "flash" or (implementation is None and platform == "tpu")
+    parts = _parts(chunk, 2 if kernel else max(2, chunk // LONGEST_PLAIN))
     static = Static(context, steps, parts, causal, window, tuple(options.items()))
     return _ring(q, k, v, view, static)
 
@@ -158,8 +162,8 @@ def _over_mesh(local, static: Static, q, k, out_specs, more_specs=()):
 
 def _forward(static: Static, q, k, v, q_positions, k_positions, q_segments, k_segments):
     """The first ring, on one device: its own result [B, T, H, h] and log-sum-exp [B, T, H]."""
-    queries = _halves(static, Queries(q, q_positions, q_segments))
-    keys = _halves(static, Keys(k, v, k_positions, k_segments))
+    queries = _cut(static, Queries(q, q_positions, q_segments))
+    keys = _cut(static, Keys(k, v, k_positions, k_segments))
     shape = queries.q_PBtHh.shape
     out = jnp.zeros((*shape[:-1], v.shape[-1]), jnp.float32)
     lse = jnp.full(shape[:-1], BLIND, jnp.float32)
@@ -186,9 +190,9 @@ def _backward(
     static: Static, q, k, v, q_positions, k_positions, q_segments, k_segments, out, lse, dout
 ):
     """The second ring, on one device: dq, and dk and dv of its own keys."""
-    queries = _halves(static, Queries(q, q_positions, q_segments))
-    keys = _halves(static, Keys(k, v, k_positions, k_segments))
-    results = _halves(static, (out, lse, dout))
+    queries = _cut(static, Queries(q, q_positions, q_segments))
+    keys = _cut(static, Keys(k, v, k_positions, k_segments))
+    results = _cut(static, (out, lse, dout))
 
     def visit(dq, keys: Keys):
         """dq with this chunk's part, and the gradients of its keys and values."""
@@ -236,14 +240,21 @@ def merge(
     return out_a * weight_a + out_b.astype(jnp.float32) * weight_b, lse
 
 
-def _halves(static: Static, tree: Any) -> Any:
+def _parts(chunk: int, least: int) -> int:
+    """How many parts a chunk is cut in: `least`, or the next that divide it and keep its middle."""
+    if chunk % 2:
+        return 1
+    return next(n for n in range(least, chunk + 1) if n % 2 == 0 and chunk % n == 0)
+
+
+def _cut(static: Static, tree: Any) -> Any:
     """[B, T, ...] -> [P, B, T / P, ...]."""
 
-    def halves(x: jax.Array) -> jax.Array:
+    def cut(x: jax.Array) -> jax.Array:
         B, T, *rest = x.shape
         return jnp.moveaxis(x.reshape(B, static.parts, T // static.parts, *rest), 1, 0)
 
-    return jax.tree.map(halves, tree)
+    return jax.tree.map(cut, tree)
 
 
 def _whole(x: jax.Array) -> jax.Array:
@@ -259,7 +270,7 @@ def _send(static: Static, tree: Any, distance: int = 1) -> Any:
 
 
 def _pair(queries: Queries, keys: Keys, i: jax.Array, j: jax.Array) -> tuple[Any, ...]:
-    """The arguments of attention: half i of the queries, half j of the keys."""
+    """The arguments of attention: part i of the queries, part j of the keys."""
     view = View(
         queries.positions_PBt[i],
         keys.positions_PBs[j],
@@ -270,7 +281,7 @@ def _pair(queries: Queries, keys: Keys, i: jax.Array, j: jax.Array) -> tuple[Any
 
 
 def _each_pair(static: Static, queries: Queries, keys: Keys, pair: Any, total: Any) -> Any:
-    """`total` after `pair(total, i, j)` of all halves where a query may see a key."""
+    """`total` after `pair(total, i, j)` of all parts where a query may see a key."""
     visible = may_see(
         ranges(queries.positions_PBt, queries.segments_PBt),
         ranges(keys.positions_PBs, keys.segments_PBs),

@@ -257,3 +257,11 @@ def test_ways_are_checked_by_name_before_anything_is_computed():
         check_context("zigzag", layout, 44, [])
     with pytest.raises(ValueError, match="6 query and 3 key/value heads of a device"):
         check_context("ulysses", layout, 64, [(32, 8), (12, 6)])
+
+
+def test_plain_jax_holds_the_scores_of_small_parts_only(monkeypatch):
+    monkeypatch.setattr(ring, "LONGEST_PLAIN", 4)
+    rows = draw(1, 64, 2, 1, True)
+    actual, _ = split("zigzag", {"context": 2}, rows, GEMMA)  # 8 parts a device
+    for x, y in zip(actual, on_one_device(rows, GEMMA), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.max(np.abs(y)))

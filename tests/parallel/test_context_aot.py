@@ -24,6 +24,8 @@ from lm.sharding.census import census
 from lm.sharding.hlo import arrays, parse
 
 pytestmark = pytest.mark.aot
+# Asked before JAX starts: it looks for GPU compilers only then.
+HERE = {chip: topologies.available(chip) for chip in (*topologies.TPUS, *topologies.GPUS)}
 HEAD = 128
 MIB = 1 << 20
 QUICK = {"exec_time_optimization_effort": -1.0}
@@ -35,7 +37,7 @@ def compiled(
     quick: bool = True,
 ) -> Any:  # fmt: skip
     """Attention and its gradients, packed, bfloat16, one row for each device of `data`."""
-    if not topologies.available(topology.split(":")[0]):
+    if not HERE[topology.split(":")[0]]:
         pytest.skip(f"no compiler for {topology} here; `make compilers` installs it")
     mesh = make_mesh(MeshShape(data=-1, context=context), topologies.describe(topology))
     layout = Layout(mesh, make_rules())
@@ -57,10 +59,13 @@ def compiled(
     k = array(jnp.bfloat16, (num_kv_heads, "kv_heads"), (HEAD, None))
     tokens = array(jnp.int32)
     lowered = jax.jit(function).lower(q, k, k, q, tokens, tokens)
-    return lowered.compile(compiler_options=QUICK if quick else None), mesh
+    options: Any = {"xla_gpu_autotune_level": 0} if "h200" in topology else QUICK
+    return lowered.compile(compiler_options=options if quick else None), mesh
 
 
-def check_ring(program: Any, mesh: Any, context: int, length: int, H: int, K: int) -> None:
+def check_ring(
+    program: Any, mesh: Any, context: int, length: int, H: int, K: int, scores: int = 0
+) -> None:
     """Keys and values, with positions and segments, travel as `lm.parallel.context` says."""
     found = census(program.as_text(), mesh)
     assert {(c.op, c.axes) for c in found.collectives} == {("collective-permute", ("context",))}
@@ -70,7 +75,7 @@ def check_ring(program: Any, mesh: Any, context: int, length: int, H: int, K: in
     expected = (context - 1) * 2 * (keys * 2 + 2 * chunk * 4)
     expected += (context - 1) * keys * 4 + keys * 2
     assert expected <= found.wire_bytes <= 1.01 * (expected + 2 * keys)
-    # Nothing held is larger than the queries' own gradient in float32.
+    # Nothing held is larger than the queries' own gradient in float32, or a pair of parts' scores.
     computations, _ = parse(program.as_text())
     largest = max(
         array.bytes
@@ -78,19 +83,20 @@ def check_ring(program: Any, mesh: Any, context: int, length: int, H: int, K: in
         for instruction in computation.instructions.values()
         for array in arrays(instruction.type)
     )
-    assert largest == 4 * chunk * H * HEAD
-    assert "flash_attention_forward" in program.as_text()
+    assert largest <= max(4 * chunk * H * HEAD, scores)
 
 
 @pytest.mark.parametrize(
     "topology",
-    ["v5e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in
+    ["v5e:2x2", "h200:4", *(pytest.param(t, marks=pytest.mark.slow) for t in
       ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x1x1"))],
 )  # fmt: skip
 def test_a_ring_sends_keys_round_and_gathers_nothing(topology):
     # As many heads of keys as of queries: all chunks together would be larger than anything held.
     program, mesh = compiled("zigzag", topology, 4, 16384, 8, 8)
-    check_ring(program, mesh, 4, 16384, 8, 8)
+    has_kernel = "h200" not in topology
+    check_ring(program, mesh, 4, 16384, 8, 8, scores=0 if has_kernel else 4 * 8 * 1024**2)
+    assert ("flash_attention_forward" in program.as_text()) == has_kernel
 
 
 def test_ulysses_exchanges_heads_for_rows():
