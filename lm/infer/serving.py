@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.model import ModelWeights, unstack
-from lm.weights import Leaf, LoRA, MultiLoRA, Panels, cast, path_name
+from lm.weights import NF4, Leaf, LoRA, MultiLoRA, Panels, cast, path_name
 from lm.weights.panels import panel_width
 
 PANELED = (jnp.float32, jnp.bfloat16)
@@ -18,10 +18,10 @@ WHOLE = ("key_value_up",)
 
 
 def serving_form(params: ModelWeights, dtype: Any) -> ModelWeights:
-    """Weights unstacked, in `dtype`, and on a CPU cut into panels; what is so already is kept.
+    """Weights unstacked, in `dtype`; on a CPU arrays are cut into panels, and NF4 has plain scales.
 
-    One weight after another: beyond its result it needs memory for one weight. Weights that are
-    split over devices are not cut.
+    What is so already is kept. One weight after another: beyond its result it needs memory for one
+    weight. Weights that are split over devices are not cut.
     """
     tied = params.output is None
 
@@ -30,6 +30,9 @@ def serving_form(params: ModelWeights, dtype: Any) -> ModelWeights:
             return dataclasses.replace(weight.cast(dtype), base=leaf(path, weight.base))
         weight = cast(weight if isinstance(weight, Leaf) else jnp.asarray(weight), dtype)
         name = path_name(path)
+        if isinstance(weight, NF4) and _on_cpu(weight.codes):
+            # Decoded at each step anew, scales of scales take longer than a row's whole product.
+            return weight.unnested()
         if isinstance(weight, Leaf) or name.rsplit("/")[-1] in WHOLE or not _cuttable(weight):
             return weight
         if name != "embed":
@@ -44,7 +47,9 @@ def serving_form(params: ModelWeights, dtype: Any) -> ModelWeights:
 
 
 def _cuttable(weight: jax.Array) -> bool:
-    if weight.ndim != 2 or weight.dtype not in PANELED:
-        return False
-    platforms = [device.platform for device in weight.devices()]
-    return platforms == ["cpu"]
+    return weight.ndim == 2 and weight.dtype in PANELED and _on_cpu(weight)
+
+
+def _on_cpu(array: jax.Array) -> bool:
+    """Whether it lies on one CPU, whole."""
+    return [device.platform for device in array.devices()] == ["cpu"]

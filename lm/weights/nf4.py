@@ -175,19 +175,27 @@ class NF4(Blocked):
     def simple(self) -> Self:
         """With a float32 absmax for each block, or each number where blocks cross rows."""
         K, R = self.size
-        absmax, whole_blocks = self.absmax, K % self.block == 0
-        if self.nested is None and whole_blocks:
+        leaf = self.unnested()
+        if K % self.block == 0:
+            return leaf
+        flat = jnp.repeat(leaf.absmax, self.block, axis=-1)[..., : K * R]
+        return dataclasses.replace(
+            leaf, absmax=jnp.swapaxes(flat.reshape(*self.stack, R, K), -1, -2)
+        )
+
+    def unnested(self) -> Self:
+        """The same numbers from float32 scales: 4.5 bits a weight, and no table to look up in."""
+        if self.nested is None:
             return self
-        if self.nested is not None:
-            flat = self._flat_absmax(absmax)
-            scale = jnp.repeat(self.nested, NESTED_BLOCK, axis=-1)[..., : flat.shape[-1]]
-            scaled = jnp.asarray(dynamic_map())[flat] * scale
-            # Rounded twice, as bitsandbytes does; fused into one operation it would not be.
-            absmax = jax.lax.optimization_barrier(scaled) + self.offset[..., None]
-        flat = absmax.reshape(*self.stack, -1)
-        if not whole_blocks:
-            flat = jnp.repeat(flat, self.block, axis=-1)[..., : K * R]
-        absmax = jnp.swapaxes(flat.reshape(*self.stack, R, -1), -1, -2)
+        flat = self._flat_absmax(self.absmax)
+        scale = jnp.repeat(self.nested, NESTED_BLOCK, axis=-1)[..., : flat.shape[-1]]
+        scaled = jnp.asarray(dynamic_map())[flat] * scale
+        # Rounded twice, as bitsandbytes does; fused into one operation it would not be.
+        absmax = jax.lax.optimization_barrier(scaled) + self.offset[..., None]
+        absmax = absmax.reshape(self.absmax.shape[:-2] + (1, -1))
+        K, R = self.size
+        if K % self.block == 0:
+            absmax = jnp.swapaxes(absmax.reshape(*self.stack, R, -1), -1, -2)
         return dataclasses.replace(self, absmax=absmax, nested=None, offset=None)
 
     def core(self, dtype: Any) -> jax.Array:

@@ -11,7 +11,7 @@ from lm.infer.serving import serving_form
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, Tokens, forward, make_head
 from lm.model.params import param_specs
 from lm.sharding import MeshShape, make_mesh
-from lm.weights import Int8, LoRA, Panels, initialize
+from lm.weights import NF4, Int8, LoRA, Panels, initialize
 
 CONFIG = ModelConfig(61, 32, (Stack((Layer(Attention(4, 2, 8), FeedForward(96)),), 2),))
 
@@ -57,6 +57,17 @@ def test_what_is_kept():
     gate = found.stacks[0].layers[0].feed_forward.gate
     assert isinstance(gate.base, Panels)
     assert isinstance(gate.b, jax.Array)
+
+
+def test_scales_of_scales_are_decoded_once():
+    weight = jax.random.normal(jax.random.key(0), (128, 96))
+    params = initialize(param_specs(CONFIG), jax.random.key(0))
+    nested = NF4.quantize(weight)
+    params = dataclasses.replace(params, embed=nested)
+    plain = serving_form(params, jnp.float32).embed
+    assert plain.nested is None and plain.absmax.dtype == jnp.float32
+    assert plain.bits_per_weight == 4.5
+    np.testing.assert_array_equal(plain.dequantize(jnp.float32), nested.dequantize(jnp.float32))
 
 
 def is_panels(x):
