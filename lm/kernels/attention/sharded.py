@@ -150,5 +150,9 @@ def _specs(layout: Layout, q, k) -> tuple[PartitionSpec, ...]:
             f"the rules split heads over {queries[2]!r} and kv_heads over {keys[2]!r}; "
             "they must be split alike"
         )
-    batch = queries[0]
-    return queries, keys, PartitionSpec(batch, None), PartitionSpec(batch, None, queries[2])
+    # Axes of size 1 are named too: gradients would be summed over those that are not.
+    named = queries[0] if isinstance(queries[0], tuple) else (queries[0],) if queries[0] else ()
+    batch = (*named, *(axis for axis, size in mesh.shape.items() if size == 1))
+    heads = queries[2]
+    split = PartitionSpec(batch, None, heads, None)
+    return split, split, PartitionSpec(batch, None), PartitionSpec(batch, None, heads)
