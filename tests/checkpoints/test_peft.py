@@ -254,6 +254,7 @@ def their_logits(model) -> np.ndarray:
 
 
 ALL = "all-linear"
+LATENT = r".*self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
 CASES = {
     "llama": ("llama", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}),
     "patterns": (
@@ -274,6 +275,8 @@ CASES = {
     "fused": ("phi3", {"r": 4, "target_modules": ALL}),
     "fused_dora": ("phi3", {"r": 4, "target_modules": ["qkv_proj"], "use_dora": True}),
     "interleaved": ("gpt_neox", {"r": 4, "target_modules": ["query_key_value", "dense"]}),
+    "latent_dora": ("deepseek_v2", {"r": 4, "target_modules": LATENT, "use_dora": True}),
+    "latent": ("deepseek_v2_plain_queries", {"r": 4, "target_modules": LATENT}),
     "layers": (
         "gemma3",
         {"r": 4, "target_modules": r".*layers\.[1267]\.(self_attn|mlp)\.(q|k|up)_proj"},
