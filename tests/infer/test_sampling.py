@@ -29,6 +29,16 @@ def test_greedy_is_the_argmax_of_the_real_vocabulary():
     np.testing.assert_allclose(logprobs, log_softmax(logits[:, :11]).max(-1), atol=1e-5)
 
 
+def test_the_first_of_equals():
+    logits = np.zeros((3, 9), np.float32)
+    logits[1, [2, 5, 8]] = 1
+    logits[2, :] = -np.inf
+    logits[2, 6:8] = -1
+    keys = token_keys(jnp.arange(3, dtype=jnp.uint32), jnp.zeros(3, jnp.int32))
+    tokens, _ = sample(logits, keys, jnp.zeros(3), 9)
+    np.testing.assert_array_equal(tokens, [0, 2, 6])
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_and_logprobs(temperature):
     """Pearson's chi-square over 20,000 draws; log-probabilities are those of temperature 1."""
