@@ -65,6 +65,10 @@ KINDS = {
 }
 
 
+SLOW = ("contiguous", "contiguous-fp8", "sliding-int8", "paged-fp8", "paged-latent-int8")
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in KINDS]
+
+
 def config_of(*attentions: Attention) -> ModelConfig:
     layers = tuple(Layer(a, FeedForward(24)) for a in attentions)
     return ModelConfig(50, 16, make_stacks(layers), tied=True, vocab_multiple=8)
@@ -116,7 +120,7 @@ def chunk(arrays, starts, stops, width, seed=0):
 def through(cache, arrays, spec):
     """Ragged prompts, chunks of several tokens, single ones; rows end one by one."""
     at, outs = [0, 0, 0], [[] for _ in LENGTHS]
-    widths = [((17, 2, 9), 18), ((18, 9, 0), 18), *[((1, 1, 5), 5)] * 4, *[((1, 1, 1), 1)] * 5]
+    widths = [((17, 2, 9), 18), ((18, 9, 0), 18), *[((1, 1, 5), 18)] * 4, *[((1, 1, 1), 1)] * 5]
     for sizes, width in widths:
         stops = [min(a + n, end) for a, n, end in zip(at, sizes, LENGTHS, strict=True)]
         parts, tokens = chunk(arrays, at, stops, width)
@@ -133,7 +137,7 @@ def check(outs, expected, tolerance):
         np.testing.assert_allclose(out, row[:length], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_chunks_equal_the_whole(name):
     spec, kind, dtype, tolerance = KINDS[name]
     options = {"page_size": 16} if kind == "paged" else {}
@@ -232,7 +236,7 @@ def test_bad_caches_are_refused():
 @pytest.fixture(scope="module")
 def model():
     rng = np.random.default_rng(0)
-    config = config_of(LOCAL, dataclasses.replace(GLOBAL, window=70), GLOBAL)
+    config = config_of(LOCAL, GLOBAL)
 
     def draw(spec):
         scale = {"normal": 0.3, "ones": 0.1, "zeros": 0.1}[spec.init]
@@ -263,6 +267,7 @@ def test_samples_do_not_depend_on_the_kind_of_cache(model, expected, kind):
     assert len(set(samples[0].token_ids)) > 5
 
 
+@pytest.mark.slow
 def test_samples_from_quantized_caches_are_near(model, expected):
     samples = LocalSampler(*model, cache_kind="paged", cache_dtype="int8").sample(requests())
     for one, other in zip(samples, expected, strict=True):
