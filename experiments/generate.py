@@ -32,6 +32,7 @@ from experiments.config import ConfigError, input_errors
 from lm.checkpoints import Opened
 from lm.infer import Request, Sample
 from lm.infer.generate import LocalSampler
+from lm.infer.serving import serving_form
 from lm.tokenizers import ChatTemplate, Tokenizer
 
 FLAGS = flags.FLAGS
@@ -55,7 +56,7 @@ def main() -> None:
         requests.append(Request(prompt_token_ids=ids, **settings | own))
     with input_errors():
         sampler = LocalSampler(
-            opened.params,
+            serving_form(opened.params, commands.dtype(), donate=True),
             opened.config,
             tokenizer=opened.tokenizer,
             max_batch=FLAGS.batch_size,

@@ -31,9 +31,10 @@ def ours(path: pathlib.Path, dtype: str, keep_quantized: bool = False) -> tuple[
     from lm.checkpoints import open_any
     from lm.infer import Request
     from lm.infer.generate import LocalSampler
+    from lm.infer.serving import serving_form
 
     opened = open_any(path, dtype=jnp.dtype(dtype), keep_quantized=keep_quantized)
-    params = jax.block_until_ready(opened.params)
+    params = serving_form(opened.params, jnp.dtype(dtype), donate=True)
     samplers: dict[int, LocalSampler] = {}
 
     def generate(batch: int, new: int) -> None:

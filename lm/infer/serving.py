@@ -17,11 +17,15 @@ PANELED = (jnp.float32, jnp.bfloat16)
 WHOLE = ("key_value_up",)
 
 
-def serving_form(params: ModelWeights, dtype: Any) -> ModelWeights:
+def serving_form(params: ModelWeights, dtype: Any, donate: bool = False) -> ModelWeights:
     """Weights unstacked, in `dtype`; on a CPU arrays are cut into panels, and NF4 has plain scales.
 
-    What is so already is kept. One weight after another: beyond its result it needs memory for one
-    weight. Weights that are split over devices are not cut.
+    What is so already is kept. Weights that are split over devices are not cut.
+
+    Args:
+      params: weights, stacked or not.
+      dtype: of compute.
+      donate: delete an array that was cut at once, so that no more than one is there twice.
     """
     tied = params.output is None
 
@@ -35,11 +39,15 @@ def serving_form(params: ModelWeights, dtype: Any) -> ModelWeights:
             return weight.unnested()
         if isinstance(weight, Leaf) or name.rsplit("/")[-1] in WHOLE or not _cuttable(weight):
             return weight
-        if name != "embed":
-            return Panels.of(weight) if panel_width(weight.shape[1]) else weight
+        embedding = name == "embed"
         # The many panels of a vocabulary are slow in bfloat16.
-        cut = tied and weight.dtype == jnp.float32 and panel_width(weight.shape[0])
-        return Panels.of(weight, "in") if cut else weight
+        whole = embedding and not (tied and weight.dtype == jnp.float32)
+        if whole or not panel_width(weight.shape[0 if embedding else 1]):
+            return weight
+        panels = jax.block_until_ready(Panels.of(weight, "in" if embedding else "out"))
+        if donate:
+            weight.delete()
+        return panels
 
     return jax.tree_util.tree_map_with_path(
         leaf, unstack(params), is_leaf=lambda x: isinstance(x, Leaf)

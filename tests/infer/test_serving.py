@@ -9,7 +9,7 @@ import pytest
 
 from lm.infer.serving import serving_form
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, Tokens, forward, make_head
-from lm.model.params import param_specs
+from lm.model.params import param_specs, unstack
 from lm.sharding import MeshShape, make_mesh
 from lm.weights import NF4, Int8, LoRA, Panels, initialize
 
@@ -57,6 +57,15 @@ def test_what_is_kept():
     gate = found.stacks[0].layers[0].feed_forward.gate
     assert isinstance(gate.base, Panels)
     assert isinstance(gate.b, jax.Array)
+
+
+def test_what_was_cut_may_be_given_up():
+    params = unstack(initialize(param_specs(CONFIG), jax.random.key(0)))
+    expected = logits(params, CONFIG)
+    serving = serving_form(params, jnp.float32, donate=True)
+    attention = params.stacks[0].layers[0].attention
+    assert attention.query.is_deleted() and not attention.key.is_deleted()
+    np.testing.assert_allclose(logits(serving, CONFIG), expected, atol=1e-5)
 
 
 def test_scales_of_scales_are_decoded_once():
