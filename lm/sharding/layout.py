@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from lm.sharding.rules import BATCH, Rules, Table, partition_spec, without
+from lm.sharding.rules import REPLICAS, Rules, Table, partition_spec, without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
 def gather_weight(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """A weight as matrices multiply it: gathered over the batch's axes, still split over `tensor`.
+    """A weight as matrices multiply it: gathered over the axes of tokens, still split over `tensor`.
 
     One mesh axis at a time, the last of a dimension first. On the way back the gradient goes to the
     `gradients` table, the first axis first: a reduce-scatter under ZeRO-2 and -3, an all-reduce
@@ -88,7 +88,7 @@ def gather_weight(x: jax.Array, *logical_axes: str | None) -> jax.Array:
         a
         for axes in (*rules.weights.values(), *rules.gradients.values())
         for a in axes
-        if a in BATCH
+        if a in REPLICAS
     ]
     shared = [a for a in dict.fromkeys(split) if mesh.shape[a] > 1]
     for i in reversed(range(max(1, len(shared)))):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 Table = Mapping[str, tuple[str, ...]]
 
 BATCH = ("slice", "data", "fsdp")
+REPLICAS = (*BATCH, "context")  # axes that split tokens, and over which weights are the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +44,18 @@ def make_rules(
       zero: 0 replicates everything over `fsdp`; 1 shards the optimizer state, 2 also the
         gradients, 3 also the weights.
       sequence_parallel: between blocks, also split the sequence over `tensor` (arXiv:2205.05198).
-      zero_axes: axes of the batch that share the state, the ones nearest each other first. Weights
+      zero_axes: axes of the tokens that share the state, the ones nearest each other first. Weights
         are gathered, and gradients scattered, over one of them at a time: where each is one
         dimension of a torus, a TPU's links carry half of what they would for one large axis (its
         compiler makes an all-reduce of a reduce-scatter over several dimensions).
 
     Raises:
-      ValueError: `zero` is not 0, 1, 2 or 3, or `zero_axes` are not different axes of the batch.
+      ValueError: `zero` is not 0, 1, 2 or 3, or `zero_axes` are not different axes of the tokens.
     """
     if zero not in (0, 1, 2, 3):
         raise ValueError(f"ZeRO stage {zero} does not exist; use 0, 1, 2 or 3")
-    if not zero_axes or len({*zero_axes} & {*BATCH}) != len(zero_axes):
-        raise ValueError(f"zero_axes={zero_axes} must be different ones of {', '.join(BATCH)}")
+    if not zero_axes or len({*zero_axes} & {*REPLICAS}) != len(zero_axes):
+        raise ValueError(f"zero_axes={zero_axes} must be different ones of {', '.join(REPLICAS)}")
     tensor = dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("tensor",))
     tensor |= {"layers": ("stage",), "experts": ("expert",)}
     sharded = tensor | {"embed": tuple(zero_axes)}
