@@ -22,7 +22,8 @@ from lm.sharding import Layout
 from lm.weights import Leaf, LoRA, MultiLoRA, ParamSpec, is_spec, path_name, shardings
 
 Tree = Any
-_LINEAR = re.compile(r"stacks/.*/(query|key|value|out|gate|up|down)")
+_LATENT = "query_down|query_up|key_value_down|key_value_up"
+_LINEAR = re.compile(rf"stacks/.*/(query|key|value|out|gate|up|down|{_LATENT})")
 
 
 def linear_layers(path: str) -> bool:

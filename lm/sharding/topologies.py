@@ -31,6 +31,7 @@ COMPILERS = pathlib.Path(os.environ.get("LM_COMPILERS", pathlib.Path(sys.prefix)
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # dimensions of the torus
 GPUS = {"h200": 8}  # most on a host
+_CUDA = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 
 # A GpuTargetConfigProto. Figures: NVIDIA H200 data sheet and CUDA C programming guide, table of
 # technical specifications, compute capability 9.0.
@@ -88,7 +89,7 @@ def describe(name: str) -> list[Any]:
     slices, chip, sizes = parse(name)
     _prepare()
     if chip in GPUS:
-        _need("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13", packages="jax-cuda12-plugin")
+        _need(*_CUDA, packages="jax-cuda12-plugin")
         options: dict[str, Any] = {
             "platform": "cuda", "topology_name": "", "target_config": _H200,
             "topology": f"1x1x{sizes[0]}",
@@ -110,7 +111,13 @@ def describe(name: str) -> list[Any]:
     try:
         with _quiet():
             jax.devices("cpu")  # what starting JAX loads speaks too
-            return list(topologies.get_topology_desc(**options).devices)
+            try:
+                return list(topologies.get_topology_desc(**options).devices)
+            except NotImplementedError:  # JAX was started before its plugin could be found
+                if chip not in GPUS:
+                    raise
+                importlib.import_module(next(filter(_found, _CUDA))).initialize()
+                return list(topologies.get_topology_desc(**options).devices)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise TopologyError(f"topology {name!r} is refused by its compiler: {reason}") from error
@@ -144,6 +151,9 @@ def _prepare() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    runtime = COMPILERS / "jax_cuda12_plugin" / "libmosaic_gpu_runtime.so"
+    if runtime.exists():  # JAX looks for it once, when Pallas is imported: maybe before this
+        os.environ.setdefault("MOSAIC_GPU_RUNTIME_LIB_PATH", str(runtime))
     if COMPILERS.is_dir() and str(COMPILERS) not in sys.path:
         sys.path.append(str(COMPILERS))
         importlib.invalidate_caches()
@@ -152,8 +162,7 @@ def _prepare() -> None:
 def available(chip: str) -> bool:
     """Whether programs for this chip can be compiled here."""
     _prepare()
-    names = ("libtpu",) if chip in TPUS else ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
-    return any(_found(name) for name in names)
+    return any(_found(name) for name in (("libtpu",) if chip in TPUS else _CUDA))
 
 
 def _found(module: str) -> bool:
