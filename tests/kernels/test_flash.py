@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.attention import View, attention, attention_backward, mask
+from lm.kernels.attention import View, attention, attention_backward, flash_kernels, mask
 from lm.kernels.attention.flash import _pairs, flash_attention, flash_attention_backward
 from lm.kernels.attention.flash_blocks import TABLE, Blocks, blocks_for
 from lm.kernels.attention.schedule import FIRST, LAST, RUN, Rows, key_block, query_block, schedule
@@ -19,6 +19,12 @@ from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 
 BLOCKS = Blocks(forward=(16, 32), backward=(32, 16), heads=2, resident=48)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    """Blocks of 16 and 32 keys are several units and several parts of a loop, as large ones are."""
+    monkeypatch.setattr(flash_kernels, "UNIT", 8)
 
 
 class Case(NamedTuple):

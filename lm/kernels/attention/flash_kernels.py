@@ -26,7 +26,10 @@ from lm.kernels.attention.reference import NEGATIVE
 from lm.kernels.attention.schedule import FIRST, LAST, MASKED, RUN, Rows, key_block, query_block
 
 LOG2_E = math.log2(math.e)
-UNIT, UNROLLED = 256, 4
+UNIT = 256
+# Units written out at a time: of the forward kernel's unmasked blocks (its two products leave the
+# compiler the most to overlap), and of all else.
+FORWARD_UNROLLED, UNROLLED = 8, 4
 # A score that no query sees, and the maximum before any was seen: so far apart that the weight of
 # the one under the other is 0, though exp(MASK - MASK) would be 1.
 MASK, NONE_SEEN = -1e37, -1e30
@@ -71,12 +74,12 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     )  # fmt: skip
 
 
-def _each_part(key: int, num_heads: int, work: Any) -> None:
+def _each_part(key: int, num_heads: int, unrolled: int, work: Any) -> None:
     """Calls `work(units)` in a loop over a block of keys; a unit is (keys of the block, head).
 
     A few units are written out at a time, to overlap; more would only take longer to compile.
     """
-    parts = max(1, UNROLLED // num_heads)
+    parts = max(1, unrolled // num_heads)
     size = math.gcd(key, UNIT)
     parts = max(n for n in range(1, parts + 1) if key // size % n == 0)
 
@@ -152,7 +155,7 @@ def _forward_kernel(
         if behind is not None:
             add(*behind)
 
-    _when_run(visit, k_ref.shape[2], num_heads, part)
+    _when_run(visit, k_ref.shape[2], num_heads, FORWARD_UNROLLED, part)
 
     @pl.when(visit & LAST != 0)
     def _():
@@ -165,10 +168,10 @@ def _forward_kernel(
             lse_ref[0, 0, 0, head : head + 1, :] = lse
 
 
-def _when_run(visit: Any, key: int, num_heads: int, part: Any) -> None:
+def _when_run(visit: Any, key: int, num_heads: int, unrolled: int, part: Any) -> None:
     """Works off a visit's units by `part(masked, units)`, if it has any that are seen."""
-    for masked, flags in ((False, RUN), (True, RUN | MASKED)):
-        run = functools.partial(_each_part, key, num_heads, functools.partial(part, masked))
+    for masked, flags, many in ((False, RUN, unrolled), (True, RUN | MASKED, UNROLLED)):
+        run = functools.partial(_each_part, key, num_heads, many, functools.partial(part, masked))
         pl.when(visit & (RUN | MASKED) == flags)(run)
 
 
@@ -225,7 +228,7 @@ def _backward_kernel(
             dk_ref[0, 0, rows, :] += _dot(dx, q, (1, 0))
             dq_sums[head] += _dot(k_ref[0, 0, keys], dx, (0, 0))
 
-    _when_run(visit, key, num_heads, part)
+    _when_run(visit, key, num_heads, UNROLLED, part)
 
     @pl.when(visit & LAST != 0)
     def _():
