@@ -74,7 +74,7 @@ reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
 def gather_weight(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """A weight as matrices multiply it: gathered over the axes of tokens, still split over `tensor`.
+    """A weight as matrices multiply it: gathered over the axes of tokens, split over `tensor`.
 
     One mesh axis at a time, the last of a dimension first. On the way back the gradient goes to the
     `gradients` table, the first axis first: a reduce-scatter under ZeRO-2 and -3, an all-reduce
