@@ -218,6 +218,7 @@ def test_errors():
         "softcap": (plain, {"softcap": 2.0}),
         "sinks": (plain, {"sinks": jnp.zeros(H)}),
         "return_lse": (plain, {"return_lse": True}),
+        "arbitrary positions": (plain, {}),
     }
     for name, (view, options) in refused.items():
         with pytest.raises(ValueError, match=f"cannot do {name}; use implementation='reference'"):

@@ -98,7 +98,7 @@ def check(program, shape: Shape) -> None:
     temporary = program.memory_analysis().temp_size_in_bytes
     assert temporary < 5 * arrays, (temporary, arrays)
     if shape.T >= 8192:
-        assert temporary < 2 * shape.H * shape.T**2 / 4
+        assert temporary < 2 * shape.H * shape.T**2 / 2, temporary  # bfloat16 scores, half of them
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])

@@ -159,6 +159,7 @@ def _cudnn(q, k, v, view, scale, causal, window, softcap, sinks, return_lse):
         "sinks": sinks,
         "return_lse": return_lse,
         "head sizes that differ": q.shape[3] != v.shape[3],
+        "arbitrary positions": not view.in_order,
     }
     _refuse("cudnn", "reference", refused)
     local = None if window is None else (window - 1, 0 if causal else window - 1)
