@@ -92,7 +92,7 @@ def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
     }
     if compiled.census is not None:
         found |= timing(program, compiled, asked, analytic)
-    chip_figures = dataclasses.asdict(chip) | {"figures": "of a chip; see lm.sharding.chips"}
+    chip_figures = dataclasses.asdict(chip) | {"kinds": list(chip.kinds)}
     return found | {
         "chip": chip_figures,
         "assumptions": list(assumptions(program.device.platform)),
@@ -123,6 +123,7 @@ def timing(program: Program, compiled: Compiled, asked: Any, analytic: float) ->
                 "wire_bytes": c.wire_bytes, "async": c.is_async,
             }
             for c in census.collectives
+            if c.size > 1
         ],
         "wire_bytes": census.wire_bytes,
         "custom_calls": census.custom_calls,

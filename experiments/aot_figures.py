@@ -167,7 +167,8 @@ def memory(program: Program, compiled: Compiled) -> dict[str, float]:
     """
     found = {kind: float(bytes_per_device(tree)) for kind, tree in program.arguments.items()}
     if compiled.refusal is not None:
-        assert compiled.needed_bytes is not None
+        if compiled.needed_bytes is None:
+            return found
         rest = compiled.needed_bytes - sum(found.values())
         return found | {"temporaries": rest, "code": 0.0, "total": compiled.needed_bytes}
     m = compiled.memory

@@ -84,7 +84,7 @@ class Compiled:
 
     Attributes:
       refusal: the compiler's own words where it ran out of memory; None where it did not.
-      needed_bytes, available_bytes: its figures in that case.
+      needed_bytes, available_bytes: its figures in that case; None where it was not HBM.
       memory: `memory_analysis()`'s figures, by name; of a refused program none.
       census: of the compiled program; None of a refused one.
       text: the program; "" of a refused one.
@@ -305,8 +305,11 @@ def _refused(message: str, lower_seconds: float, compile_seconds: float) -> Comp
     first = message.splitlines()[0]
     match = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
     match = match or re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
-    if "RESOURCE_EXHAUSTED" not in first or match is None:
+    if "RESOURCE_EXHAUSTED" not in first:
         raise ValueError(f"the compiler refuses the program: {message[:1500]}")
+    if match is None:  # of memory on the chip, by a kernel
+        words = " ".join(message.split())[:400]
+        return Compiled(words, None, None, {}, None, "", lower_seconds, compile_seconds)
     needed = float(match[1]) * _UNITS[match[2]]
     available = float(match[3]) * _UNITS[match[4]]
     return Compiled(first, needed, available, {}, None, "", lower_seconds, compile_seconds)
