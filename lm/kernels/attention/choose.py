@@ -16,10 +16,11 @@ from lm.kernels.attention.sharded import (
     on_tpu,
     sharded_flash,
     sharded_flash_backward,
+    sharded_flash_gpu,
     sharded_splash,
 )
 
-IMPLEMENTATIONS = ("reference", "blocked", "flash", "splash", "cudnn")
+IMPLEMENTATIONS = ("reference", "blocked", "flash", "mosaic_gpu", "splash", "cudnn")
 FLASH_FROM = 16  # queries; of fewer, as in decoding, most of a block would be padding
 
 
@@ -50,11 +51,12 @@ def attention(
       softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
       sinks: [H] scores of a key with no value, added to the denominator (GPT-OSS).
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, H].
-      implementation: "flash" is a kernel for TPUs (interpreted on CPUs), "splash" JAX's own,
-        "cudnn" cuDNN's; "blocked" and "reference" are plain JAX. None for "flash" where the
+      implementation: "flash" is a kernel for TPUs (interpreted on CPUs), "mosaic_gpu" one for
+        Hopper GPUs (compiled for H200; never run), "splash" JAX's own for TPUs, "cudnn" cuDNN's;
+        "blocked" and "reference" are plain JAX. None for "flash" where the
         layout's mesh is of TPUs and there are at least `FLASH_FROM` queries, else "blocked" where
         it applies (causal attention of tokens to themselves, no sinks, no log-sum-exp), else
-        "reference". On a mesh, "flash" and "splash" run on each device's batch rows and heads.
+        "reference". On a mesh, the kernels but cuDNN's run on each device's batch rows and heads.
 
     Returns:
       [B, T, H, h of v] of q's dtype (and the log-sum-exp). A query that sees no key gets zeros, and
@@ -70,6 +72,11 @@ def attention(
         implementation = "flash" if on_tpu() and q.shape[1] >= FLASH_FROM else plain
     if implementation == "flash":
         return sharded_flash(
+            q, k, v, view, scale=scale, causal=causal, window=window,
+            softcap=softcap, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
+    if implementation == "mosaic_gpu":
+        return sharded_flash_gpu(
             q, k, v, view, scale=scale, causal=causal, window=window,
             softcap=softcap, sinks=sinks, return_lse=return_lse,
         )  # fmt: skip

@@ -417,9 +417,7 @@ def backward_queries(call: Call, rows, q, k, v, dout, lse2, delta) -> jax.Array:
                 def hide(x: jax.Array) -> jax.Array:
                     return mask.hide(x, start, block * tile.key, queries, keys)
 
-                weights, bend = _weights(
-                    call, x, hide if masked else None, _spread(lse2, shape, 0)
-                )
+                weights, bend = _weights(call, x, hide if masked else None, _spread(lse2, shape, 0))
                 plgpu.barrier_wait(v_ready.at[slot])
                 dweights = _product(dout_smem.at[wg], _transposed(v_smem.at[slot]), shape)
                 plgpu.barrier_arrive(v_free.at[slot])
@@ -469,7 +467,7 @@ def backward_keys(
       rows, q, k, v, dout, lse2, delta: as `backward_queries`.
       wanted: "dk", "dv" or both.
     """
-    (B, T, H, h), (S, K), tile = q.shape, k.shape[1:3], call.tile
+    (B, _, H, h), (S, K), tile = q.shape, k.shape[1:3], call.tile
     shape = (ROWS, tile.query)
     num_tiles, group = S // tile.key, H // K
     need_v = "dk" in wanted
@@ -507,9 +505,7 @@ def backward_keys(
                 def hide(x: jax.Array) -> jax.Array:
                     return mask.hide(x, block * tile.query, start, queries, keys)
 
-                weights, bend = _weights(
-                    call, x, hide if masked else None, _spread(lse2, shape, 1)
-                )
+                weights, bend = _weights(call, x, hide if masked else None, _spread(lse2, shape, 1))
                 plgpu.barrier_wait(dout_ready.at[slot])
                 sums = dict(sums)
                 if "dv" in wanted:

@@ -1,4 +1,4 @@
-"""TPU kernels on arrays split over the mesh of the layout: batch and heads, each device its own."""
+"""Kernels on arrays split over the mesh of the layout: batch and heads, each device its own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from lm.kernels.attention.flash import flash_attention, flash_attention_backward
+from lm.kernels.attention.flash_gpu import flash_attention_gpu
 from lm.kernels.attention.reference import View
 from lm.sharding import Layout, current_layout, partition_spec
 from lm.sharding.chips import chip_of
+
+HOPPER = ("H100", "H200", "GH200")
 
 
 def target() -> Any:
@@ -33,10 +36,31 @@ def on_tpu() -> bool:
     return device is not None and device.platform == "tpu"
 
 
-def sharded_flash(q, k, v, view: View, *, sinks, return_lse: bool, **options: Any) -> Any:
+def sharded_flash(q, k, v, view: View, **options: Any) -> Any:
     """`flash_attention` of each device's part. Errors as `lm.kernels.attention.attention`."""
+    return _on_each_device(functools.partial(flash_attention, **_where()), q, k, v, view, **options)
+
+
+def sharded_flash_gpu(q, k, v, view: View, **options: Any) -> Any:
+    """`flash_attention_gpu` of each device's part.
+
+    Raises:
+      ValueError: the target is known not to be Hopper GPUs; else as `sharded_flash`.
+    """
+    device = target()
+    if device is not None and not any(chip in device.device_kind for chip in HOPPER):
+        raise ValueError(
+            f"mosaic_gpu attention is for Hopper GPUs ({', '.join(HOPPER)}), the mesh is of "
+            f"{device.device_kind} devices; use implementation='flash' on TPUs, else 'blocked'"
+        )
+    return _on_each_device(flash_attention_gpu, q, k, v, view, **options)
+
+
+def _on_each_device(
+    kernel: Any, q, k, v, view: View, *, sinks, return_lse: bool, **options: Any
+) -> Any:
     layout = current_layout()
-    kernel = functools.partial(flash_attention, return_lse=return_lse, **_where(), **options)
+    kernel = functools.partial(kernel, return_lse=return_lse, **options)
     if layout is None or _is_local(layout.mesh):
         return kernel(q, k, v, view, sinks=sinks)
     queries, keys, rows, lse = _specs(layout, q, k)
