@@ -76,12 +76,13 @@ def make_items(
         rows = jnp.minimum(rows, B - 1).astype(jnp.int32)
         blocks = index - (stops - counts)[rows]
         live = index < stops[-1]
+    firsts = (kv_lens - lens)[rows] + blocks * block_q
+    live &= firsts >= 0
+    ends = jnp.minimum(jnp.minimum(firsts + block_q, kv_lens[rows]), capacity)
+    ends = jnp.where(live, ends, 0)
     offsets = blocks[:, None] * block_q + jnp.arange(block_q, dtype=jnp.int32)
     used = live[:, None] & (offsets < lens[rows][:, None])
     tokens = jnp.where(used, starts[rows][:, None] + offsets, num_tokens)
-    firsts = (kv_lens - lens)[rows] + offsets[:, 0]
-    ends = jnp.minimum(jnp.minimum(firsts + block_q, kv_lens[rows]), capacity)
-    ends = jnp.where(live & (firsts >= 0), ends, 0)
     rows, firsts, ends = (jnp.pad(x, (0, -len(x) % cores)) for x in (rows, firsts, ends))
     tokens = jnp.pad(tokens, [(0, -len(tokens) % cores), (0, 0)], constant_values=num_tokens)
     num = len(rows)
