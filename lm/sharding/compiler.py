@@ -10,7 +10,7 @@ _SCATTERS = {
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": 1,
     "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
 }
-# On the sparse cores, so beside the matrix products. Not all-reduces, of some of which libtpu 0.0.42
+# On the sparse cores, beside the matrix products. Not all-reduces, of some of which libtpu 0.0.42
 # dies (on TPU7x unless it is told).
 _BESIDE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
