@@ -197,10 +197,10 @@ def _by_chunk(call, chunks: int, static: Static, rows: Rows, q, k, v, dout, lse,
         visits, count = schedule(
             mine, call.query, call.key, causal=static.causal, window=static.window, in_order=False
         )
-        more, dk, dv = kernels.backward(
-            call, visits, count, mine, q, k, v, dout, lse, delta, jnp.float32
+        dq, dk, dv = kernels.backward(
+            call, visits, count, mine, q, k, v, dout, lse, delta, jnp.float32, before=dq
         )
-        return dq + more, (dk, dv)
+        return dq, (dk, dv)
 
     parts = (cut(k, 2), cut(v, 2), cut(rows.key_positions, 1), cut(rows.key_segments, 1))
     dq, (dk, dv) = jax.lax.scan(chunk, jnp.zeros(q.shape, jnp.float32), parts)

@@ -99,5 +99,5 @@ def backward_vmem(
 ) -> int:
     """Bytes the backward kernel holds, the gradients of `keys` keys and values among them."""
     h, d = _lanes(h), _lanes(d)
-    operands = heads * query * ((h + d) * itemsize + h * 4 + 8) + key * (h + d) * itemsize
+    operands = heads * query * ((h + d) * itemsize + h * 8 + 8) + key * (h + d) * itemsize
     return 2 * operands + 2 * keys * (h + d) * 4 + heads * query * h * 4 + 4 * query * key * 4

@@ -176,14 +176,15 @@ def _when_run(visit: Any, key: int, num_heads: int, unrolled: int, part: Any) ->
 
 
 def _backward_kernel(
-    visits, query_rows, key_rows, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref,
-    dq_ref, dk_ref, dv_ref, dq_sums,
-    *, mask: Mask, scores: Scores, visit_of, key: int,
+    visits, query_rows, key_rows, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs,
+    mask: Mask, scores: Scores, visit_of, key: int,
 ):  # fmt: skip
-    """dk_ref [1, 1, S, h] and dv_ref [1, 1, S, d] stay in VMEM for all visits of a key/value head.
+    """refs: perhaps what dq is added to, dq, dk, dv, and a sum f32 [g, h, t].
 
-    dq_sums: f32 [g, h, t]. lse_ref is in powers of two, and large where there is no weight.
+    dk [1, 1, S, h] and dv [1, 1, S, d] stay in VMEM for all visits of a key/value head. lse_ref is
+    in powers of two, and large where there is no weight.
     """
+    before, dq_ref, dk_ref, dv_ref, dq_sums = refs if len(refs) == 5 else (None, *refs)
     visit = visit_of(visits)
     num_heads = q_ref.shape[3]
     slope = scores.unit * LOG2_E
@@ -233,7 +234,10 @@ def _backward_kernel(
     @pl.when(visit & LAST != 0)
     def _():
         for head in range(num_heads):
-            dq_ref[0, 0, 0, head] = (dq_sums[head] * scores.scale).T.astype(dq_ref.dtype)
+            dq = (dq_sums[head] * scores.scale).T
+            if before is not None:
+                dq += before[0, 0, 0, head]
+            dq_ref[0, 0, 0, head] = dq.astype(dq_ref.dtype)
 
 
 class Call(NamedTuple):
@@ -329,7 +333,7 @@ def forward(call: Call, visits, count, rows: Rows, q, k, v) -> tuple[jax.Array, 
 
 
 def backward(
-    call: Call, visits, count, rows: Rows, q, k, v, dout, lse2, delta, dq_dtype
+    call: Call, visits, count, rows: Rows, q, k, v, dout, lse2, delta, dq_dtype, before=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq [B, K, N, g, T, h], dk [B, K, S, h] / scale, dv [B, K, S, d]); the latter two float32.
 
@@ -339,6 +343,7 @@ def backward(
       lse2: float32 [B, K, N, g, T], log-sum-exp in powers of two; 1e30 where every weight is 0.
       delta: float32 [B, K, N, g, T], the sum of dout * out less the gradient of the log-sum-exp.
       dq_dtype: of dq.
+      before: what dq is added to, in its place; None for zeros.
     """
     B, K, N, g, T, h = q.shape
     S, d = v.shape[2:]
@@ -347,6 +352,9 @@ def backward(
     kernel = functools.partial(
         _backward_kernel, mask=call.mask, scores=call.scores, visit_of=visit_of, key=call.key
     )
+
+    arrays = (jnp.asarray(visits).reshape(-1), *row_arrays, q, k, v, dout, lse2, delta)
+    more_specs = [] if before is None else [of_queries(g, call.query, h)]
 
     def resident(size: int):
         return pl.BlockSpec((1, 1, S, size), lambda b, k, n, p, flat: (b, k, 0, 0))
@@ -365,6 +373,7 @@ def backward(
                 of_queries(g, call.query, d),
                 of_queries(g, call.query),
                 of_queries(g, call.query),
+                *more_specs,
             ],
             out_specs=[of_queries(g, call.query, h), resident(h), resident(d)],
             scratch_shapes=[pltpu.VMEM((g, h, call.query), jnp.float32)],
@@ -374,10 +383,10 @@ def backward(
             jax.ShapeDtypeStruct((B, K, S, h), jnp.float32),
             jax.ShapeDtypeStruct((B, K, S, d), jnp.float32),
         ],
+        input_output_aliases={} if before is None else {len(arrays): 0},
         **_options(call, False, "flash_attention_backward"),
     )
-    flat = jnp.asarray(visits).reshape(-1)
-    return _launch(call, call_on, flat, *row_arrays, q, k, v, dout, lse2, delta)
+    return _launch(call, call_on, *arrays, *([] if before is None else [before]))
 
 
 def _options(call: Call, groups_apart: bool, name: str) -> dict[str, Any]:
