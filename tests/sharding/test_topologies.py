@@ -89,8 +89,13 @@ def test_of_a_failure_everything_is_said(capfd) -> None:
     with topologies._quiet():
         os.write(2, b"noise\n")
     assert capfd.readouterr().err == ""
-    with pytest.raises(RuntimeError), topologies._quiet():
-        os.write(2, b"the reason\n")
-        raise RuntimeError
+
+    def fail() -> None:
+        with topologies._quiet():
+            os.write(2, b"the reason\n")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "the reason\nafter\n"
