@@ -20,9 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.configs.aot import Aot
 from lm.infer import generate
 from lm.infer.cache import make_cache
-from lm.kernels.attention import IMPLEMENTATIONS, attention
+from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import check_mesh, param_specs
 from lm.model.params import unstacked_specs
+from lm.parallel import check_context, context_attention, in_order_of
 from lm.sharding import (
     Layout,
     check_divides,
@@ -158,28 +159,29 @@ def _train(config: Aot, topology: str, mesh: Any) -> Program:
     state = abstract_state(param_specs(config.model), optimizer, layout)
     gradient = Accumulation(
         config.model, t.num_micro_batches, jnp.dtype(t.dtype), t.remat, loss=t.loss,
-        attention=named_attention(t.attention),
+        attention=named_attention(t.attention, s.context),
     )  # fmt: skip
-    step = make_train_step(NextToken(), optimizer, lambda _: 1e-4, layout, gradient)
+    heads = [(a.num_heads, a.num_kv_heads) for a in (x.attention for x in config.model.layers)]
+    check_context(s.context, layout, length, heads)
+    objective = in_order_of(s.context, NextToken())
+    step = make_train_step(objective, optimizer, lambda _: 1e-4, layout, gradient)
     arguments = {"weights": state.trainable, "optimizer": state.opt_state, "batch": batch}
     return Program(
         "train", config, topology, layout, step, arguments, (state, batch), rows, rows * length
     )
 
 
-def named_attention(name: str | None) -> Any:
-    """The attention implementation asked for; None for the default.
+def named_attention(name: str | None, context: str) -> Any:
+    """The attention asked for, across the mesh axis `context` where there is one.
 
     Raises:
       ValueError: there is none of that name.
     """
-    if name is None:
-        return None
-    if name not in IMPLEMENTATIONS:
+    if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(
             f"train.attention={name!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
         )
-    return functools.partial(attention, implementation=name)
+    return context_attention(context, name)
 
 
 def _serve(name: Name, config: Aot, topology: str, mesh: Any) -> Program:

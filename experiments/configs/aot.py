@@ -10,25 +10,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from experiments.configs.pretrain import Sharding
 from lm.model import ModelConfig
 from lm.model.known import KNOWN, known_model
 from lm.sharding import MeshShape
 from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
-
-
-@dataclasses.dataclass(frozen=True)
-class Sharding:
-    """How arrays lie on the mesh in training.
-
-    Attributes:
-      zero: ZeRO stage over `zero_axes`.
-      zero_axes: mesh axes of the batch that share weights, gradients and optimizer state.
-      sequence_parallel: between blocks, split the sequence over `tensor`.
-    """
-
-    zero: Literal[0, 1, 2, 3] = 3
-    zero_axes: tuple[str, ...] = ("fsdp",)
-    sequence_parallel: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
