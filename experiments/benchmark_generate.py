@@ -212,6 +212,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "A .gguf file, or a package's model.")
     flags.DEFINE_list("batch_sizes", ["1", "8"], "Prompts at once.")
     flags.DEFINE_integer("new_tokens", 33, "Tokens of the long generation.", lower_bound=2)
     flags.DEFINE_integer("rounds", 5, "Turns of each contender.", lower_bound=1)
