@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -278,7 +279,10 @@ def compile_program(
             chosen = {} if full else dict(FAST)
         middle = time.perf_counter()
         try:
-            compiled = lowered.compile(compiler_options=chosen | dict(options or {}))
+            with warnings.catch_warnings():
+                # Programs for devices that are not here are written to the cache, and cannot be read.
+                warnings.filterwarnings("ignore", message="Error reading persistent compilation")
+                compiled = lowered.compile(compiler_options=chosen | dict(options or {}))
         except jax.errors.JaxRuntimeError as error:
             end = time.perf_counter()
             return _refused(str(error), middle - begin, end - middle)
