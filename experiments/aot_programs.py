@@ -280,7 +280,7 @@ def compile_program(
         middle = time.perf_counter()
         try:
             with warnings.catch_warnings():
-                # Programs for devices that are not here are written to the cache, and cannot be read.
+                # The cache takes programs for devices that are not here, and cannot read them.
                 warnings.filterwarnings("ignore", message="Error reading persistent compilation")
                 compiled = lowered.compile(compiler_options=chosen | dict(options or {}))
         except jax.errors.JaxRuntimeError as error:
