@@ -175,7 +175,9 @@ def memory(program: Program, compiled: Compiled) -> dict[str, float]:
     padding = m["argument_size"] - sum(found.values())
     if program.name == "prefill":  # the cache is made, not given
         found["cache"] = float(m["output_size"])
-    peak = m["peak_memory"] - m["host_temp_size"] or m["argument_size"] + m["temp_size"]
+    # Beside buffers on the host the peak is no figure of the device; this is an upper bound.
+    peak = 0 if m["host_temp_size"] else m["peak_memory"]
+    peak = peak or m["argument_size"] + m["temp_size"]
     temporaries = peak - sum(found.values()) - padding
     code = float(m["generated_code_size"])
     return found | {

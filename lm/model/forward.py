@@ -215,6 +215,7 @@ class Block:
     ) -> tuple[jax.Array, LayerCache | None]:
         specs = layer_specs(layer, self.config.embed_dim, self.config.num_layers)
         w: LayerWeights = gather(weights, specs)
+        x = checkpoint_name(x, "input")
 
         def norm(y: jax.Array, norm_weights: NormWeights | None) -> jax.Array:
             return y if norm_weights is None else normalize(y, norm_weights, layer.norm)

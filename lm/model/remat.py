@@ -1,7 +1,9 @@
 """What the backward pass keeps and what it computes again.
 
 Policies: `none` keeps everything; `full` keeps a layer's input only; `matmuls` keeps the results of
-matrix products with weights; `save:query,key,...` keeps the named values and a layer's input.
+matrix products with weights; `save:query,key,...` keeps the named values and a layer's input;
+`offload:input,...` keeps them in the host's memory, and so nothing on the device where `input` is
+among them; `save:attention+offload:input` does both.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 
 import jax
 
-NAMES = ("query", "key", "value", "attention", "up", "gate")
+NAMES = ("input", "query", "key", "value", "attention", "up", "gate")
 
 
 def policy(name: str) -> Any:
@@ -24,15 +26,35 @@ def policy(name: str) -> Any:
         return None
     if name == "matmuls":
         return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    if name.startswith("save:"):
-        names = [n for n in name.removeprefix("save:").split(",") if n]
-        unknown = [n for n in names if n not in NAMES]
-        if names and not unknown:
-            return jax.checkpoint_policies.save_only_these_names(*names)
-    raise ValueError(
-        f"remat={name!r} is unknown; use none, full, matmuls, or save: and some of "
-        f"{','.join(NAMES)}"
+    saved, offloaded = named(name)
+    if not offloaded:
+        return jax.checkpoint_policies.save_only_these_names(*saved)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved,
+        names_which_can_be_offloaded=offloaded,
+        offload_src="device",
+        offload_dst="pinned_host",
     )
+
+
+def named(name: str) -> tuple[list[str], list[str]]:
+    """The values that `save:` and `offload:` name: kept on the device, and on the host.
+
+    Raises:
+      ValueError: there is no such policy.
+    """
+    found: dict[str, list[str]] = {"save": [], "offload": []}
+    for part in name.split("+"):
+        where, _, listed = part.partition(":")
+        names = [n for n in listed.split(",") if n]
+        taken = found["save"] + found["offload"]
+        if where not in found or not names or not {*names} <= {*NAMES} or {*names} & {*taken}:
+            raise ValueError(
+                f"remat={name!r} is unknown; use none, full, matmuls, or save: or offload: (both "
+                f"joined by +) and some of {','.join(NAMES)}"
+            )
+        found[where] += names
+    return found["save"], found["offload"]
 
 
 def checkpointed(f: Callable[..., Any], remat: str, scanned: bool) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """Properties every decoder must have, whatever its features."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -176,9 +177,10 @@ def test_causality_by_gradients(windows):
     [
         (gemma_like(3, None), lambda p: p, ("full", "matmuls", "save:query,key,attention")),
         (gemma_like(3, None), unstack, ("full", "save:value,gate")),
-        (neox_like(), lambda p: p, ("matmuls", "save:up")),
+        (neox_like(), lambda p: p, ("matmuls", "save:up", "offload:input")),
+        (gemma_like(3, None), lambda p: p, ("save:attention+offload:input,query",)),
     ],
-    ids=["pattern", "unstacked", "parallel"],
+    ids=["pattern", "unstacked", "parallel", "offload"],
 )
 def test_remat_changes_memory_alone(config, form, policies):
     params = form(weights(config))
@@ -229,10 +231,11 @@ def test_remat_keeps_what_it_says(form):
     assert sizes["save:query,up"] - sizes["save:up"] == tokens_and_layers * 4 * 8, sizes
 
 
-@pytest.mark.parametrize("remat", ["some", "save:", "save:query,nothing"])
+@pytest.mark.parametrize("remat", ["some", "save:", "save:query,nothing", "save:up+offload:up"])
 def test_unknown_remat(remat):
     config = gemma_like(None)
-    with pytest.raises(ValueError, match=f"remat='{remat}' is unknown; use none, full, matmuls"):
+    message = f"remat='{remat}' is unknown; use none, full, matmuls"
+    with pytest.raises(ValueError, match=re.escape(message)):
         forward(weights(config), Tokens.of(jnp.zeros((1, 2), int)), config, remat=remat)
 
 
