@@ -1,8 +1,9 @@
-"""Benchmarks: how fast a training step is.
+"""Benchmarks: how fast a training step is, and the kernels (`benchmark_kernels`).
 
     python -m experiments.benchmark train                   # two sizes, two precisions
     python -m experiments.benchmark train --sizes=small --precisions=bfloat16 --rounds=20
     python -m experiments.benchmark train --format=json
+    python -m experiments.benchmark kernels
 
 On CPU: this project's step against `LlamaForCausalLM` of `transformers` on PyTorch, eager and,
 where a C++ compiler is found, compiled (`pip install 'lm-lifecycle[peers]'`; without it, ours
@@ -37,7 +38,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import program
+from experiments import kernel_contenders, program
 from experiments.config import ConfigError
 from experiments.contenders import CONTENDERS, SIZES, Size, make_jax_step, work
 
@@ -372,10 +373,17 @@ def main(names: Sequence[str]) -> None:
         # Answers go to the original standard output; what libraries print goes to the error stream.
         answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        work(FLAGS.worker, sys.stdin, answers)
+        turn = kernel_contenders.work if list(names) == ["kernels"] else work
+        turn(FLAGS.worker, sys.stdin, answers)
+        return
+    if list(names) == ["kernels"]:
+        from experiments.benchmark_kernels import benchmark_kernels
+
+        benchmark_kernels()
         return
     if list(names) != ["train"]:
-        raise BenchmarkError(f"which benchmark? Known: train; got {' '.join(names) or 'none'}")
+        known = "train and kernels"
+        raise BenchmarkError(f"which benchmark? Known: {known}; got {' '.join(names) or 'none'}")
     benchmark_train()
 
 
@@ -393,5 +401,11 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "peak_tflops", None, "Of the accelerator, dense bfloat16; default from lm.sharding.chips."
     )
+    flags.DEFINE_list("parts", ["attention", "paged", "train"], "Of kernels: what is timed.")
+    flags.DEFINE_string("json", None, "Of kernels: a file to write the result to as well.")
+    flags.DEFINE_list(
+        "train_models", ["llama3_2_1b", "llama3_8b"], "Of kernels, on accelerators: see --model."
+    )
+    flags.DEFINE_float("timeout", 300, "Of kernels: seconds a contender may be silent.")
     flags.DEFINE_string("worker", None, "Internal: the contender this process is.")
     program.run(main, positional=True)

@@ -1,0 +1,253 @@
+"""Who takes part in the benchmark of the kernels; each is a process of its own.
+
+A kernel may hang or take its process down at its first run on a chip; the others go on. Neither JAX
+nor PyTorch is imported before its process has begun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import numpy as np
+
+CONTENDERS = {  # by JAX's name of the platform
+    "cpu": ("flash", "blocked"),
+    "gpu": ("mosaic_gpu", "cudnn", "blocked", "torch"),
+    "tpu": ("flash", "splash", "blocked"),
+}
+GRADIENTS = ("dq", "dk", "dv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Causal attention of a batch of rows.
+
+    Attributes:
+      num_documents: of a row, packed; 1 for whole rows.
+    """
+
+    length: int
+    batch_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_documents: int = 1
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def name(self) -> str:
+        extra = []
+        if self.num_documents > 1:
+            extra.append(f"{self.num_documents} documents")
+        if self.window is not None:
+            extra.append(f"window {self.window}")
+        if self.softcap is not None:
+            extra.append(f"softcap {self.softcap:g}")
+        shape = f"{self.batch_size}x{self.length}, {self.num_heads}/{self.num_kv_heads} heads"
+        return ", ".join([f"{shape} of {self.head_dim}", *extra])
+
+    @property
+    def documents(self) -> np.ndarray:
+        """Lengths of a row's documents, uneven."""
+        shares = np.arange(1, self.num_documents + 1)
+        ends = np.cumsum(shares) * self.length // shares.sum()
+        return np.diff(ends, prepend=0)
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass, of the scores that are seen."""
+        window = self.window or self.length
+        seen = sum(int(np.minimum(np.arange(1, n + 1), window).sum()) for n in self.documents)
+        return 4 * self.batch_size * self.num_heads * self.head_dim * seen
+
+    @property
+    def sample(self) -> slice:
+        """Queries whose results are compared: the last, which see most."""
+        return slice(max(0, self.length - 256), self.length)
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """q, k, v and the gradient of the output, float32 [B, T, heads, h]."""
+        rng = np.random.default_rng(0)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads)
+        return tuple(
+            rng.standard_normal((self.batch_size, self.length, n, self.head_dim), np.float32)
+            for n in heads
+        )
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and segments, int32 [B, T]."""
+        lengths = self.documents
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+        both = (np.tile(x.astype(np.int32), (self.batch_size, 1)) for x in (positions, segments))
+        return tuple(both)  # type: ignore
+
+
+def expected(case: Case, path: str) -> None:
+    """Writes what the sampled queries get and give, by the reference in float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from lm.kernels.attention import View, attention
+
+    q, k, v, dout = (jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in case.arrays())
+    positions, segments = case.rows()
+    part = case.sample
+    view = View(positions[:, part], positions, segments[:, part], segments)
+
+    @jax.jit
+    def run(q, k, v, dout, view):
+        attend = functools.partial(
+            attention, view=view, scale=case.head_dim**-0.5, window=case.window,
+            softcap=case.softcap, implementation="reference",
+        )  # fmt: skip
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(dout)
+
+    with jax.default_matmul_precision("highest"):
+        results = run(q[:, part], k, v, dout[:, part], view)
+    names = ("out", *GRADIENTS)
+    np.savez(path, **{n: np.asarray(x) for n, x in zip(names, results, strict=True)})
+
+
+Run = Callable[[], Any]
+
+
+class JaxContender:
+    """One implementation of `lm.kernels.attention.attention`."""
+
+    def __init__(self, implementation: str, case: Case) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        from lm.kernels.attention import View, attention
+        from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
+
+        layout = Layout(make_mesh(MeshShape(), jax.devices()[:1]), make_rules())
+        self.arrays = [jnp.asarray(x, jnp.bfloat16) for x in case.arrays()]
+        positions, segments = (jnp.asarray(x) for x in case.rows())
+        rows = (segments, segments) if case.num_documents > 1 else (None, None)
+        view = View(positions, positions, *rows, in_order=True)
+
+        def forward(q, k, v, view):
+            with use_layout(layout):
+                return attention(
+                    q, k, v, view, scale=case.head_dim**-0.5, window=case.window,
+                    softcap=case.softcap, implementation=implementation,
+                )  # fmt: skip
+
+        def both(q, k, v, dout, view):
+            out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, view), q, k, v)
+            return out, *pull(dout)
+
+        q, k, v, dout = self.arrays
+        self.view = view
+        self.forward = jax.jit(forward).lower(q, k, v, view).compile()
+        self.both = jax.jit(both).lower(q, k, v, dout, view).compile()
+
+    def results(self, keep: slice) -> list[np.ndarray]:
+        q, k, v, dout = self.arrays
+        seen = np.zeros((1, dout.shape[1], 1, 1), bool)
+        seen[:, keep] = True
+        return [np.asarray(x, np.float32) for x in self.both(q, k, v, dout * seen, self.view)]
+
+    def seconds(self, what: str, repeats: int) -> float:
+        import jax
+
+        forward = what == "forward"
+        call = self.forward if forward else self.both
+        arrays = self.arrays[:3] if forward else self.arrays
+        before = time.perf_counter()
+        for _ in range(repeats):
+            result = call(*arrays, self.view)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - before) / repeats
+
+
+class TorchContender:
+    """`scaled_dot_product_attention` of PyTorch, its choice of backend."""
+
+    def __init__(self, implementation: str, case: Case) -> None:
+        if case.num_documents > 1 or case.window or case.softcap:
+            raise ValueError("scaled_dot_product_attention is causal without a mask only")
+        torch = self.torch = importlib.import_module("torch")
+        if not torch.cuda.is_available():
+            raise ValueError("PyTorch has no CUDA here")
+        q, k, v, dout = (
+            torch.from_numpy(x).to("cuda", torch.bfloat16).transpose(1, 2).contiguous()
+            for x in case.arrays()
+        )
+        self.arrays = [x.requires_grad_() for x in (q, k, v)]
+        self.dout = dout
+        self.attend = functools.partial(
+            torch.nn.functional.scaled_dot_product_attention,
+            is_causal=True, enable_gqa=case.num_heads != case.num_kv_heads,
+        )  # fmt: skip
+
+    def both(self, dout: Any) -> list[Any]:
+        out = self.attend(*self.arrays)
+        return [out, *self.torch.autograd.grad(out, self.arrays, dout)]
+
+    def results(self, keep: slice) -> list[np.ndarray]:
+        dout = self.torch.zeros_like(self.dout)
+        dout[:, :, keep] = self.dout[:, :, keep]
+        return [x.detach().transpose(1, 2).float().cpu().numpy() for x in self.both(dout)]
+
+    def seconds(self, what: str, repeats: int) -> float:
+        torch = self.torch
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        for _ in range(repeats):
+            if what == "both":
+                self.both(self.dout)
+            else:
+                with torch.no_grad():
+                    self.attend(*self.arrays)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - before) / repeats
+
+
+def errors(case: Case, results: list[np.ndarray], path: str) -> dict[str, float]:
+    """Largest differences, as shares of the largest value expected."""
+    wanted = np.load(path)
+    found = {}
+    for name, x in zip(("out", *GRADIENTS), results, strict=True):
+        x = x[:, case.sample] if name in ("out", "dq") else x
+        difference = np.abs(x - wanted[name]).max() / np.abs(wanted[name]).max()
+        found[name] = float(difference)
+    return found
+
+
+def work(name: str, commands: TextIO, answers: TextIO) -> None:
+    """A contender's process: does what each line asks for, and tells of what it cannot."""
+    contender: Any = None
+    case: Any = None
+    for line in commands:
+        ask = json.loads(line)
+        try:
+            if "case" in ask:
+                contender, case = None, Case(**ask["case"])
+            answer: dict[str, Any] = {}
+            if ask["do"] == "expect":
+                expected(case, ask["path"])
+            elif ask["do"] == "open":
+                before = time.perf_counter()
+                make = TorchContender if name == "torch" else JaxContender
+                contender = make(name, case)
+                answer["compile_seconds"] = time.perf_counter() - before
+            elif ask["do"] == "check":
+                answer = errors(case, contender.results(case.sample), ask["path"])
+            else:
+                answer["seconds"] = contender.seconds(ask["what"], ask["repeats"])
+        except Exception as error:  # told to the parent, which goes on with the others
+            text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            answer = {"error": text[:300]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
