@@ -114,7 +114,8 @@ def expected(case: Case, path: str) -> None:
     with jax.default_matmul_precision("highest"):
         results = run(q[:, part], k, v, dout[:, part], view)
     names = ("out", *GRADIENTS)
-    np.savez(path, **{n: np.asarray(x) for n, x in zip(names, results, strict=True)})
+    arrays: dict[str, Any] = {n: np.asarray(x) for n, x in zip(names, results, strict=True)}
+    np.savez(path, **arrays)
 
 
 Run = Callable[[], Any]

@@ -1,7 +1,8 @@
 """Flash attention (arXiv:2205.14135) on Hopper GPUs: one device's arrays, forward and backward.
 
-Compiled for H200; never run: no figure of its numerics or speed exists. What it shares with the
-TPU kernel (schedule, masks as rows, exponents of two) is tested there, interpreted.
+Compiled for H200; never run on a GPU: no figure of its speed exists. Its values and gradients were
+those of the reference, to bfloat16's rounding, in the GPU interpreter of jax 0.11.2, in which the
+products whose left side is in registers had to be replaced by plain ones.
 
 See `flash_gpu_kernels` for the kernels and `sharded` for arrays that are split over a mesh.
 """

@@ -84,7 +84,7 @@ def _along(axis: int) -> Any:
     return plgpu.Layout.WGMMA.reduce(1 - axis)
 
 
-def _spread(vector: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+def _spread(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(vector, shape, [axis])
 
 
@@ -171,12 +171,13 @@ def _product(a: Any, b: Any, shape: tuple[int, int], issued: Callable[[], None] 
             issued()
         return sums[...]
 
-    return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(compute, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def _added(sums: jax.Array, a: Any, b: Any) -> jax.Array:
     """sums + a b."""
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(sums))
+    run: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))
+    return run(plgpu.WGMMAAccumulatorRef.init(sums))
 
 
 def _transposed(ref: Any) -> Any:
@@ -225,6 +226,14 @@ def _ring(num_steps: Any, stages: int, buffers: Any, source: Callable[[Any], tup
             plgpu.copy_gmem_to_smem(block, buffer.at[slot], ready.at[slot])
 
     lax.fori_loop(0, num_steps, step, None)
+
+    def drain(slot: Any, carry: None) -> None:
+        for _, _, free in buffers:
+            if free is not None:
+                plgpu.barrier_wait(free.at[slot])
+
+    # No program ends with a phase of a barrier unseen.
+    lax.fori_loop(0, jnp.minimum(num_steps, stages), drain, None)
 
 
 def _rings(tile: Tile) -> tuple[Any, Any, Any]:
