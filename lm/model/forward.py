@@ -238,7 +238,7 @@ class Block:
         """Attention over x [B, T, D], already normalized -> [B, T, D]."""
         a = layer.attention
         B, T, _ = x.shape
-        x = constrain(x, "batch", "sequence", None)
+        x = whole_rows(x)
         if isinstance(w, LatentAttentionWeights):
             out, cache = self.latent_heads(x, w, a, cache)
         else:
@@ -309,10 +309,20 @@ def attention_scale(a: Attention) -> float:
     return (a.head_dim**-0.5 if a.scale is None else a.scale) * score_factor(a.rope)
 
 
+def whole_rows(x: jax.Array) -> jax.Array:
+    """x [B, T, D] with its sequence gathered over `tensor`, where sequence parallelism splits it.
+
+    Stated before and after, so that it is gathered in its own dtype, not in the float32 of the norm
+    that made it.
+    """
+    x = constrain(x, "batch", "residual_sequence", None)
+    return constrain(x, "batch", "sequence", None)
+
+
 def feed_forward(x: jax.Array, w: FeedForwardWeights, config: FeedForward) -> jax.Array:
     """x [B, T, D], already normalized -> [B, T, D]."""
     activation = ACTIVATIONS[config.activation]
-    x = constrain(x, "batch", "sequence", None)
+    x = whole_rows(x)
     up = checkpoint_name(linear(x, w.up, w.up_bias), "up")
     if w.gate is None:
         inner = elementwise(_activated, activation)(up)

@@ -18,6 +18,7 @@ _BESIDE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": False,
 }
 _WITH_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x")
+_SCATTER_ALONE = ("TPU v6 lite", "TPU v6e", "TPU7x")
 
 
 def step_options(mesh: Mesh) -> dict[str, bool | int]:
@@ -29,4 +30,6 @@ def step_options(mesh: Mesh) -> dict[str, bool | int]:
     device = mesh.devices.flat[0]
     if device.platform != "tpu" or mesh.size == 1:
         return {}
-    return _BESIDE if device.device_kind in _WITH_SPARSE_CORES else _SCATTERS
+    options = _BESIDE if device.device_kind in _WITH_SPARSE_CORES else {}
+    # With sparse cores TPU v6e makes the better scatters without being told.
+    return options if device.device_kind in _SCATTER_ALONE else options | _SCATTERS
