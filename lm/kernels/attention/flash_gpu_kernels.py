@@ -236,6 +236,16 @@ def _ring(num_steps: Any, stages: int, buffers: Any, source: Callable[[Any], tup
     lax.fori_loop(0, jnp.minimum(num_steps, stages), drain, None)
 
 
+def _keys_and_values(tile: Tile, limits: Any, k_ref: Any, v_ref: Any, batch: Any, kv_head: Any):
+    """The `source` of a tile of queries."""
+
+    def source(i: Any) -> tuple[Any, Any]:
+        at = (batch, pl.ds((limits[FIRST] + i) * tile.key, tile.key), kv_head)
+        return k_ref.at[at], v_ref.at[at]
+
+    return source
+
+
 def _rings(tile: Tile) -> tuple[Any, Any, Any]:
     """Barriers: of a ring that one copy fills, of one that two fill, and of either's freedom."""
     return (
@@ -339,11 +349,7 @@ def forward(call: Call, rows: tuple[jax.Array, ...], q, k, v) -> tuple[jax.Array
 
         def copy() -> None:
             kv_head = lax.div(head, jnp.int32(H // K))
-
-            def source(i: Any) -> tuple[Any, Any]:
-                at = (batch, pl.ds((limits[FIRST] + i) * tile.key, tile.key), kv_head)
-                return k_ref.at[at], v_ref.at[at]
-
+            source = _keys_and_values(tile, limits, k_ref, v_ref, batch, kv_head)
             buffers = ((k_smem, k_ready, k_free), (v_smem, v_ready, v_free))
             _ring(limits[END] - limits[FIRST], tile.stages, buffers, source)
 
@@ -444,11 +450,7 @@ def backward_queries(call: Call, rows, q, k, v, dout, lse2, delta) -> jax.Array:
 
         def copy() -> None:
             kv_head = lax.div(head, jnp.int32(H // K))
-
-            def source(i: Any) -> tuple[Any, Any]:
-                at = (batch, pl.ds((limits[FIRST] + i) * tile.key, tile.key), kv_head)
-                return k_ref.at[at], v_ref.at[at]
-
+            source = _keys_and_values(tile, limits, k_ref, v_ref, batch, kv_head)
             buffers = ((k_smem, k_ready, k_free), (v_smem, v_ready, v_free))
             _ring(limits[END] - limits[FIRST], tile.stages, buffers, source)
 
@@ -462,6 +464,15 @@ def backward_queries(call: Call, rows, q, k, v, dout, lse2, delta) -> jax.Array:
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     run = _launch(call, flash_attention_backward_queries, (H, num_tiles, B), out, scratch)
     return run(call.ranges.table, q, k, v, dout, lse2, delta, *rows)
+
+
+def _scratch_of_keys(tile: Tile, h: int, dtype: Any) -> list[Any]:
+    _, two, free = _rings(tile)
+    mine = _buffer((tile.warpgroups, ROWS, h), dtype)
+    ring = _buffer((tile.stages, tile.query, h), dtype)
+    vectors = plgpu.SMEM((tile.stages, tile.query), jnp.float32)
+    here = plgpu.Barrier(num_barriers=tile.warpgroups)
+    return [mine, mine, ring, ring, vectors, vectors, here, here, two, two, free, free]
 
 
 def backward_keys(
@@ -486,9 +497,7 @@ def backward_keys(
         *refs, k_ready, v_ready, q_ready, dout_ready, q_free, dout_free = refs
         *refs, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem = refs
         rows, out_refs = refs[: -len(wanted)], refs[-len(wanted) :]
-        kv_head, index, batch, wg = (
-            lax.axis_index(name) for name in ("heads", "tiles", "batch", "wg")
-        )
+        kv_head, index, batch, wg = map(lax.axis_index, ("heads", "tiles", "batch", "wg"))
         limits = _range(call, table, batch, index)
         count = limits[END] - limits[FIRST]
 
@@ -562,12 +571,7 @@ def backward_keys(
 
         _specialized(tile, wg, compute, copy)
 
-    _, two, free = _rings(tile)
-    mine = _buffer((tile.warpgroups, ROWS, h), q.dtype)
-    ring = _buffer((tile.stages, tile.query, h), q.dtype)
-    vectors = plgpu.SMEM((tile.stages, tile.query), jnp.float32)
-    here = plgpu.Barrier(num_barriers=tile.warpgroups)
-    scratch = [mine, mine, ring, ring, vectors, vectors, here, here, two, two, free, free]
+    scratch = _scratch_of_keys(tile, h, q.dtype)
     out = [jax.ShapeDtypeStruct(k.shape, k.dtype) for _ in wanted]
     run = _launch(call, flash_attention_backward_keys, (K, num_tiles, B), out, scratch)
     return tuple(run(call.ranges.table, q, k, v, dout, lse2, delta, *rows))
