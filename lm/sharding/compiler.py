@@ -5,14 +5,14 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 # A reduce-scatter over one dimension of a torus stays one, in the layout its result rests in.
-_SCATTERS = {
+_SCATTERS: dict[str, bool | int] = {
     "xla_tpu_assign_all_reduce_scatter_layout": True,
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": 1,
     "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
 }
 # On the sparse cores, beside the matrix products. Not all-reduces, of some of which libtpu 0.0.42
 # dies (on TPU7x unless it is told).
-_BESIDE = {
+_BESIDE: dict[str, bool | int] = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": False,
