@@ -8,6 +8,7 @@ tree asked for, so a run may go on with another mesh, ZeRO stage or number of pr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -197,6 +198,8 @@ class Checkpoints:
             self._prepare(step)
             arrays.start(self._writer, self.directory / str(step), leaves)
         except Exception as error:
+            with contextlib.suppress(Exception):  # else its own last writes fail the next save
+                self._writer.wait_until_finished()
             self._fail(step, error)
             return
         self._thread = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
