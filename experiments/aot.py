@@ -24,6 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 
 from experiments import program as program_lib
@@ -298,6 +299,7 @@ def search(
 
 
 def main(config: Aot) -> None:
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is here is left alone
     values = flags.FLAGS
     if not values.topology:
         raise ConfigError("no topology; give one with --topology=v5e:4x4")

@@ -36,6 +36,7 @@ class Machine:
 
     def __init__(self, devices: Sequence[Any], chip: Chip) -> None:
         self.devices, self.chip = devices, chip
+        self.num_slices = len({getattr(device, "slice_index", 0) for device in devices})
         self.mesh = functools.cache(lambda shape: make_mesh(shape, self.devices))
         self.span = functools.cache(self._span)
 
@@ -271,7 +272,7 @@ def candidates(
       factor: that estimates of memory are multiplied by.
     """
     found, limit = [], HEADROOM * usable_bytes(machine.chip)
-    for each in _variants(name, config, len(machine.devices)):
+    for each in _variants(name, config, machine):
         try:
             guess = estimate(name, each, machine)
         except ValueError:  # sizes that do not divide
@@ -292,9 +293,11 @@ def first(found: Sequence[Candidate], most: int) -> list[Candidate]:
     return chosen
 
 
-def _variants(name: Name, config: Aot, num_devices: int) -> Iterator[Aot]:
+def _variants(name: Name, config: Aot, machine: Machine) -> Iterator[Aot]:
     """Every mesh, remat and batch worth an estimate."""
-    fixed = config.mesh
+    fixed, num_devices = config.mesh, len(machine.devices)
+    if fixed.slice == 1:
+        fixed = dataclasses.replace(fixed, slice=machine.num_slices)
     rest = num_devices // (fixed.slice * fixed.stage * fixed.expert * fixed.context)
     for tensor in (1, 2, 4, 8, 16):
         if rest % tensor or tensor > rest:

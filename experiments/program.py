@@ -33,7 +33,8 @@ def run(
     default = next(iter(configs)) if configs else None
 
     def program(argv: Sequence[str]) -> None:
-        logging.set_verbosity(max(flags.FLAGS.verbosity, logging.WARNING))
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # absl's programs say INFO of every library
         with reported():
             if argv[1:] and not positional:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags are --name=value")

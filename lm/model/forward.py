@@ -36,7 +36,7 @@ from lm.model.params import (
 )
 from lm.model.remat import checkpointed
 from lm.model.rope import apply_rope, rope_table, score_factor
-from lm.sharding import constrain
+from lm.sharding import constrain, constrain_both
 from lm.weights import Leaf, gather, linear, take
 
 AttentionFunction = Callable[..., jax.Array]
@@ -245,7 +245,7 @@ class Block:
             out, cache = self.heads(x, w, layer, cache)
         out = checkpoint_name(constrain(out, "batch", "sequence", "heads", None), "attention")
         out = linear(out.reshape(B, T, a.num_heads * a.value_dim), w.out, w.out_bias)
-        return constrain(out, "batch", "residual_sequence", None), cache
+        return split_rows(out), cache
 
     def heads(
         self, x: jax.Array, w: AttentionWeights, layer: Layer, cache: LayerCache | None
@@ -319,6 +319,16 @@ def whole_rows(x: jax.Array) -> jax.Array:
     return constrain(x, "batch", "sequence", None)
 
 
+def split_rows(x: jax.Array) -> jax.Array:
+    """x [B, T, D] with its sequence split as between blocks: `whole_rows` the other way around.
+
+    Its gradient is gathered over `tensor` here, once for both products that read it: left to itself
+    XLA gathers whole rows over `context` as well.
+    """
+    split, whole = ("batch", "residual_sequence", None), ("batch", "sequence", None)
+    return constrain(constrain_both(x, split, whole), *split)
+
+
 def feed_forward(x: jax.Array, w: FeedForwardWeights, config: FeedForward) -> jax.Array:
     """x [B, T, D], already normalized -> [B, T, D]."""
     activation = ACTIVATIONS[config.activation]
@@ -330,8 +340,7 @@ def feed_forward(x: jax.Array, w: FeedForwardWeights, config: FeedForward) -> ja
         gate = checkpoint_name(linear(x, w.gate, w.gate_bias), "gate")
         inner = elementwise(_gated, activation)(gate, up)
     inner = constrain(inner, "batch", "sequence", "ffn")
-    out = linear(inner, w.down, w.down_bias)
-    return constrain(out, "batch", "residual_sequence", None)
+    return split_rows(linear(inner, w.down, w.down_bias))
 
 
 def _gated(activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array):

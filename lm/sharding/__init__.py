@@ -14,6 +14,7 @@ from lm.sharding.distributed import (
 from lm.sharding.layout import (
     Layout,
     constrain,
+    constrain_both,
     current_layout,
     gather_weight,
     named_sharding,
@@ -34,6 +35,7 @@ __all__ = [
     "broadcast",
     "check_divides",
     "constrain",
+    "constrain_both",
     "current_layout",
     "fetch",
     "gather_weight",

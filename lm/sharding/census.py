@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -111,7 +112,8 @@ def census(text: str, mesh: Any) -> Census:
     """
     computations, entry = parse(text)
     sizes = dict(mesh.shape)
-    tally = _Counter(computations, math.prod(sizes.values())).of(entry, "", False)
+    counter = _Counter(computations, math.prod(sizes.values()), sizes.get("slice", 1))
+    tally = counter.of(entry, "", False)
     found: dict[tuple[Any, ...], list[float]] = {}
     for (op, groups, dtype, is_async), figures in tally.collectives.items():
         axes, size = _axes_of(groups, sizes)
@@ -150,6 +152,16 @@ class _Tally:
         self.host += times * other.host
         self.loops += [(name, times * entered, trips) for name, entered, trips in other.loops]
 
+    def collective(
+        self, op: str, groups: tuple[tuple[int, ...], ...], dtype: str, is_async: bool,
+        payload: float,
+    ) -> None:  # fmt: skip
+        share = (len(groups[0]) - 1) / len(groups[0])
+        wire = payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(op, share)
+        figures = self.collectives.setdefault((op, groups, dtype, is_async), [0.0] * 4)
+        for i, figure in enumerate((1, 1, payload, wire)):
+            figures[i] += figure
+
     @property
     def weight(self) -> tuple[float, float, float]:
         """Orders the branches of a conditional."""
@@ -159,8 +171,11 @@ class _Tally:
 class _Counter:
     """Tallies of computations, each counted once."""
 
-    def __init__(self, computations: Mapping[str, Computation], num_devices: int) -> None:
-        self.computations, self.num_devices = computations, num_devices
+    def __init__(
+        self, computations: Mapping[str, Computation], num_devices: int, num_slices: int
+    ) -> None:
+        self.computations = computations
+        self.num_devices, self.num_slices = num_devices, num_slices
         self.of = functools.cache(self._of)
 
     def _of(self, name: str, fusion: str, beside: bool) -> _Tally:
@@ -181,6 +196,8 @@ class _Counter:
         base = op.removesuffix("-start")
         if base in COLLECTIVES:
             self.count_collective(instruction, computation, tally, fusion, beside)
+        elif op == "send" and "xla_megascale_runtime" in instruction.attributes:
+            self.count_between_slices(instruction, computation, tally)
         elif op in ("dot", "convolution"):
             tally.flops += matmul_flops(instruction, computation)
         elif op == "custom-call":
@@ -219,23 +236,41 @@ class _Counter:
     ) -> None:  # fmt: skip
         op = instruction.op.removesuffix("-start")
         groups = self.groups(instruction)
-        size = len(groups[0])
         operands = [i.bytes for i in computation.operands(instruction)]
         payload = sum(operands)
         if op == "all-gather":
-            payload *= size
+            payload *= len(groups[0])
         elif op == "all-reduce" and "reduce-scatter" in fusion.replace("_", "-"):
             op = "reduce-scatter"  # how libtpu writes one: the slice is in the fusion
         elif op == "ragged-all-to-all":  # rows, the buffer they go to, offsets, sizes
             payload = min(operands[:2])
-        share = (size - 1) / size
-        wire = payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(op, share)
         dtype = computation.operand(instruction, 0).arrays[0].dtype
         synchronous = '"is_sync":true' in instruction.attributes
         is_async = beside or (instruction.op.endswith("-start") and not synchronous)
-        figures = tally.collectives.setdefault((op, groups, dtype, is_async), [0.0] * 4)
-        for i, figure in enumerate((1, 1, payload, wire)):
-            figures[i] += figure
+        tally.collective(op, groups, dtype, is_async, payload)
+
+    def count_between_slices(
+        self, instruction: Instruction, computation: Computation, tally: _Tally
+    ) -> None:
+        """A collective that the hosts carry over the data-centre network.
+
+        libtpu writes it as a `send` and a `recv` of one name, with what it is in their attributes.
+        Each device speaks with those of its place in the other slices.
+        """
+        kind = _quoted(instruction, "_xla_megascale_transfer_type")
+        key = "_xla_host_transfer_rendezvous"
+        inside = self.num_devices // self.num_slices
+        groups = tuple(tuple(range(i, self.num_devices, inside)) for i in range(inside))
+        op = kind.lower().replace("_", "-")
+        sent = computation.operand(instruction, 0).arrays[0]
+        payload = sent.bytes * (self.num_slices if op == "all-gather" else 1)
+        order = list(computation.instructions.values())
+        is_async = not any(
+            each.op == "recv" and after.op == "recv-done"
+            for each, after in itertools.pairwise(order)
+            if _quoted(each, key) == _quoted(instruction, key)
+        )
+        tally.collective(op, groups, sent.dtype, is_async, payload)
 
     def groups(self, instruction: Instruction) -> tuple[tuple[int, ...], ...]:
         """The partitions of each group; of a permute, its pairs joined into cycles or paths."""
@@ -256,7 +291,9 @@ class _Counter:
         if instruction.op == "fusion":
             return self.fusion_traffic(instruction, operands)
         written = instruction.arrays
-        if instruction.op.endswith("-start"):  # its type repeats the operands
+        if instruction.op == "send":
+            written = ()
+        elif instruction.op.endswith("-start"):  # its type repeats the operands
             written = written[len(written) // 2 :]
         return _hbm(written) + sum(_hbm(operand.arrays) for operand in operands)
 
@@ -315,9 +352,14 @@ def host_bytes(instruction: Instruction, computation: Computation) -> float:
     return here.bytes if (here.space == 5) != (there.space == 5) else 0.0
 
 
+def _quoted(instruction: Instruction, name: str) -> str:
+    """The value of `name="value"` in an instruction's attributes; "?" without."""
+    match = re.search(rf'{name}="([^"]*)"', instruction.attributes)
+    return match[1] if match else "?"
+
+
 def _target(instruction: Instruction) -> str:
-    match = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-    target = match[1] if match else "?"
+    target = _quoted(instruction, "custom_call_target")
     if target in ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton"):
         return f"{target}:{re.sub(r'[.][0-9]+$', '', instruction.name)}"
     return target

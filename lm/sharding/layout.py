@@ -73,6 +73,18 @@ def _reshard_backward(forward, backward, _, gradient):
 reshard.defvjp(_reshard_forward, _reshard_backward)
 
 
+def constrain_both(
+    x: jax.Array, forward: Sequence[str | None], backward: Sequence[str | None]
+) -> jax.Array:
+    """`constrain` by the logical axes `forward`, and its gradient by `backward`."""
+    layout = current_layout()
+    if layout is None:
+        return x
+    mesh, table = layout.mesh, layout.rules.activations
+    wanted = (named_sharding(mesh, table, axes, x.shape) for axes in (forward, backward))
+    return reshard(x, *wanted)
+
+
 def gather_weight(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """A weight as matrices multiply it: gathered over the axes of tokens, split over `tensor`.
 

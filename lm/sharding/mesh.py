@@ -88,10 +88,18 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
             if count < len(devices) and jax.process_count() == 1:
                 devices = devices[:count]
     sizes = shape.sizes(len(devices))
-    if sizes[0] > 1 and hasattr(devices[0], "slice_index"):
-        grid = mesh_utils.create_hybrid_device_mesh(
-            (1, *sizes[1:]), (sizes[0],) + (1,) * (len(sizes) - 1), devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices != sizes[0] and devices[0].platform == "tpu":
+        raise ValueError(
+            f"mesh axis 'slice'={sizes[0]}, and the devices lie in {slices} slice"
+            f"{'s' * (slices > 1)}; use slice={slices} and let the other axes divide the "
+            f"{len(devices) // slices} devices of one"
         )
+    if slices == sizes[0] > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *sizes[1:]), (sizes[0],) + (1,) * (len(sizes) - 1), devices,
+            allow_split_physical_axes=True,
+        )  # fmt: skip
     elif devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(sizes)
     else:

@@ -220,6 +220,18 @@ def test_axes_over_slices_are_known_as_such() -> None:
     assert group_links(("fsdp",), mesh, chip_for(devices[0])) == (2, 1)
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("topology", "shape"),
+    [("2*v5e:2x2", MeshShape(fsdp=8)), ("v5e:4x2", MeshShape(slice=2, fsdp=4))],
+)
+def test_a_mesh_of_other_slices_than_there_are_is_refused(topology: str, shape: MeshShape) -> None:
+    need(topology)
+    devices = topologies.describe(topology)
+    with pytest.raises(ValueError, match=f"use slice={topology.startswith('2') + 1} and let"):
+        make_mesh(shape, devices)
+
+
 def test_calibration_gives_the_published_utilization() -> None:
     """Causal MFU of the published steps, as worked out by hand from their logs."""
     by_name = {c.name: c for c in CHIPS}

@@ -217,3 +217,41 @@ def test_types_and_errors() -> None:
         parse("module @jit_f {}")
     with pytest.raises(ValueError, match="form not known"):
         replica_groups("rings")
+
+
+def test_what_slices_send_each_other_is_counted() -> None:
+    """libtpu writes a send and a receive of the host: the second pair here has work between."""
+    handler = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+
+    def named(key: str, kind: str) -> str:
+        return (
+            f"is_host_transfer=true, frontend_attributes={{{handler},"
+            f'_xla_host_transfer_rendezvous="{key}",_xla_megascale_transfer_type="{kind}"}}'
+        )
+
+    found = census(
+        f"""HloModule m, is_scheduled=true
+
+ENTRY %main (p: bf16[1024]) -> bf16[1024] {{
+  %p = bf16[1024]{{0}} parameter(0)
+  %a = token[] after-all()
+  %s = (bf16[1024]{{0}}, u32[], token[]) send(%p, %a), channel_id=1, {named("x", "ALL_REDUCE")}
+  %sd = token[] send-done(%s), channel_id=1, is_host_transfer=true
+  %r = (bf16[1024]{{0}}, u32[], token[]) recv(%a), channel_id=2, {named("x", "ALL_REDUCE")}
+  %rd = (bf16[1024]{{0}}, token[]) recv-done(%r), channel_id=2, is_host_transfer=true
+  %g = bf16[1024]{{0}} get-tuple-element(%rd), index=0
+  %s2 = (bf16[1024]{{0}}, u32[], token[]) send(%g, %a), channel_id=3, {named("y", "ALL_GATHER")}
+  %r2 = (bf16[4096]{{0}}, u32[], token[]) recv(%a), channel_id=4, {named("y", "ALL_GATHER")}
+  %t = bf16[1024]{{0}} tanh(%g)
+  %rd2 = (bf16[4096]{{0}}, token[]) recv-done(%r2), channel_id=4, is_host_transfer=true
+  %sd2 = token[] send-done(%s2), channel_id=3, is_host_transfer=true
+  ROOT %o = bf16[1024]{{0}} add(%t, %g)
+}}
+""",
+        mesh(slice=4, fsdp=2),
+    ).collectives
+    told = {(c.op, c.axes, c.size, c.is_async): (c.count, c.payload_bytes) for c in found}
+    assert told == {
+        ("all-reduce", ("slice",), 4, False): (1, 2048),
+        ("all-gather", ("slice",), 4, True): (1, 4 * 2048),
+    }
