@@ -30,6 +30,9 @@ TENSOR = {"mesh.fsdp": "1", "mesh.tensor": "4"}
 BOTH = {"mesh.fsdp": "2", "mesh.tensor": "2"}
 SEQUENCE = BOTH | {"sharding.sequence_parallel": "true"}
 TWO_AXES = {"mesh.fsdp": "2", "mesh.data": "2", "sharding.zero_axes": "fsdp,data"}
+RINGS = {"mesh.fsdp": "1", "mesh.context": "2", "mesh.tensor": "2",
+         "sharding.sequence_parallel": "true", "sharding.zero_axes": "context"}  # fmt: skip
+SLICES = {"mesh.slice": "2"} | TWO_AXES
 GPUS = {"mesh.fsdp": "4", "mesh.tensor": "2"}
 # name: (program, topology, edits of CONFIG)
 CASES: dict[str, tuple[Name, str, dict[str, str]]] = {
@@ -37,6 +40,8 @@ CASES: dict[str, tuple[Name, str, dict[str, str]]] = {
     "train, v5e, tensor": ("train", "v5e:2x2", TENSOR),
     "train, v5e, fsdp and tensor": ("train", "v5e:2x2", BOTH),
     "train, v5e, sequence parallel": ("train", "v5e:2x2", SEQUENCE),
+    "train, v5e, rings and sequence parallel": ("train", "v5e:2x2", RINGS),
+    "train, two v5e, two axes": ("train", "2*v5e:2x2", SLICES),
     "train, v6e, two axes": ("train", "v6e:2x2", TWO_AXES),
     "train, h200, fsdp and tensor": ("train", "h200:8", GPUS),
     "prefill, v5e, fsdp and tensor": ("prefill", "v5e:2x2", BOTH),
