@@ -39,10 +39,18 @@ from experiments.aot_figures import (
     usable_bytes,
 )
 from experiments.aot_programs import Compiled, Program, compile_program, make_program
-from experiments.aot_search import Machine, candidates, first, remedies
-from experiments.config import ConfigError, input_errors
+from experiments.aot_search import Machine, candidates, first, nothing_fits, remedies
+from experiments.config import ConfigError, config_arguments, input_errors
 from experiments.configs.aot import CONFIGS, Aot
 from lm.sharding import topologies
+
+# What every answer has; None where it is not known.
+FIGURES = (
+    "program", "topology", "mesh", "rows", "tokens", "fits", "bytes_per_device", "hbm_bytes",
+    "flops_per_device", "recomputed_flops_per_device", "refusal", "hbm_traffic_bytes",
+    "collectives", "roofline", "predicted_step_seconds", "tokens_per_second", "mfu", "chip",
+    "assumptions", "calibration", "compile_seconds",
+)  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -78,7 +86,7 @@ def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
     )
     asked, count = asked_flops(program), program.num_devices
     analytic = model_flops(program) / count
-    found: dict[str, Any] = {
+    found: dict[str, Any] = dict.fromkeys(FIGURES) | {
         "program": program.name,
         "topology": program.topology,
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
@@ -139,7 +147,7 @@ def timing(program: Program, compiled: Compiled, asked: Any, analytic: float) ->
 
 def table(found: dict[str, Any]) -> str:
     """The answer for the eye."""
-    if "bytes_per_device" not in found:
+    if found["bytes_per_device"] is None:
         return "\n".join([f"does not fit: {found['refusal']}", *_choice_lines(found)])
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items()) or "one device"
     lines = [
@@ -153,7 +161,7 @@ def table(found: dict[str, Any]) -> str:
     lines.append(f"  {'available':<14}{found['hbm_bytes'] / 2**30:10.3f}")
     if found["refusal"]:
         lines += ["", f"the compiler: {found['refusal']}"]
-    if "roofline" in found:
+    if found["roofline"] is not None:
         lines += _timing_lines(found)
     lines += _choice_lines(found)
     lines += ["", f"compiled in {found['compile_seconds']:.1f} s"]
@@ -163,6 +171,8 @@ def table(found: dict[str, Any]) -> str:
 def _choice_lines(found: dict[str, Any]) -> list[str]:
     """What would fit, and what a search found."""
     lines = []
+    if "advice" in found:
+        lines += ["", found["advice"]]
     if found.get("would_fit"):
         lines += ["", "what would fit, by estimate"]
         lines += [
@@ -233,6 +243,7 @@ def ask_apart(arguments: Sequence[str]) -> dict[str, Any]:
 
     Raises:
       ConfigError: the command refuses, for the reason it has printed.
+      RuntimeError: it failed, and its traceback is on stderr.
     """
     command = [sys.executable, "-m", "experiments.aot", "--here", "--format=json", *arguments]
     root = pathlib.Path(__file__).resolve().parent.parent
@@ -252,8 +263,11 @@ def ask_apart(arguments: Sequence[str]) -> dict[str, Any]:
         answered = child.stdout.read()
     if refused is not None:
         raise ConfigError(refused)
-    if died is not None or child.returncode < 0 or not answered.strip():
-        return {"fits": False, "refusal": f"the compiler died: {died or child.returncode}"}
+    if died is not None or child.returncode < 0:
+        why = f"the compiler died: {died or f'signal {-child.returncode}'}"
+        return dict.fromkeys(FIGURES) | {"fits": False, "refusal": why}
+    if child.returncode or not answered.strip():
+        raise RuntimeError(f"{' '.join(command)} failed with exit status {child.returncode}")
     return json.loads(answered.splitlines()[-1])
 
 
@@ -268,33 +282,35 @@ def search(
       extra: arguments of this command for each.
 
     Raises:
-      ValueError: no mesh of these devices divides the model, or the estimates fit nothing.
+      ValueError: no mesh of these devices divides the model.
     """
-    found = candidates(name, config, machine_of(topology))
+    machine = machine_of(topology)
+    found = candidates(name, config, machine)
+    none = {"fits": False, "program": name, "topology": topology, "refusal": "none fits"}
     if not found:
-        raise ValueError(
-            f"by the estimates nothing of this model fits on {topology}: not with any mesh, remat "
-            "and batch tried; use more devices"
-        )
+        return dict.fromkeys(FIGURES) | none | {"advice": nothing_fits(name, config, machine)}
     say(f"{len(found)} meshes, remat policies and batches may fit; compiling the best {most}")
     tried, best = [], None
     chosen = first(found, most)
     for i, each in enumerate(chosen):
         say(f"{i + 1}/{len(chosen)}: {' '.join(each.flags) or 'as it is'}")
         arguments = [f"--topology={topology}", f"--program={name}", *extra, *each.flags]
-        answered = ask_apart(arguments)
-        speed = answered.get("tokens_per_second")
-        total = answered.get("bytes_per_device", {}).get("total")
+        try:
+            answered = ask_apart(arguments)
+        except ConfigError as error:
+            answered = dict.fromkeys(FIGURES) | {"fits": False, "refusal": str(error)}
+        speed = answered["tokens_per_second"]
+        total = (answered["bytes_per_device"] or {}).get("total")
         tried.append({
             "flags": list(each.flags), "fits": answered["fits"], "tokens_per_second": speed,
             "bytes": total, "estimated_bytes": each.estimate.total_bytes,
             "estimated_tokens_per_second": each.estimate.tokens_per_second,
-            "refusal": answered.get("refusal"),
+            "refusal": answered["refusal"],
         })  # fmt: skip
-        say("  " + (f"fits, {speed:,.0f} tokens/s" if answered["fits"] else "does not fit"))
+        say(f"  fits, {speed:,.0f} tokens/s" if answered["fits"] else f"  {answered['refusal']}")
         if answered["fits"] and (best is None or speed > best["tokens_per_second"]):
             best = answered | {"flags": list(each.flags)}
-    best = best or {"fits": False, "program": name, "topology": topology, "refusal": "none fits"}
+    best = best or dict.fromkeys(FIGURES) | none
     return best | {"search": {"considered": len(found), "compiled": tried}}
 
 
@@ -303,11 +319,15 @@ def main(config: Aot) -> None:
     values = flags.FLAGS
     if not values.topology:
         raise ConfigError("no topology; give one with --topology=v5e:4x4")
+    if values.hlo and values.search:
+        raise ConfigError("--hlo writes one program, and --search compiles several; use one")
+    if values.hlo and not pathlib.Path(values.hlo).expanduser().parent.is_dir():
+        raise ConfigError(f"--hlo={values.hlo}: there is no such folder; make it first")
     with input_errors():
         options = compiler_options(values.compiler_options)
-        own = [a for a in sys.argv[1:] if not re.match(r"--?(no)?(search|format|here|hlo)\b", a)]
+        own = [*config_arguments(sys.argv[1:]), f"--full_effort={values.full_effort}"]
+        own += [f"--compiler_options={each}" for each in values.compiler_options]
         if values.search:
-            own = [a for a in own if not re.match(r"--?(topology|program|compiled)\b", a)]
             found = search(values.program, config, values.topology, values.compiled, own)
         elif values.here:
             found = ask(
@@ -315,17 +335,16 @@ def main(config: Aot) -> None:
                 hlo=values.hlo,
             )  # fmt: skip
         else:
-            hlo = [f"--hlo={values.hlo}"] if values.hlo else []
-            found = ask_apart([*own, *hlo])
-        if not found["fits"] and "would_fit" not in found:
-            found["would_fit"] = would_fit(values.program, config, values.topology, found)
+            own += [f"--hlo={values.hlo}"] if values.hlo else []
+            own += [f"--topology={values.topology}", f"--program={values.program}"]
+            found = ask_apart(own)
+        if not found["fits"] and "advice" not in found:
+            machine = machine_of(values.topology)
+            needed = (found["bytes_per_device"] or {}).get("total", 0.0)
+            found["would_fit"] = remedies(values.program, config, machine, needed)
+            if not found["would_fit"]:
+                found["advice"] = nothing_fits(values.program, config, machine)
     print(json.dumps(found) if values.format == "json" else table(found))
-
-
-def would_fit(name: Any, config: Aot, topology: str, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Estimates of what fits, beside a program that does not."""
-    needed = found.get("bytes_per_device", {}).get("total", 0.0)
-    return remedies(name, config, machine_of(topology), needed)
 
 
 def machine_of(topology: str) -> Machine:

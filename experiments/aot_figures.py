@@ -82,9 +82,9 @@ def model_flops(program: Program) -> float:
         return program.tokens * train_flops(model, config.sequence_length)
     output = 2.0 * model.vocab_size * model.embed_dim
     if program.name == "prefill":
-        length = config.serve.prompt_length
+        length = config.prompt_length
         return program.tokens * (forward_flops(model, length) - output) + program.rows * output
-    return program.tokens * forward_flops(model, 2 * config.serve.cache_length - 1)
+    return program.tokens * forward_flops(model, 2 * config.cache_length - 1)
 
 
 @dataclasses.dataclass(frozen=True)

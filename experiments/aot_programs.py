@@ -109,12 +109,21 @@ def make_program(name: Name, config: Aot, topology: str) -> Program:
     Raises:
       ValueError: sizes that do not divide, an unknown topology, implementation or policy.
     """
-    devices = topologies.describe(topology)
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh, topologies.describe(topology))
+    rows = check(name, config, mesh)
+    if name == "train":
+        return _train(config, topology, mesh, rows)
+    return _serve(name, config, topology, mesh, rows)
+
+
+def check(name: Name, config: Aot, mesh: Any) -> int:
+    """Rows of a run over all devices.
+
+    Raises:
+      ValueError: sizes that make no sense, or that the mesh does not divide.
+    """
     check_mesh(config.model, mesh)
-    return (
-        _train(config, topology, mesh) if name == "train" else _serve(name, config, topology, mesh)
-    )
+    return _check_train(config, mesh) if name == "train" else _check_serve(name, config, mesh)
 
 
 def global_rows(per_device: float, mesh: Any, key: str) -> int:
@@ -124,7 +133,7 @@ def global_rows(per_device: float, mesh: Any, key: str) -> int:
       ValueError: they are not whole.
     """
     rows = per_device * mesh.devices.size
-    if rows < 1 or abs(rows - round(rows)) > 1e-6:
+    if not 1 <= rows < math.inf or abs(rows - round(rows)) > 1e-6:
         raise ValueError(
             f"{key}={per_device:g} gives {rows:g} rows on {mesh.devices.size} devices; "
             f"use a multiple of 1/{mesh.devices.size}"
@@ -132,23 +141,80 @@ def global_rows(per_device: float, mesh: Any, key: str) -> int:
     return round(rows)
 
 
-def _train(config: Aot, topology: str, mesh: Any) -> Program:
+def check_length(key: str, length: int, config: Aot) -> None:
+    """Raises ValueError for a length that is none, or beyond the model's."""
+    if length < 1:
+        raise ValueError(f"{key}={length} is no length; use 1 or more")
+    if length > config.model.max_length:
+        raise ValueError(
+            f"{key}={length} is beyond model.max_length={config.model.max_length}; "
+            "shorten the rows or raise the model's length"
+        )
+
+
+def _check_train(config: Aot, mesh: Any) -> int:
     t, s, length = config.train, config.sharding, config.sequence_length
     rules = make_rules(s.zero, s.sequence_parallel, s.zero_axes)
-    layout = Layout(mesh, rules)
     rows = global_rows(t.rows_per_device, mesh, "train.rows_per_device")
     if t.num_micro_batches < 1 or rows % t.num_micro_batches:
         raise ValueError(
             f"train.num_micro_batches={t.num_micro_batches} does not divide the step's {rows} rows"
         )
-    if length > config.model.max_length:
-        raise ValueError(
-            f"train.sequence_length={length} is beyond model.max_length={config.model.max_length}; "
-            "shorten the rows or raise the model's length"
-        )
+    check_length("train.sequence_length", length, config)
     batch_axes = rules.activations["batch"]
     check_divides(mesh, batch_axes, "the rows of a micro-batch", rows // t.num_micro_batches)
     check_divides(mesh, rules.activations["residual_sequence"], "train.sequence_length", length)
+    heads = [(a.num_heads, a.num_kv_heads) for a in (x.attention for x in config.model.layers)]
+    check_context(s.context, Layout(mesh, rules), length, heads)
+    check_attention(t.attention, mesh.devices.flat[0].platform)
+    return rows
+
+
+def _check_serve(name: Name, config: Aot, mesh: Any) -> int:
+    s = config.serve
+    rows = global_rows(s.rows_per_device, mesh, "serve.rows_per_device")
+    check_length("serve.cache_length", config.cache_length, config)
+    if name == "prefill" and not 0 < config.prompt_length < config.cache_length:
+        raise ValueError(
+            f"serve.prompt_length={config.prompt_length} leaves no room in serve.cache_length="
+            f"{config.cache_length}; use a longer cache"
+        )
+    if mesh.shape["context"] > 1:
+        raise ValueError(
+            f"mesh.context={mesh.shape['context']}: {name} does not split the sequence; use 1"
+        )
+    if config.train.attention is not None:
+        raise ValueError(
+            f"train.attention={config.train.attention!r} is the training step's; {name} takes what "
+            "its cache chooses, so leave it out"
+        )
+    check_divides(mesh, make_rules(s.zero).activations["batch"], "serve's rows", rows)
+    return rows
+
+
+def check_attention(name: str | None, platform: str) -> None:
+    """Raises ValueError where there is no attention of that name, or none for the platform."""
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"train.attention={name!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
+        )
+    if name == "cudnn":
+        raise ValueError(
+            "train.attention='cudnn' needs cuDNN and its GPU to compile; use mosaic_gpu or blocked"
+        )
+    written_for = {"flash": "tpu", "splash": "tpu", "mosaic_gpu": "gpu"}.get(name or "")
+    if written_for not in (None, "gpu" if platform == "cuda" else platform):
+        others = "flash, splash" if platform == "tpu" else "mosaic_gpu"
+        raise ValueError(
+            f"train.attention={name!r} is written for {written_for.upper()}s; use {others}, "
+            "blocked or reference"
+        )
+
+
+def _train(config: Aot, topology: str, mesh: Any, rows: int) -> Program:
+    t, s, length = config.train, config.sharding, config.sequence_length
+    rules = make_rules(s.zero, s.sequence_parallel, s.zero_axes)
+    layout = Layout(mesh, rules)
     sharding = named_sharding(mesh, rules.activations, ("batch", "sequence"), (rows, length))
     ids, weights = (
         jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
@@ -160,10 +226,8 @@ def _train(config: Aot, topology: str, mesh: Any) -> Program:
     state = abstract_state(param_specs(config.model), optimizer, layout)
     gradient = Accumulation(
         config.model, t.num_micro_batches, jnp.dtype(t.dtype), t.remat, loss=t.loss,
-        attention=named_attention(t.attention, s.context),
+        attention=context_attention(s.context, t.attention),
     )  # fmt: skip
-    heads = [(a.num_heads, a.num_kv_heads) for a in (x.attention for x in config.model.layers)]
-    check_context(s.context, layout, length, heads)
     objective = in_order_of(s.context, NextToken())
     step = make_train_step(objective, optimizer, lambda _: 1e-4, layout, gradient)
     arguments = {"weights": state.trainable, "optimizer": state.opt_state, "batch": batch}
@@ -172,30 +236,10 @@ def _train(config: Aot, topology: str, mesh: Any) -> Program:
     )
 
 
-def named_attention(name: str | None, context: str) -> Any:
-    """The attention asked for, across the mesh axis `context` where there is one.
-
-    Raises:
-      ValueError: there is none of that name.
-    """
-    if name is not None and name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"train.attention={name!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
-        )
-    return context_attention(context, name)
-
-
-def _serve(name: Name, config: Aot, topology: str, mesh: Any) -> Program:
+def _serve(name: Name, config: Aot, topology: str, mesh: Any, rows: int) -> Program:
     s, model = config.serve, config.model
     dtype = jnp.dtype(s.dtype)
     layout = Layout(mesh, make_rules(s.zero))
-    rows = global_rows(s.rows_per_device, mesh, "serve.rows_per_device")
-    if not 0 < s.prompt_length < s.cache_length:
-        raise ValueError(
-            f"serve.prompt_length={s.prompt_length} leaves no room in serve.cache_length="
-            f"{s.cache_length}; use a longer cache"
-        )
-    check_divides(mesh, layout.rules.activations["batch"], "serve's rows", rows)
 
     def struct(shape: tuple[int, ...], kind: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         sharding = named_sharding(mesh, layout.rules.activations, axes, shape)
@@ -218,9 +262,9 @@ def _serve(name: Name, config: Aot, topology: str, mesh: Any) -> Program:
         return struct(x.shape, x.dtype, "batch", *rest)  # latents have no heads
 
     cache = jax.tree.map(
-        cached, jax.eval_shape(lambda: make_cache(model, rows, s.cache_length, dtype))
+        cached, jax.eval_shape(lambda: make_cache(model, rows, config.cache_length, dtype))
     )
-    S = s.cache_length
+    S = config.cache_length
     state = generate.State(
         cache,
         by_row(S),
@@ -244,10 +288,10 @@ def _serve(name: Name, config: Aot, topology: str, mesh: Any) -> Program:
             return decode(params, state, controls, steps, model, dtype)
 
     if name == "prefill":
-        prompt = by_row(s.prompt_length), by_row(), controls
+        prompt = by_row(config.prompt_length), by_row(), controls
         function = jax.jit(run_prefill, out_shardings=result)
         arguments = {"weights": params, "batch": prompt}
-        tokens, call = rows * s.prompt_length, (params, *prompt)
+        tokens, call = rows * config.prompt_length, (params, *prompt)
     else:
         function = jax.jit(run_decode, donate_argnums=1, out_shardings=result)
         replicated = NamedSharding(mesh, PartitionSpec())

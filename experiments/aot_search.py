@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments.aot_figures import group_links, usable_bytes
-from experiments.aot_programs import Name
+from experiments.aot_programs import Name, check
 from experiments.configs.aot import Aot
 from lm.infer.cache import make_cache
-from lm.model import check_mesh, forward_flops, param_specs
+from lm.model import forward_flops, param_specs
 from lm.model.count import mean_positions
 from lm.sharding import MeshShape, make_mesh
 from lm.sharding.chips import Chip
@@ -95,7 +95,7 @@ def estimate(name: Name, config: Aot, machine: Machine) -> Estimate:
     Raises:
       ValueError: the mesh cannot be made of the devices, or does not divide the model.
     """
-    check_mesh(config.model, machine.mesh(config.mesh))
+    check(name, config, machine.mesh(config.mesh))
     sizes = _Sizes(name, config, machine)
     return sizes.train() if name == "train" else sizes.serve()
 
@@ -223,10 +223,12 @@ class _Sizes:
         shards = math.prod(self.mesh[a] for a in ("slice", "data", "fsdp"))
         rows = s.rows_per_device * self.num_devices
         split = self.tensor * (self.mesh["fsdp"] if s.zero == 3 else 1)
-        caches = jax.eval_shape(lambda: make_cache(model, 1, s.cache_length, jnp.dtype(s.dtype)))
+        caches = jax.eval_shape(
+            lambda: make_cache(model, 1, self.config.cache_length, jnp.dtype(s.dtype))
+        )
         cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
         prefill = self.name == "prefill"
-        here = rows / shards * (s.prompt_length if prefill else 1)
+        here = rows / shards * (self.config.prompt_length if prefill else 1)
         widths = self.widths(max(self.layers, key=lambda each: each.feed_forward.hidden_dim))
         work = 6 * model.embed_dim + 2 * sum(widths.values())
         held = {
@@ -237,8 +239,8 @@ class _Sizes:
             + 2.0 * cache * rows / shards / self.tensor / len(self.layers),
         }
         read = held["weights"] + (0 if prefill else held["cache"])
-        length = s.prompt_length if prefill else 2 * s.cache_length - 1
-        tokens = rows * (s.prompt_length if prefill else 1)
+        length = self.config.prompt_length if prefill else 2 * self.config.cache_length - 1
+        tokens = rows * (self.config.prompt_length if prefill else 1)
         flops = tokens * forward_flops(model, length) / self.num_devices
         compute = (
             max(flops / self.chip.flops, read / (self.chip.hbm_bandwidth or math.inf))
@@ -270,16 +272,42 @@ def candidates(
         rows are chosen.
       machine: what they run on.
       factor: that estimates of memory are multiplied by.
+
+    Raises:
+      ValueError: no mesh divides the model, its rows and lengths.
     """
     found, limit = [], HEADROOM * usable_bytes(machine.chip)
+    refused: ValueError | None = None
+    sensible = False
     for each in _variants(name, config, machine):
         try:
             guess = estimate(name, each, machine)
-        except ValueError:  # sizes that do not divide
+        except ValueError as error:  # sizes that do not divide, of this one
+            refused = refused or error
             continue
+        sensible = True
         if factor * guess.total_bytes <= limit:
             found.append(Candidate(each, flags_of(config, each), guess))
+    if not sensible:
+        raise ValueError(
+            f"no mesh of these devices suits the question: {refused or 'none divides'}"
+        )
     return sorted(found, key=lambda c: -c.estimate.tokens_per_second)
+
+
+def nothing_fits(name: Name, config: Aot, machine: Machine) -> str:
+    """What to say where `candidates` finds none."""
+    weights, state = _stored(config.model, config.optimizer)
+    held = (
+        weights * 4 + state if name == "train" else weights * jnp.dtype(config.serve.dtype).itemsize
+    )
+    usable = usable_bytes(machine.chip)
+    what = "weights and optimizer" if name == "train" else "weights"
+    return (
+        f"by the estimates nothing of this model fits on {len(machine.devices)} devices of "
+        f"{usable / 2**30:.1f} GiB, with any mesh, remat and batch that was tried; {what} alone "
+        f"are {held / 2**30:,.1f} GiB: use more than {math.ceil(held / usable):,} devices"
+    )
 
 
 def first(found: Sequence[Candidate], most: int) -> list[Candidate]:

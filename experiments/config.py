@@ -5,7 +5,7 @@
     def main(config: Config, workdir: pathlib.Path) -> None: ...
 
     if __name__ == "__main__":
-        config.run(main, CONFIGS)
+        program.run(main, configs=CONFIGS, workdir=True)
 
 `--config=small` calls `small()`, `--config=small:8` calls `small(8)`, with the argument read by its
 annotation. `--config.train.num_steps=1_000` (or `--config.train.num_steps 1_000`) replaces one
@@ -30,9 +30,9 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from absl import app, flags
+from absl import flags
 
 from experiments import fields
 
@@ -41,7 +41,7 @@ Configs = Mapping[str, Callable[..., Any]] | types.ModuleType
 
 
 class ConfigError(ValueError):
-    """Bad input by the user: `run` prints its message alone and exits with status 2."""
+    """Bad input by the user: its message alone is printed, and the exit status is 2."""
 
 
 @contextlib.contextmanager
@@ -53,58 +53,6 @@ def input_errors() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def run(
-    main: Callable[[Any, pathlib.Path], Any],
-    configs: Configs,
-    *,
-    default: str | None = None,
-    workdir: str | None = None,
-) -> NoReturn:
-    """Runs `main(config, workdir)` as an absl program and exits.
-
-    `default` is the configuration used without `--config`, `workdir` the folder used without
-    `--workdir`; None makes the flag required. A ConfigError, from the flags or from `main`, is one
-    message on stderr and exit status 2; `--verbosity=1` shows its traceback.
-    """
-    flags.DEFINE_string("workdir", workdir, "Folder of the run; the same folder resumes it.")
-    chosen: list[Any] = []
-
-    def parse_flags(argv: list[str]) -> list[str]:
-        with _reported():
-            if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(argv):
-                print(_help(argv, configs, default, workdir))
-                sys.exit(0)
-            config, rest = parse(argv, configs, default)
-            chosen.append(config)
-            try:
-                return flags.FLAGS(rest)
-            except flags.Error as error:
-                raise ConfigError(str(error)) from error
-        raise AssertionError("_reported never swallows an error")
-
-    def program(argv: list[str]) -> None:
-        with _reported():
-            if argv[1:]:
-                raise ConfigError(f"unexpected argument {argv[1]!r}; flags are --name=value")
-            if flags.FLAGS.workdir is None:
-                raise ConfigError("no folder for the run; give one with --workdir=FOLDER")
-            main(chosen[0], pathlib.Path(flags.FLAGS.workdir).expanduser())
-
-    app.run(program, flags_parser=parse_flags)
-    raise AssertionError("app.run returned")
-
-
-@contextlib.contextmanager
-def _reported() -> Iterator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        if flags.FLAGS.is_parsed() and flags.FLAGS.verbosity > 0:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 def parse(argv: Sequence[str], configs: Configs, default: str | None = None) -> tuple[Any, list]:
     """The configuration that argv asks for, and argv without its `--config` flags."""
     name, edits, rest = _split(argv)
@@ -113,6 +61,18 @@ def parse(argv: Sequence[str], configs: Configs, default: str | None = None) -> 
         names = ", ".join(_functions(configs))
         raise ConfigError(f"no configuration chosen; give --config=NAME, one of {names}")
     return override(choose(configs, name), edits), rest
+
+
+def rest_of(argv: Sequence[str]) -> list[str]:
+    """argv without its `--config` flags."""
+    return _split(argv)[2]
+
+
+def config_arguments(argv: Sequence[str]) -> list[str]:
+    """The `--config` flags of argv, each as one word."""
+    name, edits, _ = _split(argv)
+    own = [] if name is None else [f"--config={name}"]
+    return own + [f"--config.{key}={text}" for key, text in edits.items()]
 
 
 def choose(configs: Configs, spec: str) -> Any:
@@ -269,9 +229,10 @@ def _functions(configs: Configs) -> Mapping[str, Callable[..., Any]]:
     }
 
 
-def _help(argv: Sequence[str], configs: Configs, default: str | None, workdir: str | None) -> str:
+def help_text(argv: Sequence[str], configs: Configs) -> str:
+    """The running program's configurations, keys and flags, by its `--help` or `--helpfull`."""
     functions = _functions(configs)
-    name = _split(argv)[0] or default or next(iter(functions))
+    name = _split(argv)[0] or next(iter(functions))
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Configurations:"]
     for key, function in functions.items():
         arguments = "".join(f"[:{each}]" for each in inspect.signature(function).parameters)
@@ -287,11 +248,9 @@ def _help(argv: Sequence[str], configs: Configs, default: str | None, workdir: s
     width = max(map(len, flag_of.values()), default=0)
     for key, (_, annotation) in leaves.items():
         lines.append(f"  {flag_of[key]:<{width}}  {fields.type_name(annotation)}")
-    lines += ["", "Flags:", f"  --workdir={workdir or 'FOLDER'}  the same folder resumes its run"]
-    lines.append("  --helpfull  these keys and the flags of every library")
-    if "--helpfull" in argv:
-        lines += ["", flags.FLAGS.get_help()]
-    return "\n".join(lines)
+    every = "--helpfull" in argv
+    known = flags.FLAGS.get_help() if every else flags.FLAGS.main_module_help()
+    return "\n".join([*lines, "", "Flags:", known])
 
 
 def _leaves(value: Any, annotation: Any, path: str) -> dict[str, tuple[Any, Any]]:

@@ -26,6 +26,7 @@ import jax
 from absl import flags, logging
 
 from experiments import config as config_lib
+from experiments import program
 from experiments.assemble import Run, assemble
 from experiments.config import ConfigError, input_errors
 from experiments.configs import pretrain as configs
@@ -368,4 +369,4 @@ def describe(run: Run, stream: Batches) -> str:
 
 
 if __name__ == "__main__":
-    config_lib.run(main, CONFIGS)
+    program.run(main, configs=CONFIGS, workdir=True)

@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from experiments import config as config_lib
-from experiments.config import ConfigError
+from experiments.config import ConfigError, Configs
+
+HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
 
 
 def run(
     main: Callable[..., None],
     *,
     positional: bool = False,
-    configs: Mapping[str, Callable[..., Any]] | None = None,
+    configs: Configs | None = None,
+    workdir: bool = False,
 ) -> NoReturn:
     """Run `main()` and exit; a ConfigError is its message on stderr and status 2.
 
-    With `--verbosity=1` it is its traceback too.
+    With `--verbosity=1` it is its traceback too, and what libraries say at level INFO is shown.
 
     Args:
-      main: called without arguments, or with those that the next two ask for.
+      main: called without arguments, or with those that the next ask for, in the order
+        configuration, folder, list.
       positional: `main` takes the list of arguments that are no flags.
-      configs: `main` takes the configuration that `--config` and its keys choose of these.
+      configs: `main` takes the configuration that `--config` and its keys choose of these; `--help`
+        lists them and the keys.
+      workdir: `main` takes the folder of `--workdir`, which is asked for.
     """
+    if workdir:
+        flags.DEFINE_string(
+            "workdir", None, "Folder of the run; the same folder resumes it.",
+            module_name=sys.argv[0],
+        )  # fmt: skip
     chosen: list[Any] = []
-    default = next(iter(configs)) if configs else None
 
     def program(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -38,16 +49,22 @@ def run(
         with reported():
             if argv[1:] and not positional:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+            if workdir and flags.FLAGS.workdir is None:
+                raise ConfigError("no folder for the run; give one with --workdir=FOLDER")
+            if workdir:
+                chosen.append(pathlib.Path(flags.FLAGS.workdir).expanduser())
             main(*chosen, *([list(argv[1:])] if positional else []))
 
     def parse_flags(argv: list[str]) -> list[str]:
-        if {"--help", "--helpshort", "--helpfull"} & set(argv):
-            return flags.FLAGS(argv)
         with reported():
+            if HELP & set(argv) and configs is not None:
+                print(config_lib.help_text(argv, configs))
+                sys.exit(0)
+            if HELP & set(argv):
+                return flags.FLAGS(argv)
             if configs is None:
                 return parse_known(argv)
-            _, rest = config_lib.parse(argv, configs, default)
-            positionals = parse_known(rest)  # first, so that an unknown flag is what is told
+            positionals = parse_known(config_lib.rest_of(argv))  # an unknown flag is told first
             chosen.append(config_lib.parse(argv, configs)[0])
             return positionals
         raise AssertionError("reported never swallows an error")

@@ -48,15 +48,15 @@ class Serve:
 
     Attributes:
       rows_per_device: rows at once over devices.
-      prompt_length: tokens of a prompt.
-      cache_length: positions of the cache.
+      prompt_length: tokens of a prompt; none for half of the cache.
+      cache_length: positions of the cache; none for the model's, at most 4,096.
       dtype: of weights, compute and cache.
       zero: 3 also splits the weights over `fsdp`, and gathers them a layer at a time.
     """
 
     rows_per_device: float = 1.0
-    prompt_length: int = 2048
-    cache_length: int = 4096
+    prompt_length: int | None = None
+    cache_length: int | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero: Literal[0, 3] = 0
 
@@ -75,7 +75,20 @@ class Aot:
     @property
     def sequence_length(self) -> int:
         """Tokens of a training row."""
-        return self.train.sequence_length or min(self.model.max_length, 8192)
+        asked = self.train.sequence_length
+        return min(self.model.max_length, 8192) if asked is None else asked
+
+    @property
+    def cache_length(self) -> int:
+        """Positions of the cache."""
+        asked = self.serve.cache_length
+        return min(self.model.max_length, 4096) if asked is None else asked
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of a prompt."""
+        asked = self.serve.prompt_length
+        return self.cache_length // 2 if asked is None else asked
 
 
 def configuration(name: str) -> Aot:

@@ -302,6 +302,11 @@ def stack(params: ModelWeights, config: ModelConfig) -> ModelWeights:
 
 def check_mesh(config: ModelConfig, mesh: Any) -> None:
     """Raises ValueError, with the sizes that work, where a mesh axis does not divide the model."""
+    for axis, missing in (("stage", "pipeline"), ("expert", "mixture of experts")):
+        if mesh.shape.get(axis, 1) > 1:
+            raise ValueError(
+                f"mesh axis {axis!r}={mesh.shape[axis]}: the model has no {missing}; use 1"
+            )
     check_divides(mesh, "fsdp", "embed_dim", config.embed_dim)
     check_divides(mesh, "tensor", "padded vocab_size", config.padded_vocab_size)
     for layer in dict.fromkeys(config.layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from experiments.aot_figures import (
     model_flops,
 )
 from experiments.aot_programs import bytes_per_device, compile_program, make_program
-from experiments.aot_search import REMATS, Machine, candidates, first, remedies
+from experiments.aot_search import REMATS, Machine, candidates, first, nothing_fits, remedies
 from experiments.configs.aot import CONFIGS, Aot
 from lm.model import train_flops
 from lm.sharding import MeshShape, make_mesh, topologies
@@ -116,7 +117,7 @@ def trained(program, compiled) -> None:
 def prefilled(program, compiled) -> None:
     """Tensor parallelism reduces twice a layer, and the embedding once."""
     mesh = program.layout.mesh.shape
-    size = program.rows // mesh["fsdp"] * program.config.serve.prompt_length * WIDTH * 2
+    size = program.rows // mesh["fsdp"] * program.config.prompt_length * WIDTH * 2
     found = wire(compiled.census, "all-reduce", "tensor")
     assert found == [2 * LAYERS + 1, (2 * LAYERS + 1) * size]
 
@@ -247,9 +248,11 @@ def test_every_known_model_has_a_configuration() -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, without the platform that these tests choose."""
     return subprocess.run(
         [sys.executable, "-m", "experiments.aot", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env={k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"},
     )  # fmt: skip
 
 
@@ -276,7 +279,14 @@ def test_a_question_that_makes_no_sense_is_one_line_and_status_2(arguments, mess
         ({"mesh.fsdp": "3"}, "the mesh fsdp=3 needs 3 devices, 4 present"),
         ({"train.rows_per_device": "0.3"}, "gives 1.2 rows on 4 devices"),
         ({"train.sequence_length": "9999"}, "is beyond model.max_length=512"),
+        ({"train.sequence_length": "0"}, "train.sequence_length=0 is no length"),
+        ({"train.rows_per_device": "inf"}, "gives inf rows on 4 devices"),
+        ({"train.rows_per_device": "nan"}, "gives nan rows on 4 devices"),
         ({"train.attention": "fast"}, "train.attention='fast' is unknown"),
+        ({"train.attention": "cudnn"}, "needs cuDNN and its GPU to compile; use mosaic_gpu"),
+        ({"train.attention": "mosaic_gpu"}, "is written for GPUs; use flash, splash, blocked"),
+        ({"mesh.fsdp": "2", "mesh.stage": "2"}, "the model has no pipeline; use 1"),
+        ({"mesh.fsdp": "2", "mesh.expert": "2"}, "the model has no mixture of experts; use 1"),
         ({"train.num_micro_batches": "3"}, "does not divide the step's 4 rows"),
         ({"sharding.zero_axes": "tensor"}, "zero_axes"),
     ],
@@ -289,11 +299,51 @@ def test_settings_that_make_no_sense_are_refused(edits, message) -> None:
 
 
 @pytest.mark.aot
-def test_serving_refuses_a_prompt_as_long_as_the_cache() -> None:
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"serve.prompt_length": "512"}, "leaves no room in serve.cache_length=512"),
+        ({"serve.cache_length": "513"}, "is beyond model.max_length=512"),
+        ({"mesh.fsdp": "2", "mesh.context": "2"}, "mesh.context=2: prefill does not split"),
+        ({"train.attention": "splash"}, "is the training step's; prefill takes"),
+    ],
+)
+def test_serving_that_makes_no_sense_is_refused(edits, message) -> None:
     need("v5e:2x2")
-    config = config_lib.override(CONFIG, {"serve.prompt_length": "512"})
-    with pytest.raises(ValueError, match=r"leaves no room in serve.cache_length=512"):
-        make_program("prefill", config, "v5e:2x2")
+    with pytest.raises(ValueError, match=message):
+        make_program("prefill", config_lib.override(CONFIG, edits), "v5e:2x2")
+    if "serve.prompt_length" in edits:  # which decoding has no use for
+        make_program("decode", config_lib.override(CONFIG, edits), "v5e:2x2")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("mesh", [{}, {"mesh.fsdp": "1"}])
+def test_what_cannot_fit_is_an_answer_with_what_it_needs(mesh) -> None:
+    need("v5e:2x2")
+    machine = aot.machine_of("v5e:2x2")
+    config = config_lib.override(CONFIGS["llama3_8b"](), mesh)
+    assert candidates("train", config, machine) == []
+    assert "optimizer alone are 89.7 GiB: use more than 6 devices" in nothing_fits(
+        "train", config, machine
+    )
+    found = aot.search("train", config, "v5e:2x2", 1, [])
+    assert found["fits"] is False and found["mfu"] is None and set(aot.FIGURES) <= set(found)
+    assert "use more than 6 devices" in aot.table(found)
+
+
+@pytest.mark.aot
+def test_a_search_passes_over_what_does_not_divide() -> None:
+    need("v5e:2x2")
+    machine = aot.machine_of("v5e:2x2")
+    odd = config_lib.override(CONFIG, {"train.sequence_length": "511"})
+    found = candidates("train", odd, machine)
+    assert found and not any(c.config.sharding.sequence_parallel for c in found)
+    for each in found[:3]:
+        make_program("train", each.config, "v5e:2x2")
+    with pytest.raises(
+        ValueError, match=r"no mesh of these devices suits the question: .*context=3"
+    ):
+        candidates("train", config_lib.override(CONFIG, {"mesh.context": "3"}), machine)
 
 
 @pytest.mark.aot
@@ -320,8 +370,18 @@ def test_a_compiler_that_dies_is_an_answer(tmp_path, monkeypatch) -> None:
     (tmp_path / "experiments" / "aot.py").write_text(script)
     monkeypatch.setattr(aot, "__file__", str(tmp_path / "experiments" / "aot.py"))
     found = aot.ask_apart(["--config=llama3_8b"])
-    assert found == {"fits": False, "refusal": "the compiler died: Check failed: a < b"}
+    assert found["refusal"] == "the compiler died: Check failed: a < b"
+    assert found["fits"] is False and set(found) == set(aot.FIGURES)
     assert "Check failed" in aot.table(found)
+
+
+def test_a_question_that_fails_is_no_answer(tmp_path, monkeypatch, capfd) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "aot.py").write_text("raise KeyError('of ours')\n")
+    monkeypatch.setattr(aot, "__file__", str(tmp_path / "experiments" / "aot.py"))
+    with pytest.raises(RuntimeError, match="failed with exit status 1"):
+        aot.ask_apart(["--config=llama3_8b"])
+    assert "KeyError: 'of ours'" in capfd.readouterr().err
 
 
 @pytest.mark.aot

@@ -317,7 +317,7 @@ def test_what_json_cannot_hold_is_refused_on_saving(tmp_path):
 
 PROGRAM = '''"""Counts to num_steps."""
 import dataclasses
-from experiments import config
+from experiments import config, program
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -336,7 +336,7 @@ def main(config_, workdir):
     return {"not": "an exit status"}
 
 if __name__ == "__main__":
-    config.run(main, {"quick": quick})
+    program.run(main, configs={"quick": quick}, workdir=True)
 '''
 
 
