@@ -308,7 +308,7 @@ def search(
             "refusal": answered["refusal"],
         })  # fmt: skip
         say(f"  fits, {speed:,.0f} tokens/s" if answered["fits"] else f"  {answered['refusal']}")
-        if answered["fits"] and (best is None or speed > best["tokens_per_second"]):
+        if answered["fits"] and speed > (best["tokens_per_second"] if best else 0.0):
             best = answered | {"flags": list(each.flags)}
     best = best or dict.fromkeys(FIGURES) | none
     return best | {"search": {"considered": len(found), "compiled": tried}}

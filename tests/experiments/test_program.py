@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,9 +12,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
-COMMANDS = [
-    name for name in NAMES if "program.run(" in (ROOT / "experiments" / f"{name}.py").read_text()
-]
+RUNS = re.compile(r"^    program(_lib)?\.run\(", re.MULTILINE)
+COMMANDS = [n for n in NAMES if RUNS.search((ROOT / "experiments" / f"{n}.py").read_text())]
 
 
 def test_all_modules_can_be_imported_into_one_process() -> None:
@@ -21,7 +21,7 @@ def test_all_modules_can_be_imported_into_one_process() -> None:
         importlib.import_module(f"experiments.{name}")
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "program"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_flag_is_refused(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", "--no_such_flag=1"],
