@@ -290,11 +290,13 @@ def search(
     if not found:
         return dict.fromkeys(FIGURES) | none | {"advice": nothing_fits(name, config, machine)}
     say(f"{len(found)} meshes, remat policies and batches may fit; compiling the best {most}")
-    tried, best = [], None
+    tried: list[dict[str, Any]] = []
+    best: dict[str, Any] | None = None
     chosen = first(found, most)
     for i, each in enumerate(chosen):
         say(f"{i + 1}/{len(chosen)}: {' '.join(each.flags) or 'as it is'}")
         arguments = [f"--topology={topology}", f"--program={name}", *extra, *each.flags]
+        answered: dict[str, Any]
         try:
             answered = ask_apart(arguments)
         except ConfigError as error:
@@ -308,7 +310,7 @@ def search(
             "refusal": answered["refusal"],
         })  # fmt: skip
         say(f"  fits, {speed:,.0f} tokens/s" if answered["fits"] else f"  {answered['refusal']}")
-        if answered["fits"] and speed > (best["tokens_per_second"] if best else 0.0):
+        if answered["fits"] and (best is None or speed > best["tokens_per_second"]):
             best = answered | {"flags": list(each.flags)}
     best = best or dict.fromkeys(FIGURES) | none
     return best | {"search": {"considered": len(found), "compiled": tried}}
