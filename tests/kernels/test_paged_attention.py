@@ -18,6 +18,7 @@ from lm.kernels.paged_attention import (
     quantize,
     write_pages,
 )
+from lm.kernels.paged_attention.tpu_blocks import choose_blocks, shape_of
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, topologies, use_layout
 
 
@@ -378,7 +379,7 @@ def test_hostile_tables_are_refused():
         ({"implementation": "paged"}, "'paged' is unknown; use reference, tpu"),
         ({"pages": make_pages(4, 8, 2, 64)}, "page_size=8 of bfloat16 pages; .* multiple of 16"),
         ({"pages": make_pages(4, 64, 2, 64, dtype="int8")}, "page_size=64 of int8 .* of 128"),
-        ({"pages": make_pages(1, 32768, 2, 64)}, "use pages of 16384"),
+        ({"pages": make_pages(1, 32768, 2, 64)}, "use pages of 8192"),
         ({"table": jnp.zeros((2, 100_001), jnp.int32)}, "scalar memory holds .* pages of 32"),
     ],
 )  # fmt: skip
@@ -409,6 +410,52 @@ def test_bad_pages_are_refused():
         )  # fmt: skip
 
 
+def blocks(chip, heads, group, likely, *, head=128, dtype="bfloat16", q_dtype="bfloat16", **given):
+    """(block_q, keys of a block) chosen, and the VMEM they need in MiB."""
+    pages = jax.eval_shape(lambda: make_pages(2, 64, heads, head, dtype=dtype))
+    q = jax.ShapeDtypeStruct((1, heads * group, head), jnp.dtype(q_dtype))
+    shape = shape_of(pages, q, False)
+    query, num_pages = choose_blocks(shape, chip, 128, likely=likely, **given)
+    return (query, 64 * num_pages), shape.vmem(query, num_pages) / 2**20
+
+
+@pytest.mark.parametrize(
+    ("chip", "heads", "group", "likely", "expected"),
+    [
+        ("TPU v5e", 8, 4, 1, (1, 512)),
+        ("TPU v4", 8, 4, 1, (1, 512)),
+        (None, 1, 8, 1, (1, 1024)),
+        (None, 40, 1, 1, (1, 64)),
+        ("TPU v5e", 8, 4, 2048, (128, 512)),
+        ("TPU v5e", 8, 4, 9, (16, 512)),
+        ("TPU v5e", 40, 1, 2048, (512, 64)),
+        ("TPU v5p", 40, 1, 2048, (512, 64)),
+        ("TPU v5p", 64, 1, 2048, (256, 64)),
+        ("TPU v4", 8, 4, 2048, (128, 256)),
+        ("TPU v4", 40, 1, 2048, (64, 64)),
+    ],
+)
+def test_blocks_are_the_largest_that_fit(chip, heads, group, likely, expected):
+    chosen, vmem = blocks(chip, heads, group, likely)
+    assert chosen == expected
+    assert vmem <= 15 / 16 * {"TPU v5e": 128, "TPU v5p": 64}.get(chip, 16)
+
+
+def test_vmem_is_what_the_compiler_needs():
+    """Of 8 heads, 512 rows and keys of 128 lanes: 16.51 MiB for v4; of 32, with 128 keys, 45.07."""
+    given = {"block_q": 128, "block_kv": 512}
+    assert blocks("TPU v5e", 8, 4, 2048, **given)[1] == pytest.approx(16.51, rel=0.15)
+    given = {"block_q": 512, "block_kv": 128}
+    assert blocks("TPU v5e", 32, 1, 2048, **given)[1] == pytest.approx(45.07, rel=0.05)
+
+
+def test_blocks_that_fit_nowhere_are_refused():
+    with pytest.raises(ValueError, match=r"block_q=128 and block_kv=512 needs 18.* TPU v4 has 15"):
+        blocks("TPU v4", 8, 4, 2048, block_q=128, block_kv=512)
+    with pytest.raises(ValueError, match=r"128 key/value heads .* split the heads"):
+        blocks(None, 128, 1, 2048, q_dtype="float32", dtype="float32")
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """Shapes to compile for: sequences x context, heads as in published models."""
@@ -429,6 +476,8 @@ class Program:
 
 
 LLAMA_8B = Program()
+PREFILL = {"num_sequences": 16, "num_tokens": 2048}
+LLAMA_13B = Program(num_kv_heads=40, group=1, max_q_len=2048, **PREFILL)
 PROGRAMS = {
     "decode": Program(page_size=16),
     "mixed": Program(num_sequences=16, num_tokens=256, context=2048, max_q_len=None),
@@ -439,6 +488,7 @@ PROGRAMS = {
     "fp8": Program(page_dtype="float8_e4m3fn", page_size=128),
 }
 MORE = {
+    "llama-13b-prefill": LLAMA_13B,
     "head64": Program(key_dim=64, value_dim=64),
     "head256-window-softcap": Program(
         group=2, num_kv_heads=4, key_dim=256, value_dim=256, window=4096, softcap=50.0
@@ -456,6 +506,13 @@ MORE = {
     ),
     "mixed-8k": Program(num_tokens=2048, max_q_len=None),
     "largest-table": Program(page_size=16, context=16 * 200_000 // 64),
+    "llama-13b-mixed": Program(num_kv_heads=40, group=1, max_q_len=None, **PREFILL),
+    "mha64-prefill": Program(num_kv_heads=64, group=1, max_q_len=2048, **PREFILL),
+    "mha32-prefill": Program(num_kv_heads=32, group=1, max_q_len=2048, **PREFILL),
+    "gqa-prefill": Program(max_q_len=2048, **PREFILL),
+    "mha40-int8-prefill": Program(
+        num_kv_heads=40, group=1, page_dtype="int8", page_size=128, max_q_len=2048, **PREFILL
+    ),
 }  # fmt: skip
 
 
@@ -526,6 +583,12 @@ def check_compiles(program: Program, topology: str, tensor: int = 1) -> None:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_compiles_without_a_copy_of_the_pages(name, topology):
     check_compiles(PROGRAMS[name], topology)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v4:1x1x1", "v5e:1x1"])
+def test_prefill_of_many_heads_compiles(topology):
+    check_compiles(LLAMA_13B, topology)
 
 
 @pytest.mark.aot

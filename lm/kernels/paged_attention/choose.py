@@ -23,7 +23,7 @@ from lm.sharding import Layout, check_divides, current_layout
 from lm.sharding.chips import chip_of
 
 IMPLEMENTATIONS = ("reference", "tpu")
-MEGACORE = ("TPU v4", "TPU v5p")
+MEGACORE = ("TPU v4", "TPU v5p")  # chips that show their two cores as one
 
 
 def paged_attention(
@@ -78,6 +78,7 @@ def paged_attention(
     """
     _check(q, pages, page_table, kv_lens, cu_q_lens)
     starts, lens = _sequences(cu_q_lens, q_lens)
+    chip = _chip()
     tensors = (q, pages, page_table, kv_lens, starts, lens, sinks)
     common: dict[str, Any] = {
         "scale": scale, "max_len": max_q_len, "window": window, "softcap": softcap,
@@ -90,8 +91,8 @@ def paged_attention(
 
     def tpu(q, pages, table, kv_lens, starts, lens, sinks):
         return tpu_paged_attention(
-            q, pages, table, kv_lens, starts, lens, sinks=sinks, interpret=interpret,
-            **{"cores": _cores()} | common | blocks,
+            q, pages, table, kv_lens, starts, lens, sinks=sinks, chip=chip, interpret=interpret,
+            **{"cores": 2 if chip in MEGACORE else 1} | common | blocks,
         )  # fmt: skip
 
     return _dispatch(implementation, tensors, reference, tpu, _sharded_attention)
@@ -126,15 +127,15 @@ def write_pages(
     starts, lens = _sequences(cu_q_lens, q_lens)
     tensors = (pages, keys, values, page_table, kv_lens, starts, lens)
     reference = functools.partial(reference_write_pages, max_len=max_q_len)
-    tpu = functools.partial(tpu_write_pages, max_len=max_q_len, interpret=interpret)
+    tpu = functools.partial(tpu_write_pages, max_len=max_q_len, chip=_chip(), interpret=interpret)
     return _dispatch(implementation, tensors, reference, tpu, _sharded_write)
 
 
-def _cores() -> int:
-    """Cores of a device: some chips show their two as one."""
+def _chip() -> str | None:
+    """Name of the chip compiled for, if it is known."""
     device = target()
     chip = None if device is None else chip_of(device.device_kind)
-    return 2 if chip is not None and chip.name in MEGACORE else 1
+    return None if chip is None else chip.name
 
 
 def _sequences(cu_q_lens: jax.Array, q_lens: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +24,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lm.kernels.attention.reference import NEGATIVE
 from lm.kernels.paged_attention.pages import LANES, Pages
+from lm.kernels.paged_attention.tpu_blocks import (
+    Shape,
+    check_sizes,
+    choose_blocks,
+    shape_of,
+    vmem_limit,
+)
 
-# A core has 1 MiB of scalar memory; the compiler wants some of it. Both passes hold the table.
-MAX_SCALARS = 200_000
-BUFFER_BYTES = 2 * 2**20  # of one of the two page buffers
-MAX_BUFFER_BYTES = 8 * 2**20
-VMEM_BYTES = 48 * 2**20
 UNROLL = 8  # heads written out; more go round a loop
 
 
@@ -134,35 +135,38 @@ def tpu_paged_attention(
     sinks: jax.Array | None = None,
     block_q: int | None = None,
     block_kv: int | None = None,
+    chip: str | None = None,
     cores: int = 1,
     interpret: Any = False,
 ) -> jax.Array:
     """See `lm.kernels.paged_attention.paged_attention`; tokens of a sequence from starts[b].
 
-    `cores` of one device share the items: two on TPUs v4 and v5p. `interpret` is what
-    `pl.pallas_call` takes.
+    `chip` is the TPU's name in `lm.sharding.chips`, for blocks that fit it; None for any. `cores`
+    of one device share the items: two on TPUs v4 and v5p. `interpret` is what `pl.pallas_call`
+    takes.
 
     Raises:
-      ValueError: the page size, the table or a page is one the kernel cannot hold.
+      ValueError: the page size, the table, a page or a block is one the kernel cannot hold.
     """
-    N, H, _ = q.shape
-    B = len(lens)
-    group = H // pages.data.shape[1]
-    check_sizes(pages, page_table)
+    N, B = len(q), len(lens)
+    check_sizes(pages, page_table, chip)
+    shape = shape_of(pages, q, sinks is not None)
     run = functools.partial(
-        _run, q, pages, page_table, scale=scale, window=window, softcap=softcap, sinks=sinks,
-        block_kv=block_kv, cores=cores, interpret=interpret,
+        _run, shape, q, pages, page_table, scale=scale, window=window, softcap=softcap,
+        sinks=sinks, chip=chip, cores=cores, interpret=interpret,
     )  # fmt: skip
+    blocks = functools.partial(choose_blocks, shape, chip, page_table.shape[1], block_kv=block_kv)
     capacity = page_table.shape[1] * pages.page_size
     most = N if max_len is None else min(max_len, N)
-    if block_q is None:
+    chosen = [blocks(likely=1)]
+    if most > 1:
         # Whole tiles of the matrix unit, but no more than sequences are likely to fill.
         likely = most if max_len is not None else max(8, N // B)
-        block_q = min(max(8, 512 // group), 1 << max(1, (likely - 1).bit_length()))
-    passes = [make_items(starts, lens, kv_lens, N, 1, capacity, cores)]
-    if most > 1:
-        passes.append(make_items(starts, lens, kv_lens, N, max(2, block_q), capacity, cores))
-    rows = [run(items) for items in passes]
+        chosen.append(blocks(likely=likely, block_q=None if block_q is None else max(2, block_q)))
+    passes = [
+        make_items(starts, lens, kv_lens, N, block_q, capacity, cores) for block_q, _ in chosen
+    ]
+    rows = [run(items, num_pages) for items, (_, num_pages) in zip(passes, chosen, strict=True)]
     # Rows of the passes' results, by token of the batch.
     tokens = jnp.concatenate([items.tokens.reshape(-1) for items in passes])
     place = jnp.full(N, len(tokens), jnp.int32)
@@ -171,43 +175,19 @@ def tpu_paged_attention(
     return out.at[place].get(mode="fill", fill_value=0)
 
 
-def check_sizes(pages: Pages, page_table: jax.Array) -> None:
-    """Raises ValueError for pages and tables the kernels cannot hold."""
-    _, K, p, W = pages.data.shape
-    itemsize = pages.data.dtype.itemsize
-    multiple = 32 // itemsize if pages.scales is None else LANES
-    if p % multiple:
-        raise ValueError(
-            f"page_size={p} of {pages.data.dtype.name} pages; the TPU kernel wants a multiple of "
-            f"{multiple}"
-        )
-    B, M = page_table.shape
-    if B * M > MAX_SCALARS:
-        raise ValueError(
-            f"page_table of {B} x {M} = {B * M} entries; scalar memory holds {MAX_SCALARS}: use "
-            f"pages of {p * 2 ** math.ceil(math.log2(B * M / MAX_SCALARS))} tokens or more, or "
-            "fewer sequences"
-        )
-    size = K * p * W * itemsize
-    if size > MAX_BUFFER_BYTES:
-        fitting = p * MAX_BUFFER_BYTES // size // multiple * multiple
-        raise ValueError(
-            f"a page of {p} tokens takes {size} bytes; the TPU kernel holds two of "
-            f"{MAX_BUFFER_BYTES}: use pages of {fitting} tokens or less"
-        )
-
-
 def _run(
+    shape: Shape,
     q: jax.Array,
     pages: Pages,
     page_table: jax.Array,
     items: Items,
+    num_pages: int,
     *,
     scale: float,
     window: int | None,
     softcap: float | None,
     sinks: jax.Array | None,
-    block_kv: int | None,
+    chip: str | None,
     cores: int,
     interpret: Any,
 ) -> jax.Array:
@@ -215,18 +195,10 @@ def _run(
     _, K, p, W = pages.data.shape
     _, H, h = q.shape
     num, block_q = items.tokens.shape
-    group, tile = H // K, 32 // q.dtype.itemsize
-    R = -(-block_q * group // tile) * tile
-    # Keys and values are read as whole rows where a slice would not end at a tile: the query has
-    # zeros for the value's lanes, and the value's lanes are taken from the result.
-    whole = bool(h % LANES)
-    lanes = pages.value_lanes
-    cut = bool(lanes.start % LANES or lanes.stop % LANES)
+    group, R = shape.group, shape.rows(block_q)
     static = Static(
-        scale, window, softcap, group, W if whole else h, pages.split,
-        pages.latent, slice(0, W) if cut else lanes, p,
-        _pages_per_block(pages, block_kv, R, page_table.shape[1]), page_table.shape[1],
-        pages.scales is not None, sinks is not None,
+        scale, window, softcap, group, shape.key_lanes, pages.split, pages.latent,
+        shape.value_lanes, p, num_pages, page_table.shape[1], shape.quantized, shape.sinks,
     )  # fmt: skip
     V = static.value_lanes.stop - static.value_lanes.start
     x = q.at[items.tokens].get(mode="fill", fill_value=0)
@@ -264,29 +236,21 @@ def _run(
         ),
         out_shape=jax.ShapeDtypeStruct((num, K, R, V), q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_limit(shape, chip, block_q, num_pages),
         ),
         cost_estimate=_cost(x, pages, page_table, V, window),
         interpret=interpret,
         name="paged_attention_decode" if block_q == 1 else "paged_attention_prefill",
     )(*(s.astype(jnp.int32) for s in scalars), *operands)
-    if cut:
-        out = out[..., lanes]
+    if shape.value_lanes != pages.value_lanes:
+        out = out[..., pages.value_lanes]
     out = out[:, :, : block_q * group].reshape(num, K, block_q, group, -1)
     return out.transpose(0, 2, 1, 3, 4).reshape(num * block_q, H, -1)
 
 
 def _item_spec(K: int, R: int, width: int, cores: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, K, R, width), lambda core, i, *_: (i * cores + core, 0, 0, 0))
-
-
-def _pages_per_block(pages: Pages, block_kv: int | None, R: int, most: int) -> int:
-    """As many as a buffer holds; fewer keys where there are many queries, whose scores grow too."""
-    _, K, p, W = pages.data.shape
-    if block_kv is None:
-        size = K * W * pages.data.dtype.itemsize
-        block_kv = min(BUFFER_BYTES // size, 512 if R > LANES else 1024)
-    return max(1, min(block_kv // p, most))
 
 
 def _cost(

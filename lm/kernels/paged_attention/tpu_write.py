@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lm.kernels.paged_attention.pages import LANES, Pages, new_rows
-from lm.kernels.paged_attention.tpu import check_sizes
+from lm.kernels.paged_attention.tpu_blocks import check_sizes
 
 
 class Tiles(NamedTuple):
@@ -96,10 +96,11 @@ def tpu_write_pages(
     lens: jax.Array,
     *,
     max_len: int | None = None,
+    chip: str | None = None,
     interpret: Any = False,
 ) -> Pages:
     """See `lm.kernels.paged_attention.write_pages`; tokens of a sequence from starts[b]."""
-    check_sizes(pages, page_table)
+    check_sizes(pages, page_table, chip)
     _, K, _, W = pages.data.shape
     size = 32 // pages.data.dtype.itemsize if pages.scales is None else LANES
     tiles = make_tiles(pages, page_table, kv_lens, starts, lens, len(keys), max_len, size)
@@ -158,11 +159,17 @@ def _kernel(size: int, pages, places, fresh, begins, ends, *refs) -> None:
         def _(out_ref=out_ref, old_ref=old_ref) -> None:
             out_ref[...] = old_ref[...]
 
-        @pl.when(end > begin)
-        def _(out_ref=out_ref, new_ref=new_ref, dim=2 + i) -> None:
+        # Scales [1, 2, K, t] at once, rows [1, K, t, W] head by head: of all of them the compiler
+        # would spill more than some chips hold.
+        def merge(head: Any, _: None, out_ref=out_ref, new_ref=new_ref, rows=i == 0) -> None:
+            at = (slice(None), pl.ds(head, 1)) if rows else ...
             # Through float32, exactly: narrow types are not selected from on every chip.
-            old = out_ref[...].astype(jnp.float32)
-            row = jax.lax.broadcasted_iota(jnp.int32, old.shape, dim)
-            new = jnp.broadcast_to(new_ref[...].astype(jnp.float32), old.shape)
+            old = out_ref[at].astype(jnp.float32)
+            row = jax.lax.broadcasted_iota(jnp.int32, old.shape, 2 if rows else 3)
+            new = jnp.broadcast_to(new_ref[at].astype(jnp.float32), old.shape)
             merged = jnp.where((row >= begin) & (row < end), new, old)
-            out_ref[...] = merged.astype(out_ref.dtype)
+            out_ref[at] = merged.astype(out_ref.dtype)
+
+        @pl.when(end > begin)
+        def _(merge=merge, heads=out_ref.shape[1] if i == 0 else 1) -> None:
+            jax.lax.fori_loop(0, heads, merge, None)
