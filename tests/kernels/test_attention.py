@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.kernels.attention import View, attention, mask
+from lm.kernels.attention import View, attention, attention_backward, mask
 
 B, T, S, H, h = 2, 5, 9, 4, 8
 FLAGS = ("scale", "causal", "return_lse", "implementation")
@@ -198,10 +198,46 @@ def test_bfloat16_stays_close():
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "window=0; use 1 or more, or None"),
+        ({"window": -3}, "window=-3; use 1 or more"),
+        ({"softcap": 0.0}, r"softcap=0\.0; use more than 0, or None"),
+        ({"softcap": math.nan}, "softcap=nan; use more than 0"),
+        ({"kv_heads": 3}, "num_kv_heads=3 of k does not divide num_heads=4 of q"),
+        ({"kv_heads": 0}, "num_kv_heads=0 of k does not divide"),
+        ({"view": {"query_segments": np.ones((B, T), int)}}, "key_segments, both or neither"),
+        ({"view": {"key_segments": np.ones((B, S), int)}}, "key_segments, both or neither"),
+        ({"view": {"key_positions": np.zeros((B, T), int)}}, r"key_positions .* give \[2, 9\]"),
+        ({"q": np.zeros((B, T, H))}, r"give \[B, T, H, h\], \[B, S, K, h\] and"),
+        ({"q": np.zeros((B, T, H, h + 1))}, r"k \(2, 9, 2, 8\) .* give k \[2, S, K, 9\]"),
+        (
+            {"v": np.zeros((B, T, 2, h))},
+            r"v \(2, 5, 2, 8\) do not go with q .* the same B, S and K",
+        ),
+        ({"sinks": np.zeros(2)}, r"sinks has shape \(2,\); give one a query head, \[4\]"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    change = dict(change)
+    q, k, v = drawn_arrays(0, change.pop("kv_heads", 2))
+    positions = {"query_positions": np.zeros((B, T), int), "key_positions": np.zeros((B, S), int)}
+    view = View(**positions | change.pop("view", {}))
+    arrays = {name: change.pop(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    with pytest.raises(ValueError, match=message):
+        attention(*arrays.values(), view, scale=1.0, **change)
+    if "sinks" not in change:
+        rest = (np.zeros((B, T, H, h)), np.zeros((B, T, H)), np.zeros((B, T, H, h)))
+        with pytest.raises(ValueError, match=message):
+            attention_backward(*arrays.values(), view, *rest, scale=1.0, **change)
+
+
 def test_errors():
     q, k, v = drawn_arrays(0, 2)
     plain = View(np.zeros((B, T), int), np.zeros((B, S), int))
-    packed = View(plain.query_positions, plain.key_positions, *[plain.query_positions] * 2)
+    positions = plain.query_positions, plain.key_positions
+    packed = View(*positions, *positions)
     with pytest.raises(ValueError, match="implementation 'quick' is unknown; use reference, "):
         attention(q, k, v, plain, scale=1.0, implementation="quick")
     in_order = View(plain.query_positions, plain.query_positions, in_order=True)
@@ -211,8 +247,9 @@ def test_errors():
         (in_order, {"sinks": jnp.zeros(H)}),
         (in_order, {"return_lse": True}),
     ]:
+        keys, values = (x[:, : view.key_positions.shape[1]] for x in (k, v))
         with pytest.raises(ValueError, match=r"blocked attention is .*; use implementation="):
-            attention(q, k[:, :T], v[:, :T], view, scale=1.0, implementation="blocked", **options)
+            attention(q, keys, values, view, scale=1.0, implementation="blocked", **options)
     refused = {
         "packed segments": (packed, {}),
         "softcap": (plain, {"softcap": 2.0}),

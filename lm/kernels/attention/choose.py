@@ -64,8 +64,11 @@ def attention(
       exp(lse - max) of parts merge without NaN.
 
     Raises:
-      ValueError: the implementation is unknown, or cannot do what is asked, or not on this mesh.
+      ValueError: shapes disagree, the window or soft-cap is not positive, only one side has
+        segments, or the implementation is unknown, or cannot do what is asked, or not on this mesh.
     """
+    _check(q, k, v, view, sinks)
+    check_scores(window, softcap)
     blocked = causal and view.in_order and sinks is None and not return_lse
     if implementation is None:
         plain = "blocked" if blocked else "reference"
@@ -142,8 +145,10 @@ def attention_backward(
       that no query sees, get zeros.
 
     Raises:
-      ValueError: the implementation is unknown, or cannot do what is asked.
+      ValueError: as `attention`.
     """
+    _check(q, k, v, view)
+    check_scores(window, softcap)
     if implementation is None:
         implementation = "flash" if on_tpu() else "reference"
     options: dict[str, Any] = {
@@ -156,6 +161,45 @@ def attention_backward(
     raise ValueError(
         f"attention_backward implementation {implementation!r} is unknown; use reference or flash"
     )
+
+
+def check_scores(window: int | None, softcap: float | None) -> None:
+    """Raises ValueError for a window of no positions, or a soft-cap that is not positive.
+
+    Arrays, which may be traced, are not looked at.
+    """
+    if window is not None and not isinstance(window, jax.Array) and window < 1:
+        raise ValueError(f"window={window}; use 1 or more, or None to see all positions")
+    if softcap is not None and not isinstance(softcap, jax.Array) and not softcap > 0:
+        raise ValueError(f"softcap={softcap}; use more than 0, or None for scores as they are")
+
+
+def _check(q, k, v, view: View, sinks: jax.Array | None = None) -> None:
+    """Raises ValueError for shapes that disagree; one row's positions may stand for all rows."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}; give [B, T, H, h], "
+            "[B, S, K, h] and [B, S, K, h of v]"
+        )
+    (B, T, H, h), (S, K) = q.shape, k.shape[1:3]
+    if k.shape != (B, S, K, h) or v.shape[:3] != (B, S, K):
+        raise ValueError(
+            f"k {k.shape} and v {v.shape} do not go with q {q.shape}; give k [{B}, S, K, {h}] and "
+            "v [B, S, K, h of v] of the same B, S and K"
+        )
+    if K == 0 or H % K:
+        raise ValueError(f"num_kv_heads={K} of k does not divide num_heads={H} of q")
+    if sinks is not None and sinks.shape != (H,):
+        raise ValueError(f"sinks has shape {sinks.shape}; give one a query head, [{H}]")
+    if (view.query_segments is None) != (view.key_segments is None):
+        raise ValueError("give the view query_segments and key_segments, both or neither")
+    for side, length in (("query", T), ("key", S)):
+        for what in ("positions", "segments"):
+            x = getattr(view, f"{side}_{what}")
+            if x is not None and x.shape not in ((B, length), (1, length)):
+                raise ValueError(
+                    f"{side}_{what} of the view has shape {x.shape}; give [{B}, {length}]"
+                )
 
 
 def _cudnn(q, k, v, view, scale, causal, window, softcap, sinks, return_lse):
