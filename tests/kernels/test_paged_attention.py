@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lm.infer.cache.contiguous import Slots
 from lm.kernels.paged_attention import (
     Pages,
     check_tables,
@@ -18,6 +19,7 @@ from lm.kernels.paged_attention import (
     quantize,
     write_pages,
 )
+from lm.kernels.paged_attention.reference import gather_pages
 from lm.kernels.paged_attention.tpu_blocks import choose_blocks, shape_of
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, topologies, use_layout
 
@@ -354,6 +356,30 @@ def test_quantization_error_is_half_a_step():
     assert jnp.all(error <= jnp.maximum(jnp.abs(x) / 16, 1.001 * smallest))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("kind", ["slots", "pages"])
+def test_dequantized_values_are_rounded_once(kind, dtype):
+    """Within half a unit in the last of bfloat16's eight bits of the exact product."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 256, 2, 64)), jnp.float32)
+    if kind == "slots":
+        slots = Slots.empty(x.shape, dtype).write(x, jnp.arange(256)[None])
+        values, scales, read = slots.values, slots.scales, slots.read(jnp.bfloat16)
+    else:
+        pages, table = make_pages(2, 128, 2, 64, dtype=dtype), int32([[1, 0]])
+        pages = write_pages(pages, x[0], x[0], table, int32([256]), int32([0, 256]))
+        values = pages.data[table[0], :, :, :64].swapaxes(1, 2)
+        scales = pages.scales[table[0], 0].swapaxes(1, 2)
+        read = gather_pages(pages, table, jnp.bfloat16)[..., :64].swapaxes(1, 2)
+    values, scales, read = (
+        np.asarray(a, np.float32).astype(np.float64) for a in (values, scales, read)
+    )
+    exact = values * scales[..., None]
+    read = read.reshape(exact.shape)
+    half = 2.0 ** (np.frexp(exact)[1] - 9)
+    assert np.all(np.abs(read - exact) <= 1.0001 * half)
+
+
 def test_hostile_tables_are_refused():
     table, lens = np.array([[0, 1, 2], [3, 9, 9]]), np.array([48, 16])
     check_tables(table, lens, 4, 16)
@@ -376,6 +402,9 @@ def test_hostile_tables_are_refused():
         ({"q": jnp.zeros((4, 5, 64))}, "num_kv_heads=2 of the pages does not divide num_heads=5"),
         ({"table": jnp.zeros((2, 3), jnp.float32)}, "page_table is float32; give int32"),
         ({"lens": jnp.zeros(3, jnp.int32)}, r"give \[B, M\], \[B\] and \[B \+ 1\]"),
+        ({"window": 0}, "window=0; use 1 or more"),
+        ({"softcap": 0.0}, r"softcap=0\.0; use more than 0"),
+        ({"sinks": jnp.zeros(2)}, r"sinks has shape \(2,\); give one a query head, \[4\]"),
         ({"implementation": "paged"}, "'paged' is unknown; use reference, tpu"),
         ({"pages": make_pages(4, 8, 2, 64)}, "page_size=8 of bfloat16 pages; .* multiple of 16"),
         ({"pages": make_pages(4, 64, 2, 64, dtype="int8")}, "page_size=64 of int8 .* of 128"),
@@ -389,13 +418,39 @@ def test_bad_arguments_are_refused(change, message):
         "table": jnp.zeros((2, 3), jnp.int32), "lens": jnp.zeros(2, jnp.int32),
         "implementation": "tpu",
     } | change  # fmt: skip
-    implementation = given.pop("implementation")
-    q, pages, table, lens = given.values()
+    q, pages, table, lens = (given.pop(name) for name in ("q", "pages", "table", "lens"))
     with pytest.raises(ValueError, match=message):
-        paged_attention(
-            q, pages, table, lens, jnp.zeros(3, jnp.int32), scale=1.0,
-            implementation=implementation,
-        )  # fmt: skip
+        paged_attention(q, pages, table, lens, jnp.zeros(3, jnp.int32), scale=1.0, **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"page_table": jnp.zeros((2, 3))}, "page_table is float32; give int32"),
+        ({"page_table": jnp.zeros(2, jnp.int32)}, r"page_table \(2,\), .* give \[B, M\]"),
+        ({"kv_lens": jnp.zeros((2, 1), jnp.int32)}, r"kv_lens \(2, 1\), .* give \[B, M\], \[B\]"),
+        ({"kv_lens": jnp.zeros(2)}, "kv_lens is float32; give int32"),
+        ({"cu_q_lens": jnp.zeros(2, jnp.int32)}, r"cu_q_lens \(2,\); give .* \[B \+ 1\] of one B"),
+        (
+            {"q_lens": jnp.zeros(3, jnp.int32)},
+            r"q_lens has shape \(3,\); give one a sequence, \[2\]",
+        ),
+        ({"q_lens": jnp.zeros(2)}, "q_lens is float32; give int32"),
+    ],
+)
+@pytest.mark.parametrize("call", ["write", "attend"])
+def test_sequences_that_disagree_are_refused(call, change, message):
+    tables = {
+        "page_table": jnp.zeros((2, 3), jnp.int32), "kv_lens": jnp.zeros(2, jnp.int32),
+        "cu_q_lens": jnp.zeros(3, jnp.int32),
+    } | change  # fmt: skip
+    x, pages = jnp.zeros((4, 2, 64)), make_pages(4, 16, 2, 64)
+    calls = {
+        "write": functools.partial(write_pages, pages, x, x),
+        "attend": functools.partial(paged_attention, x, pages, scale=1.0),
+    }
+    with pytest.raises(ValueError, match=message):
+        calls[call](**tables)
 
 
 def test_bad_pages_are_refused():
@@ -407,6 +462,11 @@ def test_bad_pages_are_refused():
         write_pages(
             make_pages(4, 16, 2, 64), jnp.zeros((4, 2, 64)), None, jnp.zeros((2, 3), jnp.int32),
             jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32), implementation="reference",
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"keys \(4, 2, 64\) and values \(3, 2, 64\); give"):
+        write_pages(
+            make_pages(4, 16, 2, 64), jnp.zeros((4, 2, 64)), jnp.zeros((3, 2, 64)),
+            jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32),
         )  # fmt: skip
 
 

@@ -51,9 +51,10 @@ class Slots:
         return Slots(constrain(values, "batch", None, "kv_heads", None), scales)
 
     def read(self, dtype: Any) -> jax.Array:
-        """[B, S, K, h]."""
-        values = self.values.astype(dtype)
-        return values if self.scales is None else values * self.scales[..., None].astype(dtype)
+        """[B, S, K, h], dequantized in float32, then `dtype`."""
+        if self.scales is None:
+            return self.values.astype(dtype)
+        return (self.values.astype(jnp.float32) * self.scales[..., None]).astype(dtype)
 
 
 @flax.struct.dataclass

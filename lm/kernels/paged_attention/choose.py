@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lm.kernels.attention.choose import check_scores
 from lm.kernels.attention.sharded import on_tpu, target
 from lm.kernels.paged_attention.pages import Pages
 from lm.kernels.paged_attention.reference import (
@@ -73,10 +74,12 @@ def paged_attention(
       [N, H, value_dim] of q's dtype; zeros for padding.
 
     Raises:
-      ValueError: shapes disagree, the implementation is unknown or cannot hold the table or a page,
-        or the mesh does not divide the heads.
+      ValueError: shapes disagree, the window or soft-cap is not positive, the implementation is
+        unknown or cannot hold the table, a page or a block, or the mesh does not divide the heads.
     """
-    _check(q, pages, page_table, kv_lens, cu_q_lens)
+    _check_queries(q, pages, sinks)
+    check_scores(window, softcap)
+    _check_sequences(page_table, kv_lens, cu_q_lens, q_lens)
     starts, lens = _sequences(cu_q_lens, q_lens)
     chip = _chip()
     tensors = (q, pages, page_table, kv_lens, starts, lens, sinks)
@@ -124,6 +127,7 @@ def write_pages(
       The pages, the old ones' memory where it is donated. Padding, positions beyond the table and
       those whose table entry is negative are written nowhere.
     """
+    _check_sequences(page_table, kv_lens, cu_q_lens, q_lens)
     starts, lens = _sequences(cu_q_lens, q_lens)
     tensors = (pages, keys, values, page_table, kv_lens, starts, lens)
     reference = functools.partial(reference_write_pages, max_len=max_q_len)
@@ -163,20 +167,31 @@ def _dispatch(
     )
 
 
-def _check(
-    q: jax.Array, pages: Pages, page_table: jax.Array, kv_lens: jax.Array, cu_q_lens: jax.Array
-) -> None:
-    K, B = pages.data.shape[1], page_table.shape[0]
+def _check_queries(q: jax.Array, pages: Pages, sinks: jax.Array | None) -> None:
+    K = pages.data.shape[1]
     if q.ndim != 3 or q.shape[2] != pages.key_dim:
         raise ValueError(f"q is [tokens, heads, {pages.key_dim}] for these pages, not {q.shape}")
     if q.shape[1] % K:
         raise ValueError(f"num_kv_heads={K} of the pages does not divide num_heads={q.shape[1]}")
-    if page_table.ndim != 2 or kv_lens.shape != (B,) or cu_q_lens.shape != (B + 1,):
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks has shape {sinks.shape}; give one a query head, [{q.shape[1]}]")
+
+
+def _check_sequences(
+    page_table: jax.Array, kv_lens: jax.Array, cu_q_lens: jax.Array, q_lens: jax.Array | None
+) -> None:
+    given = {"page_table": page_table, "kv_lens": kv_lens, "cu_q_lens": cu_q_lens}
+    if q_lens is not None:
+        given["q_lens"] = q_lens
+    B = page_table.shape[0] if page_table.ndim == 2 else None
+    if B is None or kv_lens.shape != (B,) or cu_q_lens.shape != (B + 1,):
         raise ValueError(
             f"page_table {page_table.shape}, kv_lens {kv_lens.shape}, cu_q_lens {cu_q_lens.shape}; "
             "give [B, M], [B] and [B + 1] of one B"
         )
-    for name, x in (("page_table", page_table), ("kv_lens", kv_lens), ("cu_q_lens", cu_q_lens)):
+    if q_lens is not None and q_lens.shape != (B,):
+        raise ValueError(f"q_lens has shape {q_lens.shape}; give one a sequence, [{B}]")
+    for name, x in given.items():
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} is {x.dtype.name}; give int32")
 

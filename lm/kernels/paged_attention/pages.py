@@ -118,6 +118,8 @@ def new_rows(
       ValueError: sizes are not those of the pages.
     """
     K, W = pages.data.shape[1], pages.data.shape[3]
+    if values is not None and values.shape[:-1] != keys.shape[:-1]:
+        raise ValueError(f"keys {keys.shape} and values {values.shape}; give [N, K, size] of both")
     new = keys if values is None else jnp.concatenate([keys, values], axis=-1)
     wanted = pages.key_dim + (0 if pages.latent else pages.value_dim)
     if new.shape[1:] != (K, wanted):

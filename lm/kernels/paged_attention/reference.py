@@ -45,17 +45,17 @@ def reference_write_pages(
 
 
 def gather_pages(pages: Pages, page_table: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rows of each sequence's positions, [B, K, S, W], dequantized to `dtype`."""
+    """Rows of each sequence's positions, [B, K, S, W], dequantized in float32, then `dtype`."""
     P, K, p, W = pages.data.shape
     B, M = page_table.shape
     table = jnp.clip(page_table, 0, P - 1)[:, None, :]
     heads = jnp.arange(K)[None, :, None]
-    rows = pages.data[table, heads].astype(dtype)
+    rows = pages.data[table, heads]
     if pages.scales is not None:
         scales = pages.scales[table[..., None], jnp.arange(2), heads[..., None]]  # [B, K, M, 2, p]
-        first, second = (scales[:, :, :, i, :, None].astype(dtype) for i in range(2))
-        rows *= jnp.where(jnp.arange(W) < pages.split, first, second)
-    return rows.reshape(B, K, M * p, W)
+        first, second = (scales[:, :, :, i, :, None] for i in range(2))
+        rows = rows.astype(jnp.float32) * jnp.where(jnp.arange(W) < pages.split, first, second)
+    return rows.astype(dtype).reshape(B, K, M * p, W)
 
 
 def reference_paged_attention(
