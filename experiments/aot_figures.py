@@ -13,6 +13,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from experiments.aot_programs import Compiled, Program, bytes_per_device
+from lm.kernels.attention.common import declared_flops
 from lm.model import forward_flops, train_flops
 from lm.sharding.census import Collective
 from lm.sharding.chips import Chip, chip_of
@@ -93,7 +94,7 @@ class Asked:
 
     Attributes:
       matmul: of matrix products, those that are computed again for the backward pass included.
-      kernels: of Pallas kernels, by their own estimates.
+      kernels: of Pallas kernels, as they declare them.
     """
 
     matmul: float
@@ -105,10 +106,10 @@ def asked_flops(program: Program) -> Asked:
     with jax.set_mesh(program.layout.mesh):
         closed = program.function.trace(*program.call).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return Asked(*_count(jaxpr))
+    return Asked(*count_flops(jaxpr))
 
 
-def _count(jaxpr: Any) -> np.ndarray:
+def count_flops(jaxpr: Any) -> np.ndarray:
     """(matmul, kernels) of a jaxpr; of a `while`, whose turns are not known, one."""
     total = np.zeros(2)
     for equation in jaxpr.eqns:
@@ -118,11 +119,12 @@ def _count(jaxpr: Any) -> np.ndarray:
             shape = equation.invars[0].aval.shape
             inner = math.prod(shape[d] for d in contracted)
             total[0] += 2.0 * equation.outvars[0].aval.size * inner
-        elif name == "pallas_call":
-            estimate = params.get("cost_estimate")
-            total[1] += estimate.flops if estimate is not None else 0
+        elif name in ("pallas_call", "mpmd_map"):
+            estimate = params["cost_estimate"]
+            metadata = equation.ctx.xla_metadata
+            total[1] += estimate.flops if estimate else declared_flops(params["name"], metadata)
         else:
-            parts = [_count(inner) for inner in _inner(params)]
+            parts = [count_flops(inner) for inner in _inner(params)]
             if not parts:
                 continue
             if name == "cond":

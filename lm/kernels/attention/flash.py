@@ -17,6 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from lm.kernels.attention import flash_kernels as kernels
+from lm.kernels.attention.common import (
+    kernel_flops,
+    num_scores,
+    padded,
+    padded_rows,
+    with_sinks,
+)
 from lm.kernels.attention.flash_blocks import (
     LANES,
     SMALLEST,
@@ -30,7 +37,7 @@ from lm.kernels.attention.flash_blocks import (
 )
 from lm.kernels.attention.flash_kernels import LOG2_E, Mask, Scores
 from lm.kernels.attention.reference import View
-from lm.kernels.attention.schedule import PADDING_POSITION, PADDING_SEGMENT, Rows, schedule
+from lm.kernels.attention.schedule import Rows, schedule
 
 
 class Static(NamedTuple):
@@ -77,10 +84,8 @@ def flash_attention(
     static = _static(q, v, view, scale, causal, window, softcap, chip, blocks, interpret)
     results: Any = _attend(q, k, v, view, static)
     out, lse = results
-    if sinks is not None:  # a key without a value: the rest is weighted down
-        both = jnp.logaddexp(lse, sinks.astype(jnp.float32))
-        out = (out * jnp.exp(lse - both)[..., None]).astype(q.dtype)
-        lse = both
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -122,7 +127,7 @@ def _forward(q_BTHh, k_BSKh, v_BSKd, view, static: Static):
     (B, T, H, h), (S, K, d) = q_BTHh.shape, v_BSKd.shape[1:]
     heads = _heads(H // K, static.blocks.heads)
     query, key = _fit(static.blocks.forward, heads, T, S, static.blocks)
-    rows = _padded_rows(view, query, key, static.causal)
+    rows = padded_rows(view, query, key, static.causal)
     visits, count = _schedule(rows, query, key, static)
     call = _call(static, rows, query, key)._replace(
         vmem=_budget(static.chip, forward_vmem(query, key, heads, h, d, q_BTHh.dtype.itemsize)),
@@ -159,7 +164,7 @@ def _gradients(q_BTHh, k_BSKh, v_BSKd, view, out, lse, dout, dlse, static: Stati
     lse = jnp.where(lse < kernels.NONE_SEEN, -kernels.NONE_SEEN, lse * LOG2_E)
     chunks = -(-S // static.blocks.resident)
     keys = -(-S // (chunks * key)) * key
-    rows = _padded_rows(view, query, chunks * keys, static.causal)
+    rows = padded_rows(view, query, chunks * keys, static.causal)
     call = _call(static, rows, query, key)._replace(
         vmem=_budget(
             static.chip, backward_vmem(query, key, keys, heads, h, d, q_BTHh.dtype.itemsize)
@@ -220,37 +225,6 @@ def _heads(group: int, most: int) -> int:
     return max(n for n in range(1, min(group, most) + 1) if group % n == 0)
 
 
-def _padded(x: jax.Array, axis: int, block: int, **how: Any) -> jax.Array:
-    extra = -x.shape[axis] % block
-    if not extra:
-        return x
-    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)], **how)
-
-
-def _padded_rows(view: View, query: int, key: int, causal: bool) -> Rows:
-    """Rows of whole blocks; no query sees a key that is padding."""
-    query_positions, key_positions = (
-        jnp.asarray(x, jnp.int32) for x in (view.query_positions, view.key_positions)
-    )
-    query_segments, key_segments = view.query_segments, view.key_segments
-    if query_segments is None and not causal and key_positions.shape[1] % key:
-        query_segments = jnp.zeros_like(query_positions)
-        key_segments = jnp.zeros_like(key_positions)
-    query_positions = _padded(query_positions, 1, query, mode="edge")
-    key_positions = _padded(key_positions, 1, key, constant_values=PADDING_POSITION)
-    if query_segments is None:
-        return Rows(query_positions, key_positions, None, None)
-    query_segments, key_segments = (
-        jnp.asarray(x, jnp.int32) for x in (query_segments, key_segments)
-    )
-    return Rows(
-        query_positions,
-        key_positions,
-        _padded(query_segments, 1, query, mode="edge"),
-        _padded(key_segments, 1, key, constant_values=PADDING_SEGMENT),
-    )
-
-
 def _schedule(rows: Rows, query: int, key: int, static: Static) -> Any:
     return schedule(
         rows, query, key, causal=static.causal, window=static.window, in_order=static.in_order
@@ -260,13 +234,13 @@ def _schedule(rows: Rows, query: int, key: int, static: Static) -> Any:
 def _of_queries(x: jax.Array, K: int, heads: int, block: int, fill: float = 0.0) -> jax.Array:
     """[B, T, H, ...] -> [B, K, N, g, T padded, ...]."""
     B, _, H = x.shape[:3]
-    x = jnp.moveaxis(_padded(x, 1, block, constant_values=fill), 2, 1)
+    x = jnp.moveaxis(padded(x, 1, block, constant_values=fill), 2, 1)
     return x.reshape(B, K, H // (K * heads), heads, *x.shape[2:])
 
 
 def _of_keys(x_BSKh: jax.Array, block: int) -> jax.Array:
     """[B, S, K, h] -> [B, K, S padded, h]."""
-    return jnp.moveaxis(_padded(x_BSKh, 1, block), 2, 1)
+    return jnp.moveaxis(padded(x_BSKh, 1, block), 2, 1)
 
 
 def _budget(chip: str | None, estimate: int) -> int:
@@ -281,31 +255,22 @@ def _call(static: Static, rows: Rows, query: int, key: int) -> kernels.Call:
     return kernels.Call(mask, scores, query, key, 0, static.interpret, none)
 
 
-def _pairs(T: int, S: int, causal: bool, window: int | None) -> int:
-    """Scores that count in a row of S tokens whose last T are the queries, if it is not packed."""
-    first = S - T
-    if causal and first < 0:
-        return T * S
-    if not causal:
-        return T * S if window is None else min(T * S, T * (2 * window - 1))
-    if window is None:
-        return T * first + T * (T + 1) // 2
-    short = max(0, min(T, window - 1 - first))  # queries that see fewer than `window` keys
-    return short * first + short * (short + 1) // 2 + (T - short) * window
-
-
 def _cost(static: Static, q, v, query: int, key: int, *, backward: bool, chunks: int = 1):
-    """Work of the scores that count; a block of keys is read again for each block of queries."""
+    """Work of one call for the scores that count, where `chunks` calls share the keys.
+
+    A block of keys is read again for each block of queries.
+    """
     (B, T, H, h), (S, K, d) = q.shape, v.shape[1:]
-    pairs = B * H * _pairs(T, S, static.causal, static.window)
+    scores = num_scores(T, S, static.causal, static.window)
     size = q.dtype.itemsize
-    per_query, per_key = H * (h + d) * size, K * (h + d) * size
-    visits = math.ceil(pairs / (B * H * query * key))
-    read = B * visits * key * per_key * (H // (K * _heads(H // K, static.blocks.heads)))
+    moved = B * T * (H * (h + d) * size + (H * (4 * h + 8) if backward else 4 * H))
+    groups = H // (K * _heads(H // K, static.blocks.heads))
+    read = B * math.ceil(scores / (query * key)) * key * groups * K * (h + d) * size
     if backward:
-        flops = pairs * (6 * h + 4 * d)
-        moved = chunks * B * T * (per_query + H * (4 * h + 8)) + read + B * S * K * (h + d) * 4
-    else:
-        flops = pairs * 2 * (h + d)
-        moved = B * T * (per_query + 4 * H) + read
-    return pl.CostEstimate(flops=flops, transcendentals=pairs, bytes_accessed=moved)
+        read += B * S * K * (h + d) * 4
+    flops = kernel_flops("backward" if backward else "forward", B * H * scores, h, d)
+    return pl.CostEstimate(
+        flops=flops // chunks,
+        transcendentals=B * H * scores // chunks,
+        bytes_accessed=moved + read // chunks,
+    )

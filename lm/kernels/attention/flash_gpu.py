@@ -18,10 +18,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import flash_gpu_kernels as kernels
+from lm.kernels.attention.common import kernel_flops, num_scores, padded, padded_rows, with_sinks
 from lm.kernels.attention.flash_gpu_kernels import Ranges, Tile
 from lm.kernels.attention.flash_kernels import LOG2_E, NONE_SEEN, Mask, Scores, stack_rows
 from lm.kernels.attention.reference import View
-from lm.kernels.attention.schedule import PADDING_POSITION, PADDING_SEGMENT, Rows, pairs
+from lm.kernels.attention.schedule import Rows, pairs
 
 SHARED_MEMORY = 227 * 1024  # bytes a program may use; CUDA programming guide, capability 9.0
 DTYPES = ("bfloat16", "float16")
@@ -86,17 +87,44 @@ def flash_attention_gpu(
     Raises:
       ValueError: another dtype or head size, or the tiles need more shared memory than there is.
     """
+    static = _static(q, k, v, view, scale, causal, window, softcap, tiles)
+    results: Any = _attend(q, k, v, view, static)
+    out, lse = results
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_gpu_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    view: View,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    dlse: jax.Array | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `lm.kernels.attention.attention_backward` and, for the rest, `flash_attention_gpu`.
+
+    The gradients are of the arrays' precision, held as float32.
+    """
+    static = _static(q, k, v, view, scale, causal, window, softcap, tiles)
+    dq, dk, dv = _gradients(q, k, v, view, out, lse, dout, dlse, static)
+    return dq.astype(jnp.float32), dk.astype(jnp.float32), dv.astype(jnp.float32)
+
+
+def _static(q, k, v, view, scale, causal, window, softcap, tiles) -> Static:
     if tiles is None:
         tiles = _tiles(q.shape[3])
     _check(q, k, v, tiles)
-    static = Static(scale, causal, window, softcap, view.in_order, tiles)
-    results: Any = _attend(q, k, v, view, static)
-    out, lse = results
-    if sinks is not None:  # a key without a value: the rest is weighted down
-        both = jnp.logaddexp(lse, sinks.astype(jnp.float32))
-        out = (out * jnp.exp(lse - both)[..., None]).astype(q.dtype)
-        lse = both
-    return (out, lse) if return_lse else out
+    return Static(scale, causal, window, softcap, view.in_order, tiles)
 
 
 def forward_shared_memory(tile: Tile, head_dim: int) -> int:
@@ -165,11 +193,8 @@ def _attend(q, k, v, view: View, static: Static) -> tuple[jax.Array, jax.Array]:
 
 def _forward(q_BTHh, k_BSKh, v_BSKh, view, static: Static):
     T, tile = q_BTHh.shape[1], static.tiles.forward
-    rows = _padded_rows(view, tile.query, tile.key, static)
-    call = _call(static, rows, tile, of_keys=False)
-    out, lse = kernels.forward(
-        call, _mask_rows(call, rows), *_tiled(q_BTHh, k_BSKh, v_BSKh, tile)
-    )  # fmt: skip
+    call, rows = _call(static, q_BTHh, k_BSKh, view, "forward")
+    out, lse = kernels.forward(call, rows, *_tiled(q_BTHh, k_BSKh, v_BSKh, tile))
     out, lse = out[:, :T], jnp.moveaxis(lse[:, :, :T], 1, 2)
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return (out, lse), (q_BTHh, k_BSKh, v_BSKh, view, out, lse)
@@ -177,9 +202,18 @@ def _forward(q_BTHh, k_BSKh, v_BSKh, view, static: Static):
 
 def _backward(static: Static, saved, gradients):
     q, k, v, view, out, lse = saved
-    dout, dlse = gradients
+    dq, dk, dv = _gradients(q, k, v, view, out, lse, *gradients, static=static)
+    return dq, dk, dv, jax.tree.map(lambda _: None, view)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _gradients(q, k, v, view, out, lse, dout, dlse, static: Static):
     T, S = q.shape[1], k.shape[1]
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    if dlse is not None:
+        delta -= dlse
     lse2 = jnp.where(lse < NONE_SEEN, -NONE_SEEN, lse * LOG2_E)
     delta, lse2 = (jnp.moveaxis(x, 1, 2) for x in (delta, lse2))  # [B, H, T]
     dout = dout.astype(q.dtype)
@@ -187,33 +221,27 @@ def _backward(static: Static, saved, gradients):
     def given(tile: Tile) -> list[jax.Array]:
         return [
             *_tiled(q, k, v, tile),
-            _padded(dout, 1, tile.query),
-            _padded(lse2, 2, tile.query, constant_values=-NONE_SEEN),
-            _padded(delta, 2, tile.query),
+            padded(dout, 1, tile.query),
+            padded(lse2, 2, tile.query, constant_values=-NONE_SEEN),
+            padded(delta, 2, tile.query),
         ]
 
-    tile = static.tiles.dq
-    rows = _padded_rows(view, tile.query, tile.key, static)
-    call = _call(static, rows, tile, of_keys=False)
-    dq = kernels.backward_queries(call, _mask_rows(call, rows), *given(tile))[:, :T]
-
-    tile = static.tiles.dkv
-    rows = _padded_rows(view, tile.query, tile.key, static)
-    call = _call(static, rows, tile, of_keys=True)
-    backward_keys = functools.partial(
-        kernels.backward_keys, call, _mask_rows(call, rows), *given(tile)
-    )
-    if static.tiles.together:
-        dk, dv = backward_keys(wanted=("dk", "dv"))
-    else:
-        (dk,), (dv,) = backward_keys(wanted=("dk",)), backward_keys(wanted=("dv",))
-    return dq, dk[:, :S], dv[:, :S], jax.tree.map(lambda _: None, view)
+    call, rows = _call(static, q, k, view, "dq")
+    dq = kernels.backward_queries(call, rows, *given(call.tile))[:, :T]
+    gradients = []
+    for wanted in (("dk", "dv"),) if static.tiles.together else (("dk",), ("dv",)):
+        call, rows = _call(static, q, k, view, "dkv" if static.tiles.together else wanted[0])
+        gradients += kernels.backward_keys(call, rows, *given(call.tile), wanted=wanted)
+    dk, dv = gradients
+    return dq, dk[:, :S], dv[:, :S]
 
 
-_attend.defvjp(_forward, _backward)
-
-
-def _call(static: Static, rows: Rows, tile: Tile, *, of_keys: bool) -> kernels.Call:
+def _call(static: Static, q, k, view: View, kernel: str) -> tuple[kernels.Call, Any]:
+    """The call of a kernel of `common.PRODUCTS`, and the rows its mask reads."""
+    (B, T, H, h), S = q.shape, k.shape[1]
+    of_keys = kernel.startswith(("dk", "dv"))
+    tile = static.tiles.dkv if of_keys else getattr(static.tiles, kernel)
+    rows = padded_rows(view, tile.query, tile.key, static.causal)
     possible, whole = pairs(
         rows, tile.query, tile.key, causal=static.causal, window=static.window,
         in_order=static.in_order,
@@ -222,7 +250,9 @@ def _call(static: Static, rows: Rows, tile: Tile, *, of_keys: bool) -> kernels.C
         possible, whole = possible.swapaxes(1, 2), whole.swapaxes(1, 2)
     mask = Mask(static.causal, static.window, rows.query_segments is not None)
     scores = Scores(static.scale, static.softcap)
-    return kernels.Call(mask, scores, static.in_order, tile, ranges(possible, whole))
+    flops = kernel_flops(kernel, B * H * num_scores(T, S, static.causal, static.window), h, h)
+    call = kernels.Call(mask, scores, static.in_order, tile, ranges(possible, whole), flops)
+    return call, _mask_rows(call, rows)
 
 
 def ranges(possible: Any, whole: Any) -> Ranges:
@@ -264,32 +294,5 @@ def _mask_rows(call: kernels.Call, rows: Rows) -> tuple[jax.Array, ...]:
     return rows.query_segments[:, None], rows.key_segments[:, None]
 
 
-def _padded(x: jax.Array, axis: int, block: int, **how: Any) -> jax.Array:
-    extra = -x.shape[axis] % block
-    if not extra:
-        return x
-    return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)], **how)
-
-
 def _tiled(q: jax.Array, k: jax.Array, v: jax.Array, tile: Tile) -> tuple[jax.Array, ...]:
-    return _padded(q, 1, tile.query), _padded(k, 1, tile.key), _padded(v, 1, tile.key)
-
-
-def _padded_rows(view: View, query: int, key: int, static: Static) -> Rows:
-    """Rows of whole blocks; no query sees a key that is padding."""
-    int32 = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.int32))
-    query_positions, key_positions = int32((view.query_positions, view.key_positions))
-    query_segments, key_segments = int32((view.query_segments, view.key_segments))
-    if query_segments is None and not static.causal and key_positions.shape[1] % key:
-        query_segments = jnp.zeros_like(query_positions)
-        key_segments = jnp.zeros_like(key_positions)
-    query_positions = _padded(query_positions, 1, query, mode="edge")
-    key_positions = _padded(key_positions, 1, key, constant_values=PADDING_POSITION)
-    if query_segments is None:
-        return Rows(query_positions, key_positions, None, None)
-    return Rows(
-        query_positions,
-        key_positions,
-        _padded(query_segments, 1, query, mode="edge"),
-        _padded(key_segments, 1, key, constant_values=PADDING_SEGMENT),
-    )
+    return padded(q, 1, tile.query), padded(k, 1, tile.key), padded(v, 1, tile.key)

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lm.kernels.attention.common import declared
 from lm.kernels.attention.flash_kernels import LOG2_E, MASK, NONE_SEEN, Mask, Scores
 from lm.kernels.attention.reference import NEGATIVE
 
@@ -65,6 +66,7 @@ class Call(NamedTuple):
       by_index: positions are those in the arrays; else they are in the rows.
       tile: sizes.
       ranges: blocks each tile meets.
+      flops: operations, declared.
     """
 
     mask: Mask
@@ -72,6 +74,7 @@ class Call(NamedTuple):
     by_index: bool
     tile: Tile
     ranges: Ranges
+    flops: int
 
     @property
     def slope(self) -> float:
@@ -256,7 +259,7 @@ def _rings(tile: Tile) -> tuple[Any, Any, Any]:
 
 
 def _launch(call: Call, body: Callable[..., None], grid: tuple[int, int, int], out, scratch):
-    return plgpu.kernel(
+    launch: Any = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
@@ -268,6 +271,7 @@ def _launch(call: Call, body: Callable[..., None], grid: tuple[int, int, int], o
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )
+    return declared(flash_attention=call.flops)(launch)
 
 
 def forward(call: Call, rows: tuple[jax.Array, ...], q, k, v) -> tuple[jax.Array, jax.Array]:

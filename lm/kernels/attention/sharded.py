@@ -9,6 +9,7 @@ import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
+from lm.kernels.attention.common import declared, kernel_flops, num_scores
 from lm.kernels.attention.flash import flash_attention, flash_attention_backward
 from lm.kernels.attention.flash_gpu import flash_attention_gpu
 from lm.kernels.attention.reference import View
@@ -118,7 +119,14 @@ def sharded_splash(q, k, v, view: View, *, scale, causal, window, softcap) -> ja
         if view.query_segments is not None:
             segments = splash.SegmentIds(view.query_segments, view.key_segments)
         heads_first = (x.swapaxes(1, 2) for x in (q * scale, k, v))
-        out: Any = jax.vmap(attend)(*heads_first, segments)
+        scores = q.shape[0] * q.shape[2] * num_scores(T, S, causal, window)
+        kernels = {"fwd": "forward", "dq": "dq", "dkv": "dkv"}
+        flops = {
+            name: kernel_flops(kernel, scores, q.shape[3], v.shape[3])
+            for name, kernel in kernels.items()
+        }
+        with declared(**flops):
+            out: Any = jax.vmap(attend)(*heads_first, segments)
         return out.swapaxes(1, 2)
 
     if layout is None or _is_local(layout.mesh):
