@@ -17,9 +17,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import View, attention, attention_backward
+from lm.kernels.attention.reference import NEGATIVE
 from lm.parallel.context import Context, current_context
 
-BLIND = -0.7 * float(np.finfo(np.float32).max)  # the log-sum-exp of nothing, as kernels have it
+KERNELS = ("flash", "mosaic_gpu")
 LONGEST_PLAIN = 1024  # tokens of a part where plain JAX holds the scores of a pair of them
 PADDING = np.iinfo(np.int32).max
 
@@ -88,7 +89,7 @@ def ring_attention(
       implementation: of the attention of one part of a chunk to another.
 
     Raises:
-      ValueError: the mesh does not divide batch, sequence or heads.
+      ValueError: the mesh does not divide batch, sequence or heads, or the implementation cannot.
     """
     options: dict[str, Any] = {
         "scale": scale, "causal": causal, "window": window, "softcap": softcap,
@@ -97,13 +98,19 @@ def ring_attention(
     context = current_context()
     if context is None:
         return attention(q, k, v, view, **options)
+    if implementation not in (None, "reference", *KERNELS):
+        raise ValueError(
+            f"implementation={implementation!r} does not give the log-sum-exp by which a ring "
+            "merges parts; use flash on TPUs, mosaic_gpu on Hopper GPUs, reference, or none; or "
+            "ulysses, which takes any"
+        )
     context.spec(q.shape, "batch", "sequence", "heads", None)  # refuses what does not divide
     chunk = q.shape[1] // context.size
     steps = context.size
     if causal and window is not None and view.in_order:
         steps = min(steps, 1 + -(-(window - 1) // chunk))
     platform = context.mesh.devices.flat[0].platform
-    kernel = implementation == "flash" or (implementation is None and platform == "tpu")
+    kernel = implementation in KERNELS or (implementation is None and platform == "tpu")
     parts = _parts(chunk, 2 if kernel else max(2, chunk // LONGEST_PLAIN))
     static = Static(context, steps, parts, causal, window, tuple(options.items()))
     return _ring(q, k, v, view, static)
@@ -166,7 +173,7 @@ def _forward(static: Static, q, k, v, q_positions, k_positions, q_segments, k_se
     keys = _cut(static, Keys(k, v, k_positions, k_segments))
     shape = queries.q_PBtHh.shape
     out = jnp.zeros((*shape[:-1], v.shape[-1]), jnp.float32)
-    lse = jnp.full(shape[:-1], BLIND, jnp.float32)
+    lse = jnp.full(shape[:-1], NEGATIVE, jnp.float32)
 
     def visit(total, keys: Keys):
         def pair(total, i, j):

@@ -34,7 +34,7 @@ QUICK = {"exec_time_optimization_effort": -1.0}
 @functools.cache
 def compiled(
     way: str, topology: str, context: int, length: int, num_heads: int, num_kv_heads: int,
-    quick: bool = True,
+    quick: bool = True, implementation: str | None = None,
 ) -> Any:  # fmt: skip
     """Attention and its gradients, packed, bfloat16, one row for each device of `data`."""
     if not HERE[topology.split(":")[0]]:
@@ -47,7 +47,8 @@ def compiled(
         with use_layout(layout):
             view = View(positions, positions, segments, segments, in_order=way != "zigzag")
             attend = ulysses_attention if way == "ulysses" else ring_attention
-            out, pull = jax.vjp(lambda *qkv: attend(*qkv, view, scale=0.1), q, k, v)
+            options = {"scale": 0.1, "implementation": implementation}
+            out, pull = jax.vjp(lambda *qkv: attend(*qkv, view, **options), q, k, v)
             return out, pull(dout)
 
     def array(dtype: Any, *dims: Any) -> jax.ShapeDtypeStruct:
@@ -97,6 +98,18 @@ def test_a_ring_sends_keys_round_and_gathers_nothing(topology):
     plain = "h200" in topology
     check_ring(program, mesh, 4, 16384, 8, 8, scores=4 * 8 * 1024**2 if plain else 0)
     assert plain or "flash_attention_forward" in program.as_text()
+
+
+def test_a_ring_of_hopper_kernels_sends_the_same():
+    program, mesh = compiled("zigzag", "h200:4", 4, 16384, 8, 8, implementation="mosaic_gpu")
+    check_ring(program, mesh, 4, 16384, 8, 8)
+    assert "mosaic_gpu" in program.as_text()
+
+
+@pytest.mark.parametrize("implementation", ["splash", "blocked", "cudnn"])
+def test_a_ring_of_what_cannot_be_merged_is_refused(implementation):
+    with pytest.raises(ValueError, match=f"'{implementation}' does not give the log-sum-exp"):
+        compiled("zigzag", "h200:4", 4, 16384, 8, 8, implementation=implementation)
 
 
 def test_ulysses_exchanges_heads_for_rows():

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from lm.kernels.attention.blocked import blocked_attention
+from lm.kernels.attention.flash_gpu import flash_attention_gpu_backward
 from lm.kernels.attention.reference import (
     View,
     reference_attention,
@@ -138,7 +139,8 @@ def attention_backward(
       out, lse: [B, T, H, h of v] and [B, T, H], of the softmax over all keys.
       dout: the gradient of `out`.
       dlse: the gradient of `lse`, float32 [B, T, H]; None for 0.
-      implementation: "reference" or "flash"; None for "flash" where the layout's mesh is of TPUs.
+      implementation: "reference", "flash", or "mosaic_gpu" on a device's own arrays; None for
+        "flash" where the layout's mesh is of TPUs.
 
     Returns:
       (dq, dk, dv), float32, shaped as q, k and v. Queries that see no key of this part, and keys
@@ -158,8 +160,11 @@ def attention_backward(
         return sharded_flash_backward(q, k, v, view, out, lse, dout, **options)
     if implementation == "reference":
         return reference_attention_backward(q, k, v, view, out, lse, dout, **options)
+    if implementation == "mosaic_gpu":
+        return flash_attention_gpu_backward(q, k, v, view, out, lse, dout, **options)
     raise ValueError(
-        f"attention_backward implementation {implementation!r} is unknown; use reference or flash"
+        f"attention_backward implementation {implementation!r} is unknown; use reference, flash or "
+        "mosaic_gpu"
     )
 
 
