@@ -202,7 +202,13 @@ def main() -> None:
     if FLAGS.worker:
         work(FLAGS.worker, path)
         return
-    rows = measure(path, list(available(FLAGS.contenders)))
+    sizes = FLAGS.batch_sizes
+    if not sizes or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ConfigError(f"--batch_sizes={','.join(sizes)} has to be numbers of at least 1: 1,8")
+    names = list(available(FLAGS.contenders))
+    if not names:
+        raise ConfigError(f"no contender can run here; use some of {','.join(CONTENDERS)}")
+    rows = measure(path, names)
     if FLAGS.format == "json":
         print(json.dumps(rows))
         return

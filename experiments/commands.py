@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
+
 import jax.numpy as jnp
 from absl import flags
 
 from experiments.config import ConfigError, input_errors
 from lm.adapters import combine
 from lm.checkpoints import Opened, open_any
-from lm.checkpoints.models import DTYPES
+from lm.checkpoints.models import DTYPES, malformed
 from lm.checkpoints.peft import load_peft
 
+_COMMAND = sys.argv[0]  # whose own flags these are, so that its `--help` lists them
 _MODEL = flags.DEFINE_string(
     "model",
     None,
     "A Hugging Face directory, a .gguf file, a checkpoint or workdir of a run, or the name of a "
     "model that an installed package brings.",
+    module_name=_COMMAND,
 )
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Where the tokenizer is, if not with --model.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of weights and compute.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Where the tokenizer is, if not with --model.", module_name=_COMMAND
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", DTYPES, "Of weights and compute.", module_name=_COMMAND
+)
 _KEEP_QUANTIZED = flags.DEFINE_bool(
-    "keep_quantized", False, "Compute on the blocks of a .gguf file instead of decoding them once."
-)
+    "keep_quantized", False, "Compute on the blocks of a .gguf file instead of decoding them once.",
+    module_name=_COMMAND,
+)  # fmt: skip
 _ADAPTER = flags.DEFINE_multi_string(
     "adapter",
     [],
     "A PEFT directory with a LoRA adapter, put over the model. experiments.generate takes several "
     'as NAME=DIRECTORY, of which each row of --prompts chooses by "adapter": NAME.',
+    module_name=_COMMAND,
 )
 
 
@@ -53,7 +64,8 @@ def open_with_adapters() -> tuple[Opened, dict[str, int]]:
     named: dict[str, str] = {}
     for value in _ADAPTER.value:
         name, equals, directory = value.partition("=")
-        if not equals or not name:
+        alone = len(_ADAPTER.value) == 1 and pathlib.Path(value).exists()
+        if not equals or not name or alone:
             if len(_ADAPTER.value) == 1:
                 return open_model(), {}
             raise ConfigError(f"--adapter={value}: one of several needs a name: NAME=DIRECTORY")
@@ -70,7 +82,7 @@ def open_with_adapters() -> tuple[Opened, dict[str, int]]:
 
 
 def _adapted(opened: Opened, directory: str) -> Opened:
-    with input_errors():
+    with input_errors(), malformed(directory):
         return opened._replace(params=load_peft(directory, opened.params, opened.config))
 
 
@@ -98,8 +110,7 @@ def read_text(path: str) -> str:
       ConfigError: it cannot be read, or is not UTF-8.
     """
     try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8")
+        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

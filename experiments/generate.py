@@ -36,12 +36,15 @@ from lm.infer.serving import serving_form
 from lm.tokenizers import ChatTemplate, Tokenizer
 
 FLAGS = flags.FLAGS
+KEYS = ("prompt", "messages", "adapter")  # of a row of --prompts
 GROUP = 8  # batches of prompts between two lines of output
 
 
 def main() -> None:
     if (FLAGS.prompt is None) == (FLAGS.prompts is None):
         raise ConfigError("give either --prompt=TEXT or --prompts=FILE.jsonl")
+    if FLAGS.logprobs is not None and FLAGS.format != "json":
+        raise ConfigError("--logprobs are printed with --format=json; add it")
     with input_errors():
         settings = read_settings()
     rows = [("--prompt", {"prompt": FLAGS.prompt})]
@@ -108,7 +111,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         where, found = f"{path}:{number}", True
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where} is not JSON: {error}") from error
         check_row(row, where)
         yield where, row
@@ -122,6 +125,10 @@ def check_row(row: Any, where: str) -> None:
         raise ConfigError(
             f'{where} has to be an object with either "prompt" or "messages", not {row!r:.80}'
         )
+    for key in row.keys() - set(KEYS):
+        raise ConfigError(f"{where}: unknown key {key!r}; a row has {', '.join(KEYS)}")
+    if not isinstance(row.get("adapter"), str | None):
+        raise ConfigError(f'{where}: "adapter" is {row["adapter"]!r:.80}; it has to be a name')
     if "prompt" in row:
         if not isinstance(row["prompt"], str):
             raise ConfigError(f'{where}: "prompt" is {row["prompt"]!r:.80}; it has to be text')
@@ -210,7 +217,9 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest of this probability; 1 for all.")
     flags.DEFINE_integer("seed", 0, "Of the first prompt; the next has the next seed.")
     flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be repeated.")
-    flags.DEFINE_integer("logprobs", None, "With log-probabilities, and so many likeliest tokens.")
-    flags.DEFINE_integer("batch_size", 8, "Most prompts at once.")
+    flags.DEFINE_integer(
+        "logprobs", None, "With log-probabilities, and so many likeliest tokens.", lower_bound=0
+    )
+    flags.DEFINE_integer("batch_size", 8, "Most prompts at once.", lower_bound=1)
     flags.DEFINE_enum("format", "text", ["text", "json"], "What is printed.")
     program.run(main)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 Generate = Callable[[int, int], None]
 PROMPT = 32  # tokens of a prompt
 MOST = 1024  # positions of the context
+SLOTS = 8  # llama.cpp's rows at once; more wait
 
 
 def prompts(batch: int, vocab_size: int) -> list[list[int]]:
@@ -83,8 +85,8 @@ def llamacpp(path: pathlib.Path) -> tuple[Generate, dict]:
     library: Any = importlib.import_module("xllamacpp")
     params = library.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel = 8 * MOST, 8
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.n_ctx, params.n_parallel = SLOTS * MOST, SLOTS
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
     params.verbosity, params.cache_prompt = 0, False
     server = library.Server(params)
 

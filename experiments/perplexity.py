@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 from absl import flags
 
 from experiments import commands, program
 from experiments.config import ConfigError, input_errors
+from lm.infer.generate import WIDER
 from lm.infer.score import Scorer, perplexity
 
 FLAGS = flags.FLAGS
@@ -40,12 +42,16 @@ def main() -> None:
     window, stride = FLAGS.window, FLAGS.stride
     if window is None:
         window = min(512 if FLAGS.convention == "llama.cpp" else 2048, config.max_length)
+    if window > config.max_length:
+        raise ConfigError(f"--window={window} is beyond the model's context of {config.max_length}")
     with input_errors():
         ids = tokenizer.encode(text, bos=tokenizer.add_bos)
         scorer = Scorer(opened.params, config, batch_size=FLAGS.batch_size, dtype=commands.dtype())
         if FLAGS.max_tokens is not None:
             ids = ids[: FLAGS.max_tokens]
         found = perplexity(scorer, tokenizer, ids, window, stride, FLAGS.convention)
+    if not math.isfinite(found.nats_per_token):
+        raise ConfigError(f"log-probabilities are not finite in {commands.dtype()}; {WIDER}")
     result = dataclasses.asdict(found) | {
         "window": window,
         "stride": window if stride is None else stride,
@@ -65,10 +71,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("text", None, "File of text, in UTF-8.")
-    flags.DEFINE_integer("max_tokens", None, "Take so many tokens of the text.")
+    flags.DEFINE_integer("max_tokens", None, "Take so many tokens of the text.", lower_bound=2)
     flags.DEFINE_integer("window", None, "Tokens read at a time; by default 2048, or 512.")
     flags.DEFINE_integer("stride", None, "Tokens between windows; by default the window.")
     flags.DEFINE_enum("convention", "transformers", ["transformers", "llama.cpp"], "See above.")
-    flags.DEFINE_integer("batch_size", 1, "Windows at once.")
+    flags.DEFINE_integer("batch_size", 1, "Windows at once.", lower_bound=1)
     flags.DEFINE_enum("format", "text", ["text", "json"], "What is printed.")
     program.run(main)

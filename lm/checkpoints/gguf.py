@@ -142,8 +142,8 @@ def raw_rows(file: GGUF, each: Rows) -> np.ndarray:
     """The bytes of a weight's rows in our order, uint8 [rows, bytes a row]; padding is zeros."""
     raw = file.raw(each.tensor).reshape(each.tensor_shape[0], -1)
     raw = raw[each.start : each.start + each.count]
-    if each.order is not None:
-        raw = raw[each.order]
+    if (order := each.order) is not None:
+        raw = raw[order]
     padded = each.spec.shape[-1 if each.transposed else 0]
     return np.pad(raw, ((0, padded - each.count), (0, 0))) if padded > each.count else raw
 

@@ -118,6 +118,11 @@ def from_gguf(
     _check_supported(keys, tensors)
     family = FAMILIES[arch.family]
     num_layers = keys.size("block_count")
+    if num_layers > len(tensors):
+        raise CheckpointError(
+            f"{source}: {keys.arch}.block_count is {num_layers}, and the file has {len(tensors)} "
+            "tensors"
+        )
     num_heads = keys.size("attention.head_count")
     embed_dim = keys.size("embedding_length")
     head_dim = keys.get("attention.key_length", embed_dim // num_heads)

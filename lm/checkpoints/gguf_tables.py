@@ -106,7 +106,7 @@ class Rows:
       tensor_shape: its whole shape.
       start: its first row that is ours.
       count: how many are; our matrix may have more, of padding.
-      order: of the rows, where it is another; None for theirs.
+      turned: the layer, where a head's rows are in another order.
       transposed: ours is `[in, out]`.
       minus: taken off every number.
     """
@@ -117,9 +117,14 @@ class Rows:
     tensor_shape: tuple[int, ...]
     start: int
     count: int
-    order: np.ndarray | None
+    turned: Layer | None
     transposed: bool
     minus: float
+
+    @property
+    def order(self) -> np.ndarray | None:
+        """Of the rows, where it is another; None for theirs."""
+        return None if self.turned is None else halves_of_pairs(self.count, self.turned)
 
 
 def rows(config: ModelConfig, architecture: str) -> Iterator[Rows]:
@@ -162,14 +167,12 @@ def _rows(
     shape = (sum(counts), width) if matrix else (sum(counts),)
     start = 0
     for field, spec, count in zip(fields, specs, counts, strict=True):
-        turned = field.rpartition("/")[2] in ("query", "key", "query_bias", "key_bias")
-        order = None
-        if table.interleaved and turned and layer is not None:
-            order = halves_of_pairs(count, layer)
+        rotated = field.rpartition("/")[2] in ("query", "key", "query_bias", "key_bias")
+        turned = layer if table.interleaved and rotated else None
         norm = "norm" in field and field.endswith(("scale", "query_norm", "key_norm"))
         minus = 1.0 if table.plus_one and norm else 0.0
         path = prefix + field
-        yield Rows(path, spec, name, shape, start, count, order, matrix and not embed, minus)
+        yield Rows(path, spec, name, shape, start, count, turned, matrix and not embed, minus)
         start += count
 
 

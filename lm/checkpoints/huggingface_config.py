@@ -28,6 +28,9 @@ LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_
 MLP_BIASES = ("llama", "deepseek_v2")  # families whose configuration may ask for them
 
 
+MAX_LAYERS = 10_000
+
+
 class Reader:
     """A configuration's dictionary that knows which of its keys were asked for."""
 
@@ -87,6 +90,10 @@ def from_huggingface(
     read = Reader(data, fmt.defaults)
     num_heads = read.size("num_attention_heads")
     num_layers = read.size("num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise ValueError(
+            f"config.json key 'num_hidden_layers' is {num_layers}; use at most {MAX_LAYERS:,}"
+        )
     max_length = read.size("max_position_embeddings")
     kinds, window = _read_window(read, fmt, num_layers)
     traits: dict[str, Any] = {"window": window, "tied": bool(read("tie_word_embeddings"))}

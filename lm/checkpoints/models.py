@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +75,32 @@ def open_any(
     """
     if np.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype {np.dtype(dtype).name} is not one of {', '.join(DTYPES)}")
+    with malformed(model):
+        return _open_any(model, dtype, keep_quantized, layout, tokenizer)
+
+
+@contextlib.contextmanager
+def malformed(path: str | pathlib.Path) -> Iterator[None]:
+    """Turns what Python says of a value of the wrong kind in a file into a CheckpointError.
+
+    The readers name the key where they look at its kind; this is for those where they do not.
+    """
+    try:
+        yield
+    except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{path} holds a value of another kind than its format has ({type(error).__name__}: "
+            f"{error}); it is damaged, or written by something that takes liberties"
+        ) from error
+
+
+def _open_any(
+    model: str | pathlib.Path,
+    dtype: Any,
+    keep_quantized: bool,
+    layout: Layout | None,
+    tokenizer: str | pathlib.Path | None,
+) -> Opened:
     path = locate(model)
     opened_tokenizer = open_tokenizer(tokenizer or tokenizer_path(path))
     if path.suffix == ".gguf":

@@ -24,6 +24,7 @@ from lm.model import ModelConfig, ModelWeights, Tokens, forward, make_head
 from lm.weights import bind, num_adapters
 
 MIN_PROMPT, MIN_CACHE, MIN_STOPS = 16, 64, 4  # smallest buckets
+WIDER = "bfloat16 and float32 hold larger numbers than float16"
 WATCHED = 8  # tokens a row between two looks at the text
 
 
@@ -291,6 +292,11 @@ class _Batch:
             text = self.texts[i].text
             stopped = stopped or self.texts[i].stopped
         rows = range(start, start + len(ids))
+        if not np.isfinite(logprobs[i, start : start + len(ids)]).all():
+            raise ValueError(
+                f"request {self.indices[i]}: log-probabilities are not finite in "
+                f"{jnp.dtype(self.sampler.dtype)}; {WIDER}"
+            )
         top = None
         if request.top_logprobs:
             shown = slice(0, request.top_logprobs)

@@ -1,6 +1,7 @@
 """Models out of GGUF files, against the models of transformers they were converted from."""
 
 import dataclasses
+import tracemalloc
 
 import gguf
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import CheckpointError, load_gguf, read_gguf_config
+from lm.checkpoints import CheckpointError, load_gguf, open_any, read_gguf_config
 from lm.files import quantize, read_gguf, write_gguf
 from lm.files.gguf_writer import GGUFTensor
 from lm.model import Tokens, forward, make_head
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.weights import GGUFBlocks, Leaf
+from tests.checkpoints.tiny_gguf import write_tiny
 from tests.model.huggingface_oracle import BASE, CASES, GQA, YARN, build_oracle
 
 GEMMA3_ROPE = {
@@ -326,3 +328,36 @@ def test_only_what_is_needed_is_read(small):
     assert config == load_gguf(small[2])[1]
     assert dataclasses.replace(config, max_length=1) != config
     assert read_gguf(small[2]).metadata["llama.context_length"] == config.max_length
+
+
+@pytest.mark.parametrize("size", [10**9, 2**40])
+@pytest.mark.parametrize(
+    "key", ["block_count", "embedding_length", "attention.head_count", "attention.key_length"]
+)
+def test_sizes_that_lie_are_refused_before_anything_is_made_of_them(tmp_path, key, size):
+    path = write_tiny(tmp_path / "model.gguf", changes={f"llama.{key}": size})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"block_count|wants|dimension_count"):
+            load_gguf(path)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer.ggml.tokens": 3},
+        {"tokenizer.ggml.merges": 3},
+        {"tokenizer.ggml.pre": [1]},
+        {"tokenizer.ggml.bos_token_id": [1]},
+        {"general.architecture": ["llama"]},
+        {"llama.rope.freq_base": "x"},
+    ],
+)
+def test_values_of_another_kind_are_one_clear_error(tmp_path, changes):
+    path = write_tiny(tmp_path / "model.gguf", changes=changes)
+    with pytest.raises(ValueError, match=r"model.gguf") as refused:
+        open_any(path)
+    assert len(str(refused.value)) < 400

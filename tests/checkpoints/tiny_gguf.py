@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,11 @@ def vocabulary(name: str) -> dict[str, Any]:
     return json.loads(file.read_text())["vocabularies"][name] | {"tokenizer.ggml.pre": "gpt-2"}
 
 
-def write_tiny(path: pathlib.Path) -> pathlib.Path:
-    """Two layers of width 64, output tied to the embedding, a context of 128."""
+def write_tiny(path: pathlib.Path, changes: Mapping[str, Any] | None = None) -> pathlib.Path:
+    """Two layers of width 64, output tied to the embedding, a context of 128.
+
+    `changes` are metadata that the file has instead.
+    """
     rng = np.random.default_rng(0)
     metadata = vocabulary("bytes") | {
         "general.architecture": "llama",
@@ -33,6 +37,7 @@ def write_tiny(path: pathlib.Path) -> pathlib.Path:
         "tokenizer.chat_template": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n",
     }
+    metadata |= changes or {}
     shapes = {"token_embd.weight": (700, 64), "output_norm.weight": (64,)}
     for i in range(2):
         for name, shape in {
