@@ -5,14 +5,16 @@
 
 Blocks of GGUF files are decoded, and an adapter (`--adapter=DIRECTORY`) is added in. Writes
 config.json, generation_config.json, safetensors, and tokenizer.json with its configuration and chat
-template.
+templates: all of them, or after an error nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -33,46 +35,92 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 
 
 def main() -> None:
-    if FLAGS.output is None:
+    if not FLAGS.output:
         raise ConfigError("nowhere to write to; give a new folder with --output=DIR")
+    if FLAGS.keep_quantized:
+        raise ConfigError("convert decodes blocks; leave --keep_quantized out")
     output = pathlib.Path(FLAGS.output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} is there already; give a new folder as --output")
-    opened = commands.open_model()
-    tokenizer = opened.tokenizer
-    with input_errors():
-        save(merge(opened.params), opened.config, output, extra=special_ids(tokenizer))
-    source = locate(flags.FLAGS.model)
-    if is_huggingface(source) and flags.FLAGS.tokenizer is None:
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, output / name)
-    else:
-        generation = special_ids(tokenizer)
-        if len(tokenizer.eos_ids) > 1:
-            generation["eos_token_id"] = list(tokenizer.eos_ids)
-        text = json.dumps(generation, indent=2) + "\n"
-        (output / "generation_config.json").write_text(text, encoding="utf-8")
-        write_tokenizer(tokenizer, source, output)
-    for path in sorted(output.iterdir()):
-        print(f"{path}  {path.stat().st_size:,} bytes")
+    with input_errors(), new_folder(output) as folder:
+        opened = commands.open_model()
+        tokenizer = opened.tokenizer
+        save(merge(opened.params), opened.config, folder, extra=special_ids(tokenizer))
+        source = locate(FLAGS.model)
+        if is_huggingface(source) and FLAGS.tokenizer is None:
+            copy_tokenizer(source, folder)
+        else:
+            write_tokenizer(tokenizer, source, folder)
+        if not (folder / "generation_config.json").exists():
+            text = json.dumps(special_ids(tokenizer), indent=2) + "\n"
+            (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    for path in sorted(output.rglob("*")):
+        if path.is_file():
+            print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+@contextlib.contextmanager
+def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to fill, `.NAME.partial`, that becomes `output`; after an error it is removed.
+
+    It is beside `output`, or inside where that is an empty folder, which may be a mount.
+
+    Raises:
+      ConfigError: `output` is there already, or it or what the block writes cannot be written.
+    """
+    try:
+        target = output.resolve()
+        empty = target.is_dir() and not any(target.iterdir())
+        if target.exists() and not empty:
+            raise ConfigError(f"{output} is there already; give a new folder as --output")
+        partial = (target if empty else target.parent) / f".{target.name}.partial"
+        try:
+            partial.mkdir(parents=True)
+        except FileExistsError as error:
+            raise ConfigError(
+                f"{partial} is there: another convert writes it, or one was killed; remove it, or "
+                "choose another --output"
+            ) from error
+        try:
+            yield partial
+            if empty:
+                for path in sorted(partial.iterdir()):
+                    path.rename(target / path.name)
+                partial.rmdir()
+            else:
+                partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"cannot write {output}: {reason}; choose another --output") from error
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The special tokens that `config.json` names."""
+    """The special tokens of `config.json` and `generation_config.json`: EOS is all of them."""
     ids = {f"{key}_token_id": getattr(tokenizer, f"{key}_id") for key in ("bos", "eos", "pad")}
-    return {key: value for key, value in ids.items() if value >= 0}
+    ids = {key: value for key, value in ids.items() if value >= 0}
+    return ids | ({"eos_token_id": list(tokenizer.eos_ids)} if len(tokenizer.eos_ids) > 1 else {})
 
 
-def write_tokenizer(tokenizer: Tokenizer, source: pathlib.Path, output: pathlib.Path) -> None:
+def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copy what a Hugging Face directory says of its tokenizer and of generation."""
+    for path in [path for pattern in TOKENIZER_FILES for path in sorted(source.glob(pattern))]:
+        with input_errors():  # what cannot be read is told from what cannot be written
+            content = path.read_bytes()
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(content)
+
+
+def write_tokenizer(tokenizer: Tokenizer, source: pathlib.Path, folder: pathlib.Path) -> None:
     """The tokenizer's files, or the reason why there are none."""
     try:
-        save_tokenizer(tokenizer, output)
+        save_tokenizer(tokenizer, folder)
     except ValueError as error:
         print(f"no tokenizer.json: {error}; use the one of {source}")
 

@@ -19,7 +19,7 @@ _SPACE_SYMBOL = "\u2581"
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> list[str]:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja.
+    """Write tokenizer.json, tokenizer_config.json and the chat templates.
 
     What is written adds BOS and EOS by the tokenizer's own rule, and parses special tokens.
 
@@ -32,6 +32,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> l
 
     Raises:
       ValueError: a SentencePiece model that tokenizer.json cannot express.
+      OSError: a file cannot be written.
     """
     folder = Path(directory)
     if isinstance(tokenizer, FastTokenizer):
@@ -42,7 +43,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> l
         raise ValueError(f"a {type(tokenizer).__name__} has no form in tokenizer.json")
     names = _names(tokenizer)
     inner.post_processor = _post_processor(tokenizer, names)
-    inner.save(str(folder / "tokenizer.json"), pretty=False)
+    (folder / "tokenizer.json").write_text(inner.to_str(), encoding="utf-8")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -56,10 +57,12 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> l
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
     written = ["tokenizer.json", "tokenizer_config.json"]
-    if "default" in tokenizer.chat_templates:
-        template = tokenizer.chat_templates["default"]
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-        written.append("chat_template.jinja")
+    for name, template in tokenizer.chat_templates.items():
+        file = f"additional_chat_templates/{name}.jinja"
+        written.append("chat_template.jinja" if name == "default" else file)
+        path = folder / written[-1]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(template, encoding="utf-8")
     return written
 
 

@@ -1,5 +1,6 @@
 """The commands that use a finished model: what they print, write and refuse."""
 
+import errno
 import json
 import os
 import pathlib
@@ -14,14 +15,16 @@ from absl.testing import flagsaver
 
 from experiments import commands
 from experiments.config import ConfigError
+from experiments.convert import new_folder
 from experiments.generate import adapter_of, encode, read_rows
 from lm.adapters import add_lora, merge
-from lm.checkpoints import open_any
+from lm.checkpoints import open_any, save
 from lm.checkpoints.peft import load_peft, save_peft
 from lm.infer import Request
 from lm.infer.generate import LocalSampler
 from lm.infer.score import Scorer, perplexity
 from lm.tokenizers import ChatTemplate
+from lm.tokenizers.save import save_tokenizer
 from tests.checkpoints.tiny_gguf import write_tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -112,6 +115,104 @@ def test_convert(tiny, opened, tmp_path):
     assert dict(again.tokenizer.chat_templates) == dict(opened.tokenizer.chat_templates)
     error = run("convert", f"--model={tiny}", f"--output={tmp_path / 'm'}", status=2)
     assert error == f"error: {tmp_path / 'm'} is there already; give a new folder as --output\n"
+
+
+@pytest.fixture
+def source(opened, tmp_path):
+    """A Hugging Face directory with three ends, a second chat template, no generation_config."""
+    folder = tmp_path / "source"
+    save(opened.params, opened.config, folder, extra={"eos_token_id": [2, 5, 7]})
+    save_tokenizer(opened.tokenizer, folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_convert_keeps_ends_and_chat_templates(source, tmp_path, other):
+    """Copied with the model, and written anew of a tokenizer given apart."""
+    output = tmp_path / "m"
+    more = [f"--tokenizer={source}"] if other else []
+    out = run("convert", f"--model={source}", f"--output={output}", *more)
+    assert f"{output}/additional_chat_templates/tool.jinja  14 bytes\n" in out
+    was, now = open_any(source).tokenizer, open_any(output).tokenizer
+    assert {2, 5, 7} <= set(was.eos_ids)
+    assert now.eos_ids == was.eos_ids
+    assert dict(now.chat_templates) == dict(was.chat_templates)
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((output / name).read_text())
+        assert (said["bos_token_id"], said["eos_token_id"]) == (was.bos_id, list(was.eos_ids))
+
+
+def test_convert_copies_the_generation_config(source, tmp_path):
+    text = '{"eos_token_id": 9, "top_k": 64}'
+    (source / "generation_config.json").write_text(text)
+    run("convert", f"--model={source}", f"--output={tmp_path / 'm'}")
+    assert (tmp_path / "m" / "generation_config.json").read_text() == text
+    assert open_any(tmp_path / "m").tokenizer.eos_ids == open_any(source).tokenizer.eos_ids
+
+
+def test_convert_refuses_before_it_opens_the_model(tmp_path):
+    """The model is not there, and yet it is the output that is told of."""
+    (tmp_path / "file").write_text("")
+    nowhere = "error: nowhere to write to; give a new folder with --output=DIR\n"
+    assert run("convert", "--model=none", "--output=", status=2) == nowhere
+    to = tmp_path / "file" / "m"
+    error = run("convert", "--model=none", f"--output={to}", status=2)
+    assert error == f"error: cannot write {to}: Not a directory; choose another --output\n"
+    error = run("convert", "--model=none", "--output=m", "--keep_quantized", status=2)
+    assert error == "error: convert decodes blocks; leave --keep_quantized out\n"
+    error = run("convert", "--model=none", f"--output={tmp_path / 'm'}", status=2)
+    assert "no model 'none'" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_is_whole_or_not_there(tmp_path, there):
+    output = tmp_path / "m"
+    if there:
+        output.mkdir()
+
+    def fill(reason=None):
+        with new_folder(output) as folder:
+            assert folder.name == ".m.partial"
+            (folder / "model.safetensors").write_text("some")
+            if reason == errno.EEXIST:
+                fill()
+            elif reason is not None:
+                raise OSError(reason, os.strerror(reason), "tokenizer.json")
+
+    full = f"cannot write {output}: No space left on device; choose another --output"
+    with pytest.raises(ConfigError, match=full):
+        fill(errno.ENOSPC)
+    with pytest.raises(ConfigError, match="is there"):
+        fill(errno.EEXIST)
+    assert list(tmp_path.rglob("*")) == ([output] if there else [])
+    fill()
+    assert list(tmp_path.rglob("*")) == [output, output / "model.safetensors"]
+
+
+@pytest.mark.oracle
+def test_transformers_opens_what_is_converted(tiny, opened, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    run("convert", f"--model={tiny}", f"--output={tmp_path / 'm'}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", dtype=torch.float32, attn_implementation="eager"
+    )
+    ends = model.generation_config.eos_token_id
+    ends = tuple(ends) if isinstance(ends, list) else (ends,)
+    assert ends == opened.tokenizer.eos_ids
+    sampler = LocalSampler(opened.params, opened.config, tokenizer=opened.tokenizer)
+    for text in ("The quick brown", "def f(x):"):
+        ids = tokenizer(text).input_ids
+        assert ids == opened.tokenizer.encode_prompt(text)
+        prompt = torch.tensor([ids])
+        made = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24
+        )[0, len(ids) :]
+        (ours,) = sampler.sample([Request(prompt_token_ids=ids, max_new_tokens=24, temperature=0)])
+        assert [i for i in made.tolist() if i not in ends] == list(ours.token_ids)
 
 
 @pytest.fixture(scope="module")
