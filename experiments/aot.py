@@ -104,7 +104,7 @@ def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
     chip_figures = dataclasses.asdict(chip) | {"kinds": list(chip.kinds)}
     return found | {
         "chip": chip_figures,
-        "assumptions": list(assumptions(program.device.platform)),
+        "assumptions": list(assumptions(mesh, chip)),
         "calibration": calibration(chip),
         "lower_seconds": compiled.lower_seconds,
         "compile_seconds": compiled.compile_seconds,

@@ -263,8 +263,9 @@ def roofline(
 
 
 @functools.cache
-def assumptions(platform: str) -> tuple[str, ...]:
+def assumptions(mesh: Any, chip: Chip) -> tuple[str, ...]:
     """What the prediction takes for granted."""
+    platform = mesh.devices.flat[0].platform
     shared = (
         "every unit at its published peak; compute, memory and asynchronous collectives overlap "
         "wholly, synchronous collectives not at all",
@@ -273,6 +274,8 @@ def assumptions(platform: str) -> tuple[str, ...]:
         "multiplied, arrays kept on the chip left out",
         "wire bytes of algorithms that waste nothing; no latency",
     )
+    if mesh.shape["slice"] > 1 and chip.dcn_bandwidth is None:
+        shared += (f"the network between slices of {chip.name}, whose speed is not known, is free",)
     if platform == "tpu":
         return (*shared, "a ring where a mesh axis is a whole torus dimension with joined ends")
     return (

@@ -137,7 +137,8 @@ class ChatTemplate:
         """A conversation, and where in it the assistant wrote.
 
         From `{% generation %}` blocks, or else by rendering the conversation up to each turn of
-        the assistant: a turn is what it adds to the prompt for it, its end token included.
+        the assistant: a turn is what it adds to the prompt for it, its end token included. (So the
+        time grows with the square of the turns: 1.5 s for 200 messages.)
 
         Raises:
           TemplateError: as `render`; also if the text of earlier turns depends on later ones.
