@@ -31,10 +31,14 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> l
       The names of the files.
 
     Raises:
-      ValueError: a SentencePiece model that tokenizer.json cannot express.
+      ValueError: a SentencePiece model that tokenizer.json cannot express, or the name of a chat
+        template that is no file's name; nothing is written.
       OSError: a file cannot be written.
     """
     folder = Path(directory)
+    for name in tokenizer.chat_templates:
+        if Path(name).name != name:
+            raise ValueError(f"chat template {name!r} has a name that no file can have; rename it")
     if isinstance(tokenizer, FastTokenizer):
         inner = tokenizers.Tokenizer.from_str(tokenizer.serialized)
     elif isinstance(tokenizer, SentencePieceTokenizer):

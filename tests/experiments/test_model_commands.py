@@ -152,6 +152,15 @@ def test_convert_copies_the_generation_config(source, tmp_path):
     assert open_any(tmp_path / "m").tokenizer.eos_ids == open_any(source).tokenizer.eos_ids
 
 
+def test_chat_templates_stay_in_the_folder(source, tmp_path):
+    templates = [{"name": "default", "template": "a"}, {"name": "../../b", "template": "b"}]
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    (tmp_path / "m").mkdir()
+    with pytest.raises(ValueError, match=r"chat template '\.\./\.\./b' has a name that no file"):
+        save_tokenizer(open_any(source).tokenizer, tmp_path / "m")
+    assert not any((tmp_path / "m").iterdir())
+
+
 def test_convert_refuses_before_it_opens_the_model(tmp_path):
     """The model is not there, and yet it is the output that is told of."""
     (tmp_path / "file").write_text("")
