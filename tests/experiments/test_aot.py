@@ -109,7 +109,7 @@ def trained(program, compiled) -> None:
         scattered += wire(census, "all-reduce", "fsdp")[1]
         assert scattered == pytest.approx(2 * (weights + ENDS) / t, rel=0.01)
         assert wire(census, "reduce-scatter", "fsdp")[1] > 0.9 * scattered
-    if mesh["data"] > 1:  # what is left for the second axis
+    if mesh["data"] > 1 and mesh["slice"] == 1:  # what is left for the second axis
         assert wire(census, "all-gather", "data")[1] == (2 * weights + ENDS) * 2 / mesh["fsdp"]
         assert wire(census, "reduce-scatter", "data")[1] == (weights + ENDS) * 2 / mesh["fsdp"]
 
