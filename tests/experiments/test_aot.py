@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -73,7 +74,8 @@ def test_a_program_sends_holds_and_computes_what_is_recorded(case: str) -> None:
     assert "predicted" in aot.table(told)
     terms = told["roofline"]
     assert told["predicted_step_seconds"] >= max(terms["compute_seconds"], terms["hbm_seconds"])
-    if ORACLE.exists() and "call-start" not in compiled.text:  # which it counts twice
+    # It counts call-starts twice, and what hosts send between slices not at all.
+    if ORACLE.exists() and not re.search("call-start|xla_megascale_runtime", compiled.text):
         agrees_with_the_oracle(program, compiled)
 
 
