@@ -26,9 +26,7 @@ from lm.model.families import FAMILIES, make_config
 # Keys of the fields of `Latent`, in their order.
 LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MLP_BIASES = ("llama", "deepseek_v2")  # families whose configuration may ask for them
-
-
-MAX_LAYERS = 10_000
+MAX_LAYERS = 10_000  # of a file that does not lie
 
 
 class Reader:

@@ -138,7 +138,7 @@ class ChatTemplate:
 
         From `{% generation %}` blocks, or else by rendering the conversation up to each turn of
         the assistant: a turn is what it adds to the prompt for it, its end token included. (So the
-        time grows with the square of the turns: 1.5 s for 200 messages.)
+        time grows with the square of the turns: 0.4 s for 200 short messages.)
 
         Raises:
           TemplateError: as `render`; also if the text of earlier turns depends on later ones.

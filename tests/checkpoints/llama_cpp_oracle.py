@@ -89,7 +89,8 @@ def perplexity(path: str, ids: list[int], window: int) -> dict:
             for row_logits, target in zip(logits, targets, strict=False):
                 total -= logprobs(row_logits)[target]
                 count += 1
-    return {"tokens": count, "nats_per_token": total / count, "perplexity": np.exp(total / count)}
+    mean = float(total / count)
+    return {"tokens": count, "nats_per_token": mean, "perplexity": float(np.exp(mean))}
 
 
 if __name__ == "__main__":
