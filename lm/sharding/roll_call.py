@@ -46,11 +46,12 @@ def _call(cluster: Cluster, watch_port: int, timeout: float) -> tuple[list[str],
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(cluster, timeout))
         try:
-            while len(present) < cluster.num_processes - 1:
+            while len(present) < cluster.num_processes - 1 or _forget_gone(present):
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
                     connection = stack.enter_context(server.accept()[0])
                 except TimeoutError:
+                    _forget_gone(present)
                     raise ClusterError(_missing(cluster, set(present), timeout)) from None
                 if (report := _receive(connection, 5.0)) is not None:
                     connections.append(connection)
@@ -145,6 +146,14 @@ def _check(
             f"{report['pid']} on {report['host']}; number processes from 0 to {n - 1}, and end "
             "those of an earlier run"
         )
+
+
+def _forget_gone(present: dict[int, tuple[dict[str, Any], socket.socket]]) -> bool:
+    """Whether some that reported ended before all had come; they are expected once more."""
+    gone = [i for i, (_, connection) in present.items() if _hung_up(connection)]
+    for i in gone:
+        del present[i]
+    return bool(gone)
 
 
 def _hung_up(connection: socket.socket) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -199,17 +201,38 @@ def test_roll_call_where_something_else_listens():
         other.shutdown(socket.SHUT_RDWR)
 
 
+def report(port: int, process_id: int) -> socket.socket:
+    """A connection on which a process of three, on a host named x, has reported."""
+    while True:
+        try:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+            break
+        except OSError:
+            time.sleep(0.01)
+    message = {"word": "roll call", "id": process_id, "num": 3, "host": "x", "pid": 1}
+    connection.sendall(json.dumps(message).encode() + b"\n")
+    return connection
+
+
 def test_a_process_started_again_takes_its_place():
-    port = free_port()
-    cluster = Cluster(f"127.0.0.1:{port}", 2, 0)
+    port, here = free_port(), socket.gethostname()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(roll_call, Cluster(cluster.coordinator, 3, 0), 999, 120.0)
-        while True:
-            try:
-                gone = socket.create_connection(("127.0.0.1", port), timeout=5)
-                break
-            except OSError:
-                pass
-        gone.sendall(b'{"word": "roll call", "id": 1, "num": 3, "host": "x", "pid": 1}\n')
-        gone.close()
-        assert call((1, 3), (2, 3), port=port, timeout=120.0)[0] == first.result(120)
+        first = pool.submit(roll_call, Cluster(f"127.0.0.1:{port}", 3, 0), 999, 120.0)
+        report(port, 1).close()
+        with report(port, 2) as other:
+            other.settimeout(1.0)
+            with pytest.raises(TimeoutError):  # all reported, but one is gone: nobody starts
+                other.recv(1)
+            (again,) = call((1, 3), port=port, timeout=120.0)
+            assert again == ([here, here, "x"], 999)
+            assert json.loads(other.recv(1000)) == {"hosts": again[0], "watch": 999}
+        assert first.result(120) == again
+
+
+def test_roll_call_counts_no_process_that_is_gone():
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(roll_call, Cluster(f"127.0.0.1:{port}", 3, 0), 999, 2.0)
+        report(port, 1).close()
+        with report(port, 2), pytest.raises(ClusterError, match="process 1 of 3 did not come"):
+            first.result(120)
