@@ -111,8 +111,13 @@ def trained(program, compiled) -> None:
         scattered += wire(census, "all-reduce", "fsdp")[1]
         assert scattered == pytest.approx(2 * (weights + ENDS) / t, rel=0.01)
         assert wire(census, "reduce-scatter", "fsdp")[1] > 0.9 * scattered
-    if mesh["data"] > 1 and mesh["slice"] == 1:  # what is left for the second axis
-        assert wire(census, "all-gather", "data")[1] == (2 * weights + ENDS) * 2 / mesh["fsdp"]
+    if mesh["data"] > 1:  # what is left for the second axis
+        gathered = 2 * weights + ENDS
+        if mesh["slice"] > 1:
+            # XLA sums what fsdp left over data and slice at once. libtpu makes of it a scatter, a
+            # sum between slices and a gather that nobody asked for: of all but the embedding.
+            gathered += weights + ENDS / 2
+        assert wire(census, "all-gather", "data")[1] == gathered * 2 / mesh["fsdp"]
         assert wire(census, "reduce-scatter", "data")[1] == (weights + ENDS) * 2 / mesh["fsdp"]
 
 
