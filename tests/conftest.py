@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,3 +20,22 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def quick_to_compile(request: pytest.FixtureRequest):
+    """Without most of LLVM's passes: they take longer than they save of programs so small.
+
+    Not where commands are tested, which compute more, nor where what the compiler makes is.
+    """
+    import jax
+
+    of_commands = request.path.relative_to(ROOT).parts[1] in (
+        "experiments",
+        "notebooks",
+        "sharding",
+    )
+    quick = not of_commands and request.node.get_closest_marker("aot") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

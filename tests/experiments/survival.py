@@ -42,10 +42,7 @@ SETTINGS = {
 
 
 def start(
-    workdir: pathlib.Path,
-    settings: dict[str, str],
-    launcher: Sequence[str] = (),
-    **environment: str,
+    workdir: pathlib.Path, settings: dict[str, str], launcher: Sequence[str] = ()
 ) -> subprocess.Popen:
     """The command a user types, in the background; its output goes to `<workdir>.log`.
 
@@ -63,14 +60,9 @@ def start(
         return subprocess.Popen(command, cwd=ROOT, env=inherited, stdout=log, stderr=log)
 
 
-def finish(
-    workdir: pathlib.Path,
-    settings: dict[str, str],
-    launcher: Sequence[str] = (),
-    **environment: str,
-) -> None:
+def finish(workdir: pathlib.Path, settings: dict[str, str], launcher: Sequence[str] = ()) -> None:
     """Run the command to its end."""
-    process = start(workdir, settings, launcher, **environment)
+    process = start(workdir, settings, launcher)
     try:
         code = process.wait(timeout=300)
     finally:

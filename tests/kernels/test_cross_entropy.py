@@ -415,6 +415,6 @@ def test_equals_torch_cross_entropy():
         logits, torch.tensor(np.asarray(targets)).reshape(-1).long()
     )
     wanted.backward()
-    assert float(value) == pytest.approx(wanted.item(), abs=1e-6)
+    assert float(value) == pytest.approx(wanted.item(), rel=1e-6)
     for found, leaf in zip(gradients, leaves, strict=True):
         np.testing.assert_allclose(found, leaf.grad, atol=1e-6)
