@@ -207,11 +207,11 @@ def test_the_workdir_of_another_run_is_refused(finished: pathlib.Path) -> None:
     assert "--workdir" in str(error.value)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, "-m", "experiments.pretrain", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def test_the_command_line_reshapes_the_run(finished: pathlib.Path, tmp_path: pat
 
 @pytest.mark.slow
 def test_quicktest_beats_an_order_3_byte_ngram(tmp_path: pathlib.Path) -> None:
-    result = run("--config=quicktest", f"--workdir={tmp_path}/w")
+    result = run("--config=quicktest", f"--workdir={tmp_path}/w", timeout=560)
     assert result.returncode == 0, result.stderr[-2000:]
     held_out = json.loads((tmp_path / "w" / "summary.json").read_text())["held_out"]
     assert held_out["bits_per_byte"] < held_out["ngram_bits_per_byte"]
