@@ -149,7 +149,7 @@ def _check(
 
 
 def _forget_gone(present: dict[int, tuple[dict[str, Any], socket.socket]]) -> bool:
-    """Whether some that reported ended before all had come; they are expected once more."""
+    """Drop those that reported and ended since, to be expected again; whether there were any."""
     gone = [i for i, (_, connection) in present.items() if _hung_up(connection)]
     for i in gone:
         del present[i]
