@@ -6,7 +6,7 @@
     python -m experiments.aot --config=llama3_8b --topology=h200:8 --program=decode --format=json
 
 Compiles this project's training step, prefill or decoding loop for the topology (see
-`lm.sharding.topologies`), and prints memory, operations, collectives and a roofline; with
+`lm.hardware.topologies`), and prints memory, operations, collectives and a roofline; with
 `--format=json` one object on the last line. Nothing runs on an accelerator, so every time is a
 prediction. `--config` is any model of `lm.model.known`; `--config.KEY=VALUE` changes a setting (see
 `experiments.configs.aot`). Exit status 0 whether it fits or not, 2 for a question that makes no
@@ -27,8 +27,8 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import program as program_lib
-from experiments.aot_figures import (
+from experiments.configs.aot import CONFIGS, Aot
+from lm.aot.figures import (
     asked_flops,
     assumptions,
     calibration,
@@ -38,11 +38,11 @@ from experiments.aot_figures import (
     roofline,
     usable_bytes,
 )
-from experiments.aot_programs import Compiled, Program, compile_program, make_program
-from experiments.aot_search import Machine, candidates, first, nothing_fits, remedies
-from experiments.config import ConfigError, config_arguments, input_errors
-from experiments.configs.aot import CONFIGS, Aot
-from lm.sharding import topologies
+from lm.aot.programs import Compiled, Program, compile_program, make_program
+from lm.aot.search import Machine, candidates, first, nothing_fits, remedies
+from lm.config import program as program_lib
+from lm.config.command_line import ConfigError, config_arguments, input_errors
+from lm.hardware import topologies
 
 # What every answer has; None where it is not known.
 FIGURES = (

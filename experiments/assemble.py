@@ -16,14 +16,15 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from data_pipelines import local_text
-from experiments import config as config_lib
-from experiments.config import ConfigError, input_errors
 from experiments.configs.pretrain import Pretrain
 from lm.checkpoints.store import Checkpoints
+from lm.config import command_line as config_lib
+from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import Batches, HeldOut, PackedSource
 from lm.data.packing import make_plan
 from lm.data.sources import TokenSource
 from lm.data.stages import Stage
+from lm.distributed.start import barrier, is_first_process
 from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import check_mesh, param_specs
 from lm.parallel import check_context, context_attention, in_order_of
@@ -35,7 +36,6 @@ from lm.sharding import (
     named_sharding,
     pretend_cpu_devices,
 )
-from lm.sharding.distributed import barrier, is_first_process
 from lm.tokenizers.base import Tokenizer
 from lm.train.objective import NextToken, Objective
 from lm.train.optimizers import Optimizer, make_optimizer

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import program
 from experiments.assemble import Run, open_run
-from experiments.config import ConfigError, input_errors
 from lm.checkpoints import Checkpoints, open_model
+from lm.config import program
+from lm.config.command_line import ConfigError, input_errors
 from lm.train.state import TrainState
 from lm.weights import cast
 

@@ -19,11 +19,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments import commands, program
-from experiments.config import ConfigError, input_errors
+from experiments import model_flags as commands
 from lm.adapters import merge
-from lm.checkpoints import save
-from lm.checkpoints.models import is_huggingface, locate
+from lm.config import program
+from lm.config.command_line import ConfigError, input_errors
+from lm.formats import save
+from lm.formats.open import is_huggingface, locate
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.save import save_tokenizer
 

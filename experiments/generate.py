@@ -27,9 +27,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import commands, program
-from experiments.config import ConfigError, input_errors
-from lm.checkpoints import Opened
+from experiments import model_flags as commands
+from lm.config import program
+from lm.config.command_line import ConfigError, input_errors
+from lm.formats import Opened
 from lm.infer import Request, Sample
 from lm.infer.generate import LocalSampler
 from lm.infer.serving import serving_form

@@ -23,8 +23,9 @@ import math
 
 from absl import flags
 
-from experiments import commands, program
-from experiments.config import ConfigError, input_errors
+from experiments import model_flags as commands
+from lm.config import program
+from lm.config.command_line import ConfigError, input_errors
 from lm.infer.generate import WIDER
 from lm.infer.score import Scorer, perplexity
 

@@ -22,11 +22,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments import figures, program
-from experiments.config import ConfigError
+from experiments import figures
 from experiments.figures import Line, Points, Rows
-from lm.train import metrics as metrics_lib
-from lm.train.goodput import duration
+from lm.config import program
+from lm.config.command_line import ConfigError
+from lm.run import metrics as metrics_lib
+from lm.run.goodput import duration
 
 X_LABELS = {"step": "step", "tokens": "training tokens", "time": "{unit} of the run"}
 FOCUS = 0.1  # of a run is steep: the y axis shows the lines after it

@@ -5,7 +5,7 @@
 Makes a tokenizer and a packed data set from text (Python's own documentation and source, or
 --config.data.files='dir/**/*.txt'), trains, evaluates on held-out text in bits per byte, samples,
 and writes a report. The same command resumes, on as many hosts as it is started on (see
-`lm.sharding.distributed` for how they find each other). The workdir receives `config.json`,
+`lm.distributed.start` for how they find each other). The workdir receives `config.json`,
 `metrics.jsonl`, `tensorboard/`, `checkpoints/<step>`, `data/`, `summary.json` and `report.html`.
 
 SIGTERM saves and ends the run; `--profile_steps=10:15` traces steps into `<workdir>/profile`.
@@ -25,26 +25,26 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from experiments import config as config_lib
-from experiments import program
 from experiments.assemble import Run, assemble
-from experiments.config import ConfigError, input_errors
 from experiments.configs import pretrain as configs
 from experiments.configs.pretrain import Pretrain
 from experiments.summary import summarize
 from lm.checkpoints import SaveInterval
+from lm.config import command_line as config_lib
+from lm.config import program
+from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import Batches
+from lm.distributed import start as distributed
+from lm.distributed.start import is_first_process, say
+from lm.hardware.chips import peak_flops
 from lm.model import num_params, train_flops
-from lm.sharding import distributed
-from lm.sharding.chips import peak_flops
-from lm.sharding.distributed import is_first_process, say
+from lm.run.goodput import Goodput, Hardware, Throughput, process_age, table
+from lm.run.loop import Instruments, Intervals, Outcome, train
+from lm.run.metrics import MetricsWriter, Progress
+from lm.run.metrics import read as read_metrics
+from lm.run.process import keep_freed_memory
+from lm.run.profile import Profiler, parse_steps
 from lm.train.ema import ema_params
-from lm.train.goodput import Goodput, Hardware, Throughput, process_age, table
-from lm.train.host import keep_freed_memory
-from lm.train.loop import Instruments, Intervals, Outcome, train
-from lm.train.metrics import MetricsWriter, Progress
-from lm.train.metrics import read as read_metrics
-from lm.train.profile import Profiler, parse_steps
 from lm.train.stability import begin_recovery, restart_statistics
 from lm.train.state import TrainState
 

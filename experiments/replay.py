@@ -24,13 +24,13 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import program
 from experiments.assemble import Run, open_run
-from experiments.config import ConfigError, input_errors
 from lm.checkpoints import DamagedError, open_model
+from lm.config import program
+from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import Batches
 from lm.model import Head, Tokens
-from lm.train import metrics as metrics_lib
+from lm.run import metrics as metrics_lib
 from lm.train.objective import Batch, NextToken, Term
 from lm.train.step import make_eval_step
 

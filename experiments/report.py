@@ -2,7 +2,7 @@
 
     python -m experiments.report --workdir=W  # W/report.html from W/{config,metrics,summary} files
 
-`metrics.jsonl` rows (see lm.train.metrics) may hold `loss`, `held_out_loss` and, for each of
+`metrics.jsonl` rows (see lm.run.metrics) may hold `loss`, `held_out_loss` and, for each of
 several validation sets, `held_out_loss/<set>`; `tokens_per_second`, `mfu`, `learning_rate` and
 `grad_norm`. Events are listed; resumed, rewound, skipped and save_failed are marked in the figures;
 the last "goodput" event is where the time went. `summary.json` is what the trainer knows at its
@@ -37,12 +37,13 @@ from typing import Any
 import markupsafe
 from absl import flags
 
-from experiments import config as config_lib
-from experiments import figures, program
-from experiments.config import ConfigError
+from experiments import figures
 from experiments.figures import Line, Points, Rows
-from lm.train import metrics as metrics_lib
-from lm.train.goodput import KINDS, duration
+from lm.config import command_line as config_lib
+from lm.config import program
+from lm.config.command_line import ConfigError
+from lm.run import metrics as metrics_lib
+from lm.run.goodput import KINDS, duration
 
 
 def write(
@@ -56,7 +57,7 @@ def write(
 
     Args:
       path: the HTML file to write.
-      metrics: rows as `lm.train.metrics.read` gives them, in any order.
+      metrics: rows as `lm.run.metrics.read` gives them, in any order.
       summary: see this module's docstring.
       config: the run's configuration, a dataclass or the content of its `config.json`.
 

@@ -25,8 +25,8 @@ from lm.data.ngram import ByteNgram
 from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
 from lm.model import num_params, train_flops, unstack
+from lm.run import metrics as metrics_lib
 from lm.tokenizers.base import Tokenizer
-from lm.train import metrics as metrics_lib
 
 Tree = Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

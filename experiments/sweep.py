@@ -33,9 +33,9 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments import config as config_lib
-from experiments import fields, program
-from experiments.config import ConfigError
+from lm.config import command_line as config_lib
+from lm.config import fields, program
+from lm.config.command_line import ConfigError
 
 Edits = dict[str, str]  # texts by dotted key, as on the command line
 Sweep = tuple[Edits, ...]

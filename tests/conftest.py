@@ -31,7 +31,10 @@ def quick_to_compile(request: pytest.FixtureRequest):
     import jax
 
     of_commands = request.path.relative_to(ROOT).parts[1] in (
+        "aot",
+        "distributed",
         "experiments",
+        "hardware",
         "notebooks",
         "sharding",
     )

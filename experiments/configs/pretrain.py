@@ -10,9 +10,9 @@ from typing import Literal
 
 from data_pipelines.documents import DataSource, ValidationSet
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Norm, Rope, Stack
-from lm.sharding import MeshShape
+from lm.run.loop import Intervals, Rewind
+from lm.sharding import MeshShape, Sharding
 from lm.train.ema import Ema
-from lm.train.loop import Intervals, Rewind
 from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
 from lm.train.stability import Stability
 
@@ -43,24 +43,6 @@ class Data:
     held_out: float = 0.05
     max_held_out_tokens: int = 100_000
     seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Sharding:
-    """How arrays lie on the mesh.
-
-    Attributes:
-      zero: ZeRO stage over `zero_axes`.
-      sequence_parallel: between blocks, split the sequence over `tensor`.
-      zero_axes: mesh axes that share the state. On a TPU pod, `fsdp,data` with each as long as one
-        dimension of the torus moves half of the gradients' bytes of one long `fsdp`.
-      context: how attention crosses the mesh axis `context`; see `lm.parallel.context`.
-    """
-
-    zero: Literal[0, 1, 2, 3] = 3
-    sequence_parallel: bool = False
-    zero_axes: tuple[str, ...] = ("fsdp",)
-    context: Literal["zigzag", "ring", "ulysses"] = "zigzag"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What devices exchange beyond what a constraint can say."""
 
-from lm.parallel.dealing import deal
+from lm.parallel.distribute import deal
 from lm.parallel.ring import ring_attention
+from lm.parallel.strategies import WAYS, check_context, context_attention, in_order_of
 from lm.parallel.ulysses import ulysses_attention
-from lm.parallel.ways import WAYS, check_context, context_attention, in_order_of
 from lm.parallel.zigzag import Zigzag, unzigzag, zigzag, zigzag_order
 
 __all__ = [

@@ -1,16 +1,6 @@
-"""Meshes with named axes, rules from logical to mesh axes, the layout in force, several hosts."""
+"""Meshes with named axes, rules from logical to mesh axes, the layout in force."""
 
-from lm.sharding.cluster import ClusterError
 from lm.sharding.compiler import step_options
-from lm.sharding.distributed import (
-    PreemptionNotice,
-    barrier,
-    broadcast,
-    fetch,
-    is_first_process,
-    say,
-    start,
-)
 from lm.sharding.layout import (
     Layout,
     constrain,
@@ -22,32 +12,25 @@ from lm.sharding.layout import (
     use_layout,
 )
 from lm.sharding.mesh import AXES, MeshShape, make_mesh, pretend_cpu_devices
-from lm.sharding.rules import Rules, check_divides, make_rules, partition_spec
+from lm.sharding.rules import Rules, Sharding, check_divides, make_rules, partition_spec
 
 __all__ = [
     "AXES",
-    "ClusterError",
     "Layout",
     "MeshShape",
-    "PreemptionNotice",
     "Rules",
-    "barrier",
-    "broadcast",
+    "Sharding",
     "check_divides",
     "constrain",
     "constrain_both",
     "current_layout",
-    "fetch",
     "gather_weight",
-    "is_first_process",
     "make_mesh",
     "make_rules",
     "named_sharding",
     "partition_spec",
     "pretend_cpu_devices",
     "reshard",
-    "say",
-    "start",
     "step_options",
     "use_layout",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
@@ -33,6 +34,24 @@ class Rules:
     weights: Table
     gradients: Table
     optimizer: Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """How arrays lie on the mesh.
+
+    Attributes:
+      zero: ZeRO stage over `zero_axes`.
+      sequence_parallel: between blocks, split the sequence over `tensor`.
+      zero_axes: mesh axes that share the state. On a TPU pod, `fsdp,data` with each as long as one
+        dimension of the torus moves half of the gradients' bytes of one long `fsdp`.
+      context: how attention crosses the mesh axis `context`; see `lm.parallel.context`.
+    """
+
+    zero: Literal[0, 1, 2, 3] = 3
+    sequence_parallel: bool = False
+    zero_axes: tuple[str, ...] = ("fsdp",)
+    context: Literal["zigzag", "ring", "ulysses"] = "zigzag"
 
 
 def make_rules(

@@ -16,7 +16,7 @@ from data_pipelines import local_text
 from data_pipelines.documents import DataSource, SystemText, ValidationSet
 from data_pipelines.local_text import build
 from data_pipelines.texts import CorpusError
-from experiments import fields
+from lm.config import fields
 from lm.data import Batches, Share, Stage
 
 WORDS = ["model", "reads", "rows", "tokens", "while", "loss", "falls", "steps", "weights", "move"]

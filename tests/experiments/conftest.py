@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from experiments import config as config_lib
 from experiments import pretrain
 from experiments.assemble import Run, assemble
+from lm.config import command_line as config_lib
 from lm.data.batches import Batches
-from lm.train import metrics as metrics_lib
+from lm.run import metrics as metrics_lib
 from tests.experiments.survival import SETTINGS
 
 SEED = 7  # of this run's data alone: other runs' batches stay what they are

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from experiments.average import average, choose, table
-from experiments.config import ConfigError
 from lm.checkpoints import open_model
+from lm.config.command_line import ConfigError
 from lm.model import num_params
 from tests.experiments.conftest import Spiked
 from tests.experiments.survival import ROOT

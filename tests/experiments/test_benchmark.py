@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
-from experiments import benchmark
-from experiments.contenders import SIZES, Size
+from experiments.benchmark import train as benchmark
+from experiments.benchmark.train_contenders import SIZES, Size
 from lm.model import train_flops
 from lm.model.known import known_model
 

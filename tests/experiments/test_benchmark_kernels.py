@@ -13,8 +13,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import benchmark_kernels, kernel_contenders
-from experiments.kernel_contenders import Case
+from experiments.benchmark import kernel_contenders
+from experiments.benchmark import kernels as benchmark_kernels
+from experiments.benchmark.kernel_contenders import Case
 from lm.kernels.attention import View
 from lm.kernels.attention.reference import mask
 

@@ -13,19 +13,19 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import commands
-from experiments.config import ConfigError
+from experiments import model_flags as commands
 from experiments.convert import new_folder
 from experiments.generate import adapter_of, encode, read_rows
 from lm.adapters import add_lora, merge
-from lm.checkpoints import open_any, save
-from lm.checkpoints.peft import load_peft, save_peft
+from lm.config.command_line import ConfigError
+from lm.formats import open_any, save
+from lm.formats.peft.io import load_peft, save_peft
 from lm.infer import Request
 from lm.infer.generate import LocalSampler
 from lm.infer.score import Scorer, perplexity
 from lm.tokenizers import ChatTemplate
 from lm.tokenizers.save import save_tokenizer
-from tests.checkpoints.tiny_gguf import write_tiny
+from tests.formats.tiny_gguf import write_tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from experiments import figures, plot
-from lm.train.goodput import KINDS
-from lm.train.metrics import MetricsWriter
+from lm.run.goodput import KINDS
+from lm.run.metrics import MetricsWriter
 from tests.experiments.test_report import Page
 
 

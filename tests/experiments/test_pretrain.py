@@ -14,11 +14,11 @@ import sysconfig
 import pytest
 
 from data_pipelines.documents import DataSource, ValidationSet
-from experiments import config as config_lib
 from experiments import pretrain
-from experiments.config import ConfigError
 from lm.checkpoints import Checkpoints
-from lm.train import metrics as metrics_lib
+from lm.config import command_line as config_lib
+from lm.config.command_line import ConfigError
+from lm.run import metrics as metrics_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = {"quicktest": pretrain.configs.quicktest}

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.config import ConfigError
 from experiments.replay import attempts, replay, row_to_text, to_json, to_text
+from lm.config.command_line import ConfigError
 from tests.experiments.conftest import FIRST_BAD, NUM_BAD, Spiked
 from tests.experiments.survival import ROOT
 

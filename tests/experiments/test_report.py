@@ -16,8 +16,8 @@ pytest.importorskip("matplotlib")
 
 from experiments import figures, report
 from experiments.summary import held_out_figures
-from lm.train.goodput import KINDS
-from lm.train.metrics import MetricsWriter
+from lm.run.goodput import KINDS
+from lm.run.metrics import MetricsWriter
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 

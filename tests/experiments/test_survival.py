@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import pytest
 
-from experiments import config as config_lib
 from experiments import pretrain
+from lm.config import command_line as config_lib
 from lm.data.batches import Batches
-from lm.sharding.distributed import PreemptionNotice
-from lm.train import metrics as metrics_lib
+from lm.distributed.start import PreemptionNotice
+from lm.run import metrics as metrics_lib
 from tests.experiments import survival
 from tests.experiments.survival import NUM_STEPS, SETTINGS, course, digest, last_step
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lm.hardware import topologies
 from lm.infer.cache import (
     OutOfPages,
     PageAllocator,
@@ -32,15 +33,7 @@ from lm.model import (
     make_stacks,
     param_specs,
 )
-from lm.sharding import (
-    Layout,
-    MeshShape,
-    make_mesh,
-    make_rules,
-    named_sharding,
-    topologies,
-    use_layout,
-)
+from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
 from lm.weights import is_spec
 
 LENGTHS = (43, 20, 31)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from experiments.aot_figures import count_flops
+from lm.aot.figures import count_flops
 from lm.kernels.attention import View, attention, mask
 from lm.kernels.attention.common import num_scores
 from lm.kernels.attention.flash import flash_attention

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lm.hardware import topologies
 from lm.kernels.attention import View, attention, attention_backward
-from lm.sharding import Layout, MeshShape, make_mesh, make_rules, topologies, use_layout
+from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 from lm.sharding.layout import named_sharding
 
 pytestmark = pytest.mark.aot

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lm.hardware import topologies
 from lm.kernels.attention import View, attention
 from lm.kernels.attention.flash_gpu import TABLE, flash_attention_gpu, ranges
 from lm.kernels.attention.flash_gpu_kernels import Tile
 from lm.kernels.attention.reference import mask
 from lm.kernels.attention.schedule import Rows, pairs
-from lm.sharding import Layout, MeshShape, make_mesh, make_rules, topologies, use_layout
+from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lm.hardware import topologies
 from lm.kernels.paged_attention import make_pages, paged_attention, write_pages
 from lm.kernels.paged_attention.tpu_blocks import choose_blocks, shape_of
-from lm.sharding import Layout, MeshShape, make_mesh, make_rules, topologies, use_layout
+from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 
 
 def blocks(chip, heads, group, likely, *, head=128, dtype="bfloat16", q_dtype="bfloat16", **given):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import from_huggingface
+from lm.formats import from_huggingface
 from lm.kernels.attention import View, mask
 from lm.model import forward_flops, num_params, param_specs, train_flops
 from lm.model.families import FAMILIES, make_config

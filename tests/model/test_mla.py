@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import from_huggingface, to_huggingface
+from lm.formats import from_huggingface, to_huggingface
 from lm.infer.cache import make_cache
-from lm.infer.latent import LatentCache
+from lm.infer.cache.latent import LatentCache
 from lm.model import (
     Attention,
     FeedForward,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import from_huggingface, from_tensors, to_huggingface
+from lm.formats import from_huggingface, from_tensors, to_huggingface
 from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
 from lm.model import ModelConfig, Stack, Tokens, forward, make_head, num_params, unstack

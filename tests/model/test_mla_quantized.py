@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lm.checkpoints import load_quantized
+from lm.formats import load_quantized
 from lm.model import Latent
-from tests.checkpoints.test_quantized import assert_is, leaves_of, quantized_model
+from tests.formats.test_quantized import assert_is, leaves_of, quantized_model
 
 
 @pytest.mark.parametrize(

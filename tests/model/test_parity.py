@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import from_huggingface, from_tensors, to_tensors
+from lm.formats import from_huggingface, from_tensors, to_tensors
 from lm.model import Tokens, forward, make_head, num_params
 from lm.model.forward import embed
 from tests.model.huggingface_oracle import CASES, make_oracle

@@ -9,19 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lm.hardware import topologies
+from lm.hardware.hlo import arrays, parse
+from lm.hardware.hlo_cost import census
 from lm.kernels.attention import View
 from lm.parallel import ring_attention, ulysses_attention
-from lm.sharding import (
-    Layout,
-    MeshShape,
-    make_mesh,
-    make_rules,
-    named_sharding,
-    topologies,
-    use_layout,
-)
-from lm.sharding.census import census
-from lm.sharding.hlo import arrays, parse
+from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
 
 pytestmark = pytest.mark.aot
 # Asked before JAX starts: it looks for GPU compilers only then.

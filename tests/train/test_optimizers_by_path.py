@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import config as config_lib
+from lm.config import command_line as config_lib
 from lm.model import param_specs
 from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, PathRule, Soap, make_optimizer
 from lm.weights import path_name

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.infer.cache.contiguous import NEVER, ContiguousCache, SlidingCache, Slots
+from lm.infer.cache.latent import LatentCache, make_latent_cache
 from lm.infer.cache.paged import PagedCache
-from lm.infer.latent import LatentCache, make_latent_cache
 from lm.kernels.paged_attention import QUANTIZED, make_pages
 from lm.model import Attention, ModelConfig
 

@@ -74,7 +74,7 @@ def flash_attention(
     float32 arrays are multiplied in float32, bfloat16 ones as they are, with float32 sums.
 
     Args:
-      chip: the TPU's name in `lm.sharding.chips`, for block sizes; None for sizes that fit any.
+      chip: the TPU's name in `lm.hardware.chips`, for block sizes; None for sizes that fit any.
       blocks: instead of the table's.
       interpret: run the kernel's meaning on any platform, slowly; None: on CPUs.
 

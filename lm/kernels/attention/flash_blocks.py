@@ -8,7 +8,7 @@ MIB = 1 << 20
 LANES = 128
 
 # VMEM of a core, from `jax.experimental.pallas.tpu.get_tpu_info_for_chip`, by the chip's name in
-# `lm.sharding.chips`.
+# `lm.hardware.chips`.
 VMEM = {
     "TPU v4": 16 * MIB, "TPU v5e": 128 * MIB, "TPU v5p": 64 * MIB, "TPU v6e": 128 * MIB,
     "TPU7x": 64 * MIB,

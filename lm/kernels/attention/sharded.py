@@ -9,12 +9,12 @@ import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
+from lm.hardware.chips import chip_of
 from lm.kernels.attention.common import declared, kernel_flops, num_scores
 from lm.kernels.attention.flash import flash_attention, flash_attention_backward
 from lm.kernels.attention.flash_gpu import flash_attention_gpu
 from lm.kernels.attention.reference import View
 from lm.sharding import Layout, current_layout, partition_spec
-from lm.sharding.chips import chip_of
 
 HOPPER = ("H100", "H200", "GH200")
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lm.hardware.chips import chip_of
 from lm.kernels.attention.choose import check_scores
 from lm.kernels.attention.sharded import on_tpu, target
 from lm.kernels.paged_attention.pages import Pages
@@ -21,7 +22,6 @@ from lm.kernels.paged_attention.reference import (
 from lm.kernels.paged_attention.tpu import tpu_paged_attention
 from lm.kernels.paged_attention.tpu_write import tpu_write_pages
 from lm.sharding import Layout, check_divides, current_layout
-from lm.sharding.chips import chip_of
 
 IMPLEMENTATIONS = ("reference", "tpu")
 MEGACORE = ("TPU v4", "TPU v5p")  # chips that show their two cores as one

@@ -141,7 +141,7 @@ def tpu_paged_attention(
 ) -> jax.Array:
     """See `lm.kernels.paged_attention.paged_attention`; tokens of a sequence from starts[b].
 
-    `chip` is the TPU's name in `lm.sharding.chips`, for blocks that fit it; None for any. `cores`
+    `chip` is the TPU's name in `lm.hardware.chips`, for blocks that fit it; None for any. `cores`
     of one device share the items: two on TPUs v4 and v5p. `interpret` is what `pl.pallas_call`
     takes.
 

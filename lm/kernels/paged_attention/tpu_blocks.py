@@ -82,7 +82,7 @@ def shape_of(pages: Pages, q: jax.Array, sinks: bool) -> Shape:
 
 
 def vmem_of(chip: str | None) -> int:
-    """Bytes of a core's VMEM that a kernel may ask for, by the name in `lm.sharding.chips`."""
+    """Bytes of a core's VMEM that a kernel may ask for, by the name in `lm.hardware.chips`."""
     return VMEM.get(chip or "", SMALLEST) * 15 // 16
 
 
@@ -98,7 +98,7 @@ def choose_blocks(
     """(tokens of an item, pages of a block) of a pass: what keeps the matrix units busy, and fits.
 
     Args:
-      chip: the TPU's name in `lm.sharding.chips`; None for what fits any.
+      chip: the TPU's name in `lm.hardware.chips`; None for what fits any.
       table_width: most pages of a sequence.
       likely: tokens of an item that sequences are likely to fill; 1 for decoding.
       block_q, block_kv: tokens of an item and of a block of pages, instead of those chosen here.

@@ -1,0 +1,1 @@
+"""Comparisons with peers: `python -m experiments.benchmark train|kernels|generate`."""

@@ -1,0 +1,119 @@
+"""Who takes part in the benchmark of generation; each is built in a process of its own.
+
+A contender is made from a GGUF file, and gives a function `generate(batch, new) -> None` that
+continues `batch` prompts by `new` tokens each, greedily, with ends of sequence ignored.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+Generate = Callable[[int, int], None]
+PROMPT = 32  # tokens of a prompt
+MOST = 1024  # positions of the context
+SLOTS = 8  # llama.cpp's rows at once; more wait
+
+
+def prompts(batch: int, vocab_size: int) -> list[list[int]]:
+    """The prompts everyone reads."""
+    numpy = importlib.import_module("numpy")
+    rows = numpy.random.default_rng(0).integers(10, min(vocab_size, 40_000), (batch, PROMPT))
+    return rows.tolist()
+
+
+def ours(path: pathlib.Path, dtype: str, keep_quantized: bool = False) -> tuple[Generate, dict]:
+    import jax
+    import jax.numpy as jnp
+
+    from lm.formats import open_any
+    from lm.infer import Request
+    from lm.infer.generate import LocalSampler
+    from lm.infer.serving import serving_form
+
+    opened = open_any(path, dtype=jnp.dtype(dtype), keep_quantized=keep_quantized)
+    params = serving_form(opened.params, jnp.dtype(dtype), donate=True)
+    samplers: dict[int, LocalSampler] = {}
+
+    def generate(batch: int, new: int) -> None:
+        if batch not in samplers:
+            samplers[batch] = LocalSampler(
+                params,
+                opened.config,
+                eos_ids=(),
+                max_batch=batch,
+                max_length=MOST,
+                dtype=jnp.dtype(dtype),
+            )
+        rows = prompts(batch, opened.config.vocab_size)
+        requests = [Request(prompt_token_ids=row, max_new_tokens=new) for row in rows]
+        samplers[batch].sample(requests)
+
+    return generate, {"weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
+
+
+def transformers(path: pathlib.Path, dtype: str, blocks: bool = False) -> tuple[Generate, dict]:
+    torch: Any = importlib.import_module("torch")
+    library: Any = importlib.import_module("transformers")
+    model = library.AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        dtype=getattr(torch, dtype),
+        gguf_file=path.name,
+        quantization_config=library.GgufConfig(dequantize=not blocks),
+    ).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    vocab_size = model.config.vocab_size
+
+    def generate(batch: int, new: int) -> None:
+        ids = torch.tensor(prompts(batch, vocab_size))
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
+        )
+        assert out.shape[1] == PROMPT + new, out.shape
+
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    nbytes = sum(held.values())
+    return generate, {"weight_bytes": nbytes}
+
+
+def llamacpp(path: pathlib.Path) -> tuple[Generate, dict]:
+    library: Any = importlib.import_module("xllamacpp")
+    params = library.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel = SLOTS * MOST, SLOTS
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
+    params.verbosity, params.cache_prompt = 0, False
+    server = library.Server(params)
+
+    def one(row: list[int], new: int) -> None:
+        asked = {"prompt": row, "n_predict": new, "temperature": 0.0, "ignore_eos": True,
+                 "cache_prompt": False}  # fmt: skip
+        reply = server.handle_completions(asked)
+        used = (
+            reply["usage"]["completion_tokens"] if "usage" in reply else reply["tokens_predicted"]
+        )
+        assert used == new, reply
+
+    def generate(batch: int, new: int) -> None:
+        rows = prompts(batch, 40_000)
+        with concurrent.futures.ThreadPoolExecutor(batch) as threads:
+            list(threads.map(lambda row: one(row, new), rows))
+
+    return generate, {"weight_bytes": path.stat().st_size}
+
+
+CONTENDERS: dict[str, Callable[[pathlib.Path], tuple[Generate, dict]]] = {
+    "ours_float32": lambda path: ours(path, "float32"),
+    "ours_bfloat16": lambda path: ours(path, "bfloat16"),
+    "ours_blocks": lambda path: ours(path, "float32", keep_quantized=True),
+    "transformers_float32": lambda path: transformers(path, "float32"),
+    "transformers_bfloat16": lambda path: transformers(path, "bfloat16"),
+    "transformers_blocks": lambda path: transformers(path, "float32", blocks=True),
+    "llamacpp": llamacpp,
+}
+NEEDS = {"transformers": ("torch", "transformers"), "llamacpp": ("xllamacpp",), "ours": ()}

@@ -1,0 +1,121 @@
+"""What the commands that use a finished model share: flags, and opening it."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import jax.numpy as jnp
+from absl import flags
+
+from lm.adapters import combine
+from lm.config.command_line import ConfigError, input_errors
+from lm.formats import Opened, open_any
+from lm.formats.open import DTYPES, malformed
+from lm.formats.peft.io import load_peft
+
+_COMMAND = sys.argv[0]  # whose own flags these are, so that its `--help` lists them
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "A Hugging Face directory, a .gguf file, a checkpoint or workdir of a run, or the name of a "
+    "model that an installed package brings.",
+    module_name=_COMMAND,
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Where the tokenizer is, if not with --model.", module_name=_COMMAND
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", DTYPES, "Of weights and compute.", module_name=_COMMAND
+)
+_KEEP_QUANTIZED = flags.DEFINE_bool(
+    "keep_quantized", False, "Compute on the blocks of a .gguf file instead of decoding them once.",
+    module_name=_COMMAND,
+)  # fmt: skip
+_ADAPTER = flags.DEFINE_multi_string(
+    "adapter",
+    [],
+    "A PEFT directory with a LoRA adapter, put over the model. experiments.generate takes several "
+    'as NAME=DIRECTORY, of which each row of --prompts chooses by "adapter": NAME.',
+    module_name=_COMMAND,
+)
+
+
+def open_model() -> Opened:
+    """The model the flags name, with the adapter they name.
+
+    Raises:
+      ConfigError: there is none, it or its adapter cannot be opened, or there are several adapters.
+    """
+    opened = _open_base()
+    if not _ADAPTER.value:
+        return opened
+    if len(_ADAPTER.value) > 1:
+        raise ConfigError("give one --adapter=DIRECTORY; experiments.generate alone takes several")
+    return _adapted(opened, _ADAPTER.value[0])
+
+
+def open_with_adapters() -> tuple[Opened, dict[str, int]]:
+    """The model the flags name, and the numbers of the adapters that have names.
+
+    Raises:
+      ConfigError: as `open_model`; or one of several adapters has no name, or two have the same.
+    """
+    named: dict[str, str] = {}
+    for value in _ADAPTER.value:
+        name, equals, directory = value.partition("=")
+        alone = len(_ADAPTER.value) == 1 and pathlib.Path(value).exists()
+        if not equals or not name or alone:
+            if len(_ADAPTER.value) == 1:
+                return open_model(), {}
+            raise ConfigError(f"--adapter={value}: one of several needs a name: NAME=DIRECTORY")
+        if name in named:
+            raise ConfigError(f"two adapters are named {name!r}; give each its own name")
+        named[name] = directory
+    opened = _open_base()
+    if not named:
+        return opened, {}
+    adapted = [_adapted(opened, directory).params for directory in named.values()]
+    with input_errors():
+        params = combine(opened.params, adapted)
+    return opened._replace(params=params), {name: i for i, name in enumerate(named)}
+
+
+def _adapted(opened: Opened, directory: str) -> Opened:
+    with input_errors(), malformed(directory):
+        return opened._replace(params=load_peft(directory, opened.params, opened.config))
+
+
+def _open_base() -> Opened:
+    if not _MODEL.value:
+        raise ConfigError("no model; give one with --model=PATH_OR_NAME")
+    with input_errors():
+        return open_any(
+            _MODEL.value,
+            dtype=dtype(),
+            keep_quantized=_KEEP_QUANTIZED.value,
+            tokenizer=_TOKENIZER.value,
+        )
+
+
+def dtype() -> jnp.dtype:
+    """What `--dtype` says."""
+    return jnp.dtype(_DTYPE.value)
+
+
+def read_text(path: str) -> str:
+    """The text of a file, which has to be UTF-8, with line ends as Python reads them: all "\\n".
+
+    Raises:
+      ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start} "
+            f"({error.reason}); convert it, with iconv for example"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")

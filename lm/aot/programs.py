@@ -1,0 +1,365 @@
+"""The programs `experiments.aot` compiles: this project's own step, prefill and decoding loop, over
+shapes alone. No array is ever made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lm.aot.question import Aot
+from lm.hardware import topologies
+from lm.hardware.hlo_cost import Census, census
+from lm.infer import generate
+from lm.infer.cache import make_cache
+from lm.kernels.attention import IMPLEMENTATIONS
+from lm.model import check_mesh, param_specs
+from lm.model.params import unstacked_specs
+from lm.parallel import check_context, context_attention, in_order_of
+from lm.sharding import Layout, check_divides, make_mesh, make_rules, named_sharding, use_layout
+from lm.train.objective import NextToken
+from lm.train.optimizers import make_optimizer
+from lm.train.state import abstract_state
+from lm.train.step import Accumulation, make_train_step
+from lm.weights import abstract
+
+Name = Literal["train", "prefill", "decode"]
+Tree = Any
+# Of the effort libtpu spends; 0 is what it does by itself. Ten times faster to compile.
+FAST = {"exec_time_optimization_effort": -1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program to compile.
+
+    Attributes:
+      name: which.
+      config, topology, layout: of the question.
+      function: jitted.
+      arguments: ShapeDtypeStructs with shardings, by what they are: weights, optimizer, batch, ...
+      call: `function`'s positional arguments, made of those.
+      rows: of one run, over all devices.
+      tokens: of one run, that are trained on, read, or written.
+    """
+
+    name: Name
+    config: Aot
+    topology: str
+    layout: Layout
+    function: Any
+    arguments: dict[str, Tree]
+    call: tuple[Any, ...]
+    rows: int
+    tokens: int
+
+    @property
+    def device(self) -> Any:
+        return self.layout.mesh.devices.flat[0]
+
+    @property
+    def num_devices(self) -> int:
+        return self.layout.mesh.devices.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a program, or why it did not.
+
+    Attributes:
+      refusal: the compiler's own words where it ran out of memory; None where it did not.
+      needed_bytes, available_bytes: its figures in that case; None where it was not HBM.
+      memory: `memory_analysis()`'s figures, by name; of a refused program none.
+      census: of the compiled program; None of a refused one.
+      text: the program; "" of a refused one.
+      lower_seconds, compile_seconds: that it took.
+    """
+
+    refusal: str | None
+    needed_bytes: float | None
+    available_bytes: float | None
+    memory: dict[str, int]
+    census: Census | None
+    text: str
+    lower_seconds: float
+    compile_seconds: float
+
+
+def make_program(name: Name, config: Aot, topology: str) -> Program:
+    """The program of a question.
+
+    Raises:
+      ValueError: sizes that do not divide, an unknown topology, implementation or policy.
+    """
+    mesh = make_mesh(config.mesh, topologies.describe(topology))
+    rows = check(name, config, mesh)
+    if name == "train":
+        return _train(config, topology, mesh, rows)
+    return _serve(name, config, topology, mesh, rows)
+
+
+def check(name: Name, config: Aot, mesh: Any) -> int:
+    """Rows of a run over all devices.
+
+    Raises:
+      ValueError: sizes that make no sense, or that the mesh does not divide.
+    """
+    check_mesh(config.model, mesh)
+    return _check_train(config, mesh) if name == "train" else _check_serve(name, config, mesh)
+
+
+def global_rows(per_device: float, mesh: Any, key: str) -> int:
+    """Rows over all devices.
+
+    Raises:
+      ValueError: they are not whole.
+    """
+    rows = per_device * mesh.devices.size
+    if not 1 <= rows < math.inf or abs(rows - round(rows)) > 1e-6:
+        raise ValueError(
+            f"{key}={per_device:g} gives {rows:g} rows on {mesh.devices.size} devices; "
+            f"use a multiple of 1/{mesh.devices.size}"
+        )
+    return round(rows)
+
+
+def check_length(key: str, length: int, config: Aot) -> None:
+    """Raises ValueError for a length that is none, or beyond the model's."""
+    if length < 1:
+        raise ValueError(f"{key}={length} is no length; use 1 or more")
+    if length > config.model.max_length:
+        raise ValueError(
+            f"{key}={length} is beyond model.max_length={config.model.max_length}; "
+            "shorten the rows or raise the model's length"
+        )
+
+
+def _check_train(config: Aot, mesh: Any) -> int:
+    t, s, length = config.train, config.sharding, config.sequence_length
+    rules = make_rules(s.zero, s.sequence_parallel, s.zero_axes)
+    rows = global_rows(t.rows_per_device, mesh, "train.rows_per_device")
+    if t.num_micro_batches < 1 or rows % t.num_micro_batches:
+        raise ValueError(
+            f"train.num_micro_batches={t.num_micro_batches} does not divide the step's {rows} rows"
+        )
+    check_length("train.sequence_length", length, config)
+    batch_axes = rules.activations["batch"]
+    check_divides(mesh, batch_axes, "the rows of a micro-batch", rows // t.num_micro_batches)
+    check_divides(mesh, rules.activations["residual_sequence"], "train.sequence_length", length)
+    heads = [(a.num_heads, a.num_kv_heads) for a in (x.attention for x in config.model.layers)]
+    check_context(s.context, Layout(mesh, rules), length, heads)
+    check_attention(t.attention, mesh.devices.flat[0].platform)
+    return rows
+
+
+def _check_serve(name: Name, config: Aot, mesh: Any) -> int:
+    s = config.serve
+    rows = global_rows(s.rows_per_device, mesh, "serve.rows_per_device")
+    check_length("serve.cache_length", config.cache_length, config)
+    if name == "prefill" and not 0 < config.prompt_length < config.cache_length:
+        raise ValueError(
+            f"serve.prompt_length={config.prompt_length} leaves no room in serve.cache_length="
+            f"{config.cache_length}; use a longer cache"
+        )
+    if mesh.shape["context"] > 1:
+        raise ValueError(
+            f"mesh.context={mesh.shape['context']}: {name} does not split the sequence; use 1"
+        )
+    if config.train.attention is not None:
+        raise ValueError(
+            f"train.attention={config.train.attention!r} is the training step's; {name} takes what "
+            "its cache chooses, so leave it out"
+        )
+    check_divides(mesh, make_rules(s.zero).activations["batch"], "serve's rows", rows)
+    return rows
+
+
+def check_attention(name: str | None, platform: str) -> None:
+    """Raises ValueError where there is no attention of that name, or none for the platform."""
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"train.attention={name!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
+        )
+    if name == "cudnn":
+        raise ValueError(
+            "train.attention='cudnn' needs cuDNN and its GPU to compile; use mosaic_gpu or blocked"
+        )
+    written_for = {"flash": "tpu", "splash": "tpu", "mosaic_gpu": "gpu"}.get(name or "")
+    if written_for not in (None, "gpu" if platform == "cuda" else platform):
+        others = "flash, splash" if platform == "tpu" else "mosaic_gpu"
+        raise ValueError(
+            f"train.attention={name!r} is written for {written_for.upper()}s; use {others}, "
+            "blocked or reference"
+        )
+
+
+def _train(config: Aot, topology: str, mesh: Any, rows: int) -> Program:
+    t, s, length = config.train, config.sharding, config.sequence_length
+    rules = make_rules(s.zero, s.sequence_parallel, s.zero_axes)
+    layout = Layout(mesh, rules)
+    sharding = named_sharding(mesh, rules.activations, ("batch", "sequence"), (rows, length))
+    ids, weights = (
+        jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    batch = {"ids": ids, "positions": ids, "targets": ids, "weights": weights}
+    batch |= {"segment_ids": ids} if t.packed else {}
+    optimizer = make_optimizer(config.optimizer)
+    state = abstract_state(param_specs(config.model), optimizer, layout)
+    gradient = Accumulation(
+        config.model, t.num_micro_batches, jnp.dtype(t.dtype), t.remat, loss=t.loss,
+        attention=context_attention(s.context, t.attention),
+    )  # fmt: skip
+    objective = in_order_of(s.context, NextToken())
+    step = make_train_step(objective, optimizer, lambda _: 1e-4, layout, gradient)
+    arguments = {"weights": state.trainable, "optimizer": state.opt_state, "batch": batch}
+    return Program(
+        "train", config, topology, layout, step, arguments, (state, batch), rows, rows * length
+    )
+
+
+def _serve(name: Name, config: Aot, topology: str, mesh: Any, rows: int) -> Program:
+    s, model = config.serve, config.model
+    dtype = jnp.dtype(s.dtype)
+    layout = Layout(mesh, make_rules(s.zero))
+
+    def struct(shape: tuple[int, ...], kind: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        sharding = named_sharding(mesh, layout.rules.activations, axes, shape)
+        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+
+    def by_row(*shape: int, kind: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return struct((rows, *shape), kind, "batch", *(None,) * len(shape))
+
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+        abstract(unstacked_specs(model), layout.rules, mesh),
+    )
+    f32 = functools.partial(by_row, kind=jnp.float32)
+    controls = generate.Controls(
+        by_row(kind=jnp.uint32), f32(), by_row(), f32(), by_row(generate.MIN_STOPS), by_row()
+    )
+
+    def cached(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        rest = (None, "kv_heads", None) if len(x.shape) == 4 else (None,) * (len(x.shape) - 1)
+        return struct(x.shape, x.dtype, "batch", *rest)  # latents have no heads
+
+    cache = jax.tree.map(
+        cached, jax.eval_shape(lambda: make_cache(model, rows, config.cache_length, dtype))
+    )
+    S = config.cache_length
+    state = generate.State(
+        cache,
+        by_row(S),
+        f32(S),
+        by_row(S, 0),
+        f32(S, 0),
+        by_row(),
+        by_row(),
+        by_row(kind=jnp.bool_),
+    )
+    result = jax.tree.map(lambda x: x.sharding, state)
+    # The functions themselves, not their jits: what was traced for another layout must not be used.
+    prefill, decode = (inspect.unwrap(f) for f in (generate.prefill, generate.decode))
+
+    def run_prefill(params: Tree, ids: Any, lengths: Any, controls: Any) -> Any:
+        with use_layout(layout):
+            return prefill(params, ids, lengths, controls, model, S, 0, dtype)
+
+    def run_decode(params: Tree, state: Any, controls: Any, steps: Any) -> Any:
+        with use_layout(layout):
+            return decode(params, state, controls, steps, model, dtype)
+
+    if name == "prefill":
+        prompt = by_row(config.prompt_length), by_row(), controls
+        function = jax.jit(run_prefill, out_shardings=result)
+        arguments = {"weights": params, "batch": prompt}
+        tokens, call = rows * config.prompt_length, (params, *prompt)
+    else:
+        function = jax.jit(run_decode, donate_argnums=1, out_shardings=result)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+        rest = dataclasses.replace(state, cache=None)
+        arguments = {"weights": params, "cache": cache, "batch": (rest, controls, steps)}
+        tokens, call = rows, (params, state, controls, steps)
+    return Program(name, config, topology, layout, function, arguments, call, rows, tokens)
+
+
+def compile_program(
+    program: Program, *, full: bool = False, options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """Compiles a program for its topology.
+
+    Args:
+      program: what.
+      full: with all the effort the compiler would spend by itself.
+      options: of the compiler, beside those.
+
+    Raises:
+      ValueError: the program cannot be compiled, for another reason than memory.
+    """
+    begin = time.perf_counter()
+    with jax.set_mesh(program.layout.mesh):
+        lowered = program.function.lower(*program.call)
+        chosen: dict[str, Any] = {"xla_gpu_autotune_level": 0}
+        if program.device.platform == "tpu":
+            chosen = {} if full else dict(FAST)
+        middle = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                # The cache takes programs for devices that are not here, and cannot read them.
+                warnings.filterwarnings("ignore", message="Error reading persistent compilation")
+                compiled = lowered.compile(compiler_options=chosen | dict(options or {}))
+        except jax.errors.JaxRuntimeError as error:
+            end = time.perf_counter()
+            return _refused(str(error), middle - begin, end - middle)
+    end = time.perf_counter()
+    found = compiled.memory_analysis()
+    memory = {
+        name.removesuffix("_in_bytes"): int(getattr(found, name))
+        for name in dir(found)
+        if name.endswith("_in_bytes")
+    }
+    text = compiled.as_text() or ""
+    return Compiled(
+        None, None, None, memory, census(text, program.layout.mesh), text, middle - begin,
+        end - middle,
+    )  # fmt: skip
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)\s*([KMGT]?)i?B?"
+
+
+def _refused(message: str, lower_seconds: float, compile_seconds: float) -> Compiled:
+    """What libtpu says: `total memory required for HLO temporaries (123.90G) exceeds available HBM
+    (95.73G)`, or `Used 20.1G of 15.75G hbm`.
+    """
+    first = message.splitlines()[0]
+    match = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
+    match = match or re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
+    if "RESOURCE_EXHAUSTED" not in first:
+        raise ValueError(f"the compiler refuses the program: {message[:1500]}")
+    if match is None:  # of memory on the chip, by a kernel
+        words = " ".join(message.split())[:400]
+        return Compiled(words, None, None, {}, None, "", lower_seconds, compile_seconds)
+    needed = float(match[1]) * _UNITS[match[2]]
+    available = float(match[3]) * _UNITS[match[4]]
+    return Compiled(first, needed, available, {}, None, "", lower_seconds, compile_seconds)
+
+
+def bytes_per_device(tree: Tree) -> int:
+    """Of arrays as they lie, unpadded."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )

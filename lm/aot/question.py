@@ -1,0 +1,84 @@
+"""What a question about a machine that is not here is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from lm.model import ModelConfig
+from lm.sharding import MeshShape, Sharding
+from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The training step.
+
+    Attributes:
+      rows_per_device: rows of a step over devices; a fraction where a row lies on several.
+      sequence_length: tokens of a row; none for the model's, at most 8,192.
+      num_micro_batches: a step's rows are taken in this many parts.
+      dtype: of compute; weights and their updates are float32.
+      remat: see `lm.model.remat`.
+      attention: implementation; none for what `lm.kernels.attention` chooses for the platform.
+      loss: implementation of the cross-entropy; none for what its size decides.
+      packed: rows hold several documents, so that attention has segments to mask.
+    """
+
+    rows_per_device: float = 1.0
+    sequence_length: int | None = None
+    num_micro_batches: int = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: str = "full"
+    attention: str | None = None
+    loss: str | None = None
+    packed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Prefill and decode.
+
+    Attributes:
+      rows_per_device: rows at once over devices.
+      prompt_length: tokens of a prompt; none for half of the cache.
+      cache_length: positions of the cache; none for the model's, at most 4,096.
+      dtype: of weights, compute and cache.
+      zero: 3 also splits the weights over `fsdp`, and gathers them a layer at a time.
+    """
+
+    rows_per_device: float = 1.0
+    prompt_length: int | None = None
+    cache_length: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    zero: Literal[0, 3] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Aot:
+    """A model, where it lies, and what it does there."""
+
+    model: ModelConfig
+    mesh: MeshShape = MeshShape(fsdp=-1)
+    sharding: Sharding = Sharding()
+    optimizer: AdamW | Muon | Adafactor | Lion | Soap = AdamW()
+    train: Train = Train()
+    serve: Serve = Serve()
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training row."""
+        asked = self.train.sequence_length
+        return min(self.model.max_length, 8192) if asked is None else asked
+
+    @property
+    def cache_length(self) -> int:
+        """Positions of the cache."""
+        asked = self.serve.cache_length
+        return min(self.model.max_length, 4096) if asked is None else asked
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of a prompt."""
+        asked = self.serve.prompt_length
+        return self.cache_length // 2 if asked is None else asked

@@ -1,0 +1,100 @@
+"""A command of this project: an absl program whose bad input is one line and exit status 2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+
+from lm.config import command_line as config_lib
+from lm.config.command_line import ConfigError, Configs
+
+HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
+
+
+def run(
+    main: Callable[..., None],
+    *,
+    positional: bool = False,
+    configs: Configs | None = None,
+    workdir: bool = False,
+) -> NoReturn:
+    """Run `main()` and exit; a ConfigError is its message on stderr and status 2.
+
+    With `--verbosity=1` it is its traceback too, and what libraries say at level INFO is shown.
+
+    Args:
+      main: called without arguments, or with those that the next ask for, in the order
+        configuration, folder, list.
+      positional: `main` takes the list of arguments that are no flags.
+      configs: `main` takes the configuration that `--config` and its keys choose of these; `--help`
+        lists them and the keys.
+      workdir: `main` takes the folder of `--workdir`, which is asked for.
+    """
+    if workdir:
+        flags.DEFINE_string(
+            "workdir", None, "Folder of the run; the same folder resumes it.",
+            module_name=sys.argv[0],
+        )  # fmt: skip
+    chosen: list[Any] = []
+
+    def program(argv: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # absl's programs say INFO of every library
+        with reported():
+            if argv[1:] and not positional:
+                raise ConfigError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+            if workdir and flags.FLAGS.workdir is None:
+                raise ConfigError("no folder for the run; give one with --workdir=FOLDER")
+            if workdir:
+                chosen.append(pathlib.Path(flags.FLAGS.workdir).expanduser())
+            main(*chosen, *([list(argv[1:])] if positional else []))
+
+    def parse_flags(argv: list[str]) -> list[str]:
+        with reported():
+            if HELP & set(argv) and configs is not None:
+                print(config_lib.help_text(argv, configs))
+                sys.exit(0)
+            if HELP & set(argv):
+                return flags.FLAGS(argv)
+            if configs is None:
+                return parse_known(argv)
+            positionals = parse_known(config_lib.rest_of(argv))  # an unknown flag is told first
+            chosen.append(config_lib.parse(argv, configs)[0])
+            return positionals
+        raise AssertionError("reported never swallows an error")
+
+    app.run(program, flags_parser=parse_flags)
+    raise AssertionError("app.run returned")
+
+
+def parse_known(argv: Sequence[str], known_only: bool = False) -> list[str]:
+    """What of `argv` is no flag. Raises ConfigError for a flag that is wrong or missing."""
+    try:
+        return flags.FLAGS(argv, known_only=known_only)
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Ends the program with a ConfigError's message, and quietly where its reader has gone."""
+    try:
+        yield
+    except ConfigError as error:
+        if (
+            flags.FLAGS.is_parsed()
+            and flags.FLAGS["verbosity"].present
+            and flags.FLAGS.verbosity > 0
+        ):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

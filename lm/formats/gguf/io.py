@@ -1,0 +1,167 @@
+"""Models of GGUF files, straight into the serving form.
+
+Weights are read one at a time, each shard from the rows it holds: beside the weights kept, the host
+holds about the largest of them. Blocks may be kept as they lie in the file.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.checkpoints.store import CheckpointError
+from lm.files import ggml
+from lm.files.base import FileFormatError
+from lm.files.gguf import GGUF, read_gguf
+from lm.files.gguf_blocks import dequantize
+from lm.formats.gguf.config import Keys, from_gguf
+from lm.formats.gguf.tensors import IGNORED, Rows, rows
+from lm.formats.huggingface.io import _by_layer
+from lm.model import ModelConfig, ModelWeights
+from lm.model.params import unstacked_specs
+from lm.sharding import Layout, named_sharding
+from lm.weights import GGUFBlocks, is_spec, path_name
+from lm.weights.gguf import KINDS
+
+INTEGERS = ("I8", "I16", "I32", "I64")
+
+
+def read_gguf_config(path: str | pathlib.Path, *, vocab_multiple: int = 128) -> ModelConfig:
+    """The `ModelConfig` of a GGUF file. Errors as `load_gguf`."""
+    return config_of(_open(path), vocab_multiple)
+
+
+def load_gguf(
+    path: str | pathlib.Path,
+    *,
+    dtype: Any = jnp.float32,
+    keep_quantized: bool = False,
+    layout: Layout | None = None,
+    vocab_multiple: int = 128,
+) -> tuple[ModelWeights, ModelConfig]:
+    """The weights of a GGUF file, unstacked, and the model's configuration.
+
+    Args:
+      path: of the file, or of the first part of a split model.
+      dtype: of the weights that are arrays.
+      keep_quantized: keep matrices in blocks as `lm.weights.GGUFBlocks`; plain numbers, and blocks
+        of types that are not computed on, become arrays all the same.
+      layout: place each shard by these rules; None for the default device.
+      vocab_multiple: see `ModelConfig`. Rows of padding are zeros.
+
+    Raises:
+      CheckpointError: it is no GGUF file, its architecture or something in it is not supported, or
+        tensors are missing, surplus, or of another shape; all are named.
+      OSError: it cannot be opened.
+      ValueError: sizes do not fit each other, or a mesh axis does not divide a weight.
+    """
+    file = _open(path)
+    config = config_of(file, vocab_multiple)
+    wanted = list(rows(config, Keys(file.metadata, str(path)).arch))
+    _check_tensors(file, wanted, config, str(path))
+    done = {}
+    for each in wanted:
+        done[each.path] = _place(file, each, dtype, keep_quantized, layout)
+        file.release(each.tensor)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, _: done[path_name(path)], unstacked_specs(config), is_leaf=is_spec
+    )
+    return params, config
+
+
+def config_of(file: GGUF, vocab_multiple: int = 128) -> ModelConfig:
+    """The `ModelConfig` of an open GGUF file. Errors as `load_gguf`."""
+    return from_gguf(
+        file.metadata,
+        {name: info.shape for name, info in file.tensors.items()},
+        rope_factors=file.dequantize,
+        vocab_multiple=vocab_multiple,
+        source=str(file.paths[0]),
+    )
+
+
+def _open(path: str | pathlib.Path) -> GGUF:
+    try:
+        return read_gguf(path)
+    except FileFormatError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_tensors(file: GGUF, wanted: list[Rows], config: ModelConfig, source: str) -> None:
+    """Raises CheckpointError, with every fault, unless the tensors are those of the model."""
+    shapes = {each.tensor: each.tensor_shape for each in wanted}
+    faults = []
+    for name, shape in shapes.items():
+        if name not in file.tensors:
+            faults.append(f"{name} {list(shape)} is missing")
+            continue
+        found = file.tensors[name]
+        if found.shape != shape:
+            faults.append(f"{name} is {list(found.shape)}, the model wants {list(shape)}")
+        elif found.type in INTEGERS:
+            faults.append(f"{name} is of type {found.type}, which no weight can be")
+    faults += [
+        f"{name} {list(file.tensors[name].shape)} is not in this model"
+        for name in sorted(file.tensors.keys() - shapes.keys() - set(IGNORED))
+    ]
+    if faults:
+        faults = _by_layer([re.sub(r"\bblk\.", "blk.layers.", fault) for fault in faults])
+        listed = "; ".join(faults).replace("blk.layers.", "blk.")
+        raise CheckpointError(
+            f"{source} does not fit a {config.family!r} model of {config.num_layers} layers, "
+            f"{len(faults)} faults: {listed}"
+        )
+
+
+def _place(file: GGUF, each: Rows, dtype: Any, keep_quantized: bool, layout: Layout | None) -> Any:
+    """One of our weights, on its devices."""
+    kind = ggml.TYPES[file.tensors[each.tensor].type]
+    raw = raw_rows(file, each)
+    if keep_quantized and len(each.spec.shape) == 2 and kind.name in KINDS:
+        along = "in" if each.transposed else "out"
+        shape = (len(raw), each.tensor_shape[1])
+        leaf = GGUFBlocks.from_bytes(raw, kind.name, shape, along)
+        if layout is None:
+            return jax.device_put(leaf)
+        return jax.device_put(leaf, leaf.shardings(each.spec.axes, layout.rules, layout.mesh))
+    read = _reader(raw, kind, each, dtype)
+    shape = each.spec.shape
+    if layout is None:
+        return jnp.asarray(read(tuple(slice(0, size) for size in shape)))
+    sharding = named_sharding(layout.mesh, layout.rules.weights, each.spec.axes, shape)
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def raw_rows(file: GGUF, each: Rows) -> np.ndarray:
+    """The bytes of a weight's rows in our order, uint8 [rows, bytes a row]; padding is zeros."""
+    raw = file.raw(each.tensor).reshape(each.tensor_shape[0], -1)
+    raw = raw[each.start : each.start + each.count]
+    if (order := each.order) is not None:
+        raw = raw[order]
+    padded = each.spec.shape[-1 if each.transposed else 0]
+    return np.pad(raw, ((0, padded - each.count), (0, 0))) if padded > each.count else raw
+
+
+def _reader(
+    raw: np.ndarray, kind: ggml.BlockType, each: Rows, dtype: Any
+) -> Callable[[Any], np.ndarray]:
+    """A function from an index (slices) of our weight to its numbers, decoding what it needs."""
+    width = each.tensor_shape[1:]
+
+    def read(index: Any) -> np.ndarray:
+        row_slice = index[-1] if each.transposed else index[0]
+        part = raw[row_slice]
+        numbers = dequantize(part.reshape(-1), kind.name, (len(part), *width))
+        if each.minus:
+            numbers = numbers - np.float32(each.minus)
+        if each.transposed:
+            return np.ascontiguousarray(numbers[:, index[0]].T, dtype)
+        return np.ascontiguousarray(numbers[:, index[1]] if width else numbers, dtype)
+
+    return read

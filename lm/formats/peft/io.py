@@ -1,0 +1,391 @@
+"""LoRA adapters in PEFT's directories, in and out: `adapter_config.json` and safetensors.
+
+An adapter of module m is `base_model.model.m.lora_A.weight` [r, in] and `lora_B.weight` [out, r],
+of an embedding `lora_embedding_A` [r, vocab] and `lora_embedding_B` [dim, r]; DoRA adds
+`lora_magnitude_vector` [out]. Which of our weights m is comes from the family's table.
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.checkpoints.checksums import CheckpointError
+from lm.files.safetensors import Safetensors
+from lm.files.safetensors_writer import write_safetensors
+from lm.formats.huggingface.io import DTYPES, _by_layer, _open, _weight
+from lm.formats.huggingface.tensors import Place, Tensor, Transform, Vocabulary, tensors
+from lm.formats.peft.config import CONFIG, AdapterConfig, read_adapter_config, write_adapter_config
+from lm.model import ModelConfig, ModelWeights, Unstacked
+from lm.weights import Leaf, LoRA, MultiLoRA, path_name
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+Path = str | pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """A module of theirs that may have an adapter."""
+
+    name: str
+    tensor: Tensor
+    config: ModelConfig
+
+    @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.tensor.transform, Vocabulary)
+
+    def names(self) -> tuple[str, str, str]:
+        """Tensors of a, b and the magnitude."""
+        stem = PREFIX + self.name
+        if self.is_embedding:
+            a, b = f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
+        else:
+            a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+        return a, b, f"{stem}.lora_magnitude_vector"
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """Of those tensors."""
+        if self.is_embedding:
+            dim = self.tensor.places[0].shape[1]
+            return (rank, self.config.vocab_size), (dim, rank), (dim,)
+        out = self._shape(rank)[0]
+        return (rank, self.tensor.places[0].shape[0]), (out, rank), (out,)
+
+    def _shape(self, rank: int) -> tuple[int, ...]:
+        ours = [(rank, place.shape[1]) for place in self.tensor.places]
+        return self.tensor.transform.shape(ours, self.config)
+
+    def read(
+        self, a: np.ndarray, b: np.ndarray, length: np.ndarray | None
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """a [in, r], b [r, out] and magnitude [out] of each of our weights in the module."""
+        if self.is_embedding:
+            (rows,) = self._read(a.T, a.shape[0], ours=0)
+            return [(rows, b.T, length)]
+        lengths = [None] * len(self.tensor.places)
+        if length is not None:
+            lengths = [x[0] for x in self._read(length[:, None], 1)]
+        return [(a.T, own, x) for own, x in zip(self._read(b, b.shape[1]), lengths, strict=True)]
+
+    def _read(self, theirs: np.ndarray, rank: int, ours: int = 1) -> list[np.ndarray]:
+        sizes = [place.shape[ours] for place in self.tensor.places]
+        shapes = [(rank, n) if ours else (n, rank) for n in sizes]
+        return self.tensor.transform.read(theirs, shapes, self.tensor.layer)
+
+    def write(self, b: list[np.ndarray]) -> np.ndarray:
+        """Their [out, r] from our [r, out]."""
+        return self.tensor.transform.write(b, self.config, self.tensor.layer)
+
+
+def _modules(config: ModelConfig) -> Iterator[_Module]:
+    for tensor in tensors(config):
+        if tensor.name.endswith(".weight") and type(tensor.transform) is not Transform:
+            yield _Module(tensor.name.removesuffix(".weight"), tensor, config)
+
+
+def load_peft(
+    path: Path, params: ModelWeights, config: ModelConfig, *, dtype: Any = None
+) -> ModelWeights:
+    """The model with a LoRA adapter of PEFT.
+
+    Stacked layers share a rank: in a stack, smaller adapters get zeros, and layers without one are
+    zeros. A module that the adapter holds whole (`modules_to_save`, or the embedding beneath its
+    adapter) takes the place of ours; only those outside the layers are read.
+
+    Args:
+      path: directory with `adapter_config.json` and `adapter_model.safetensors`.
+      params: the model, stacked or not, of any leaves. Its layout on a mesh is the caller's to
+        extend: `jax.device_put(params, lm.weights.shardings(lm.weights.specs_of(...), ...))`.
+      config: the model.
+      dtype: of `a` and `b`; None for the file's.
+
+    Raises:
+      CheckpointError: no such adapter, or one for another model: tensors are missing, surplus, of
+        another shape or not floating-point; all are named.
+      ValueError: `adapter_config.json` asks for what is not supported, or a weight of the model
+        has an adapter already.
+    """
+    directory = pathlib.Path(path)
+    adapter = read_adapter_config(directory)
+    if not (directory / WEIGHTS).exists():
+        raise CheckpointError(f"{directory / WEIGHTS} does not exist")
+    file = _open(directory / WEIGHTS)
+    whole = _whole(adapter, file, config)
+    modules = _targeted(adapter, file, config)
+    _check(adapter, modules, whole, file, config, str(directory))
+    _check_tied(modules, whole, config)
+    found: dict[str, dict[int, LoRA]] = {}
+    for module in modules:
+        names, scale = module.names(), adapter.scale_of(module.name)
+        a, b = (file.array(name) for name in names[:2])
+        length = file.array(names[2]) if adapter.dora else None
+        parts = module.read(a, b, length)
+        for place, part in zip(module.tensor.places, parts, strict=True):
+            leaf = _leaf(part, scale, dtype)
+            key, index = _ours(place, params, config)
+            found.setdefault(key, {})[index] = leaf
+    replaced = {}
+    for name, tensor in whole.items():
+        (place,) = tensor.places
+        (value,) = tensor.transform.read(file.array(name), [place.shape], None)
+        replaced[place.path] = jnp.array(value)
+    return _insert(params, found, replaced)
+
+
+def _leaf(part: tuple[Any, Any, Any], scale: float, dtype: Any) -> LoRA:
+    a, b, length = part
+    return LoRA(
+        None,
+        np.asarray(a, dtype or a.dtype),
+        np.asarray(b, dtype or b.dtype),
+        np.float32(scale),
+        None if length is None else np.asarray(length, np.float32),
+    )
+
+
+def _ours(place: Place, params: ModelWeights, config: ModelConfig) -> tuple[str, int]:
+    """Path of a weight in the tree, stacked or not, and its repeat."""
+    if place.stack is None or not isinstance(params.stacks[place.stack], Unstacked):
+        return place.path, place.repeat
+    index = place.repeat * len(config.stacks[place.stack].pattern) + place.position
+    return f"stacks/{place.stack}/layers/{index}/{place.field}", 0
+
+
+def _targeted(adapter: AdapterConfig, file: Safetensors, config: ModelConfig) -> list[_Module]:
+    """The modules with an adapter; those the file has where the configuration does not say."""
+    found = []
+    for module in _modules(config):
+        is_output = module.tensor.places[0].field == "output"
+        wanted = adapter.targets(module.name, is_output, module.is_embedding)
+        if wanted is None:
+            wanted = module.names()[0] in file.tensors
+        if wanted:
+            found.append(module)
+    return found
+
+
+def _whole(adapter: AdapterConfig, file: Safetensors, config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors in the file of modules that are replaced, outside the layers."""
+    found = {}
+    for tensor in tensors(config):
+        name = tensor.name.removesuffix(".weight")
+        names = [f"{PREFIX}{name}.base_layer.weight"]
+        if adapter.replaces(name):
+            names += [PREFIX + tensor.name]
+        for each in names:
+            if each in file.tensors and tensor.layer is None:
+                found[each] = tensor
+    return found
+
+
+def _check(
+    adapter: AdapterConfig,
+    modules: list[_Module],
+    whole: dict[str, Tensor],
+    file: Safetensors,
+    config: ModelConfig,
+    source: str,
+) -> None:
+    """Raises CheckpointError with every fault."""
+    wanted: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in whole.items()}
+    for module in modules:
+        shapes = module.shapes(adapter.rank_of(module.name))
+        names = module.names() if adapter.dora else module.names()[:2]
+        wanted |= dict(zip(names, shapes, strict=False))
+    faults = []
+    for name, shape in wanted.items():
+        info = file.tensors.get(name)
+        if info is None:
+            faults.append(f"{name} {list(shape)} is missing")
+        elif info.dtype not in DTYPES:
+            faults.append(f"{name} is of dtype {info.dtype}; adapters are {', '.join(DTYPES)}")
+        elif info.shape != shape:
+            faults.append(f"{name} is {list(info.shape)}, the model wants {list(shape)}")
+    for name in sorted(file.tensors.keys() - wanted.keys()):
+        shape = list(file.tensors[name].shape)
+        faults.append(f"{name} {shape} is not in this model, or not among its target_modules")
+    if not modules:
+        faults.append(f"target_modules {adapter.target_modules!r} names no module of this model")
+    if faults:
+        raise CheckpointError(
+            f"{source} is no adapter for this {config.family!r} model of {config.num_layers} "
+            f"layers, {len(faults)} faults: " + "; ".join(_by_layer(faults))
+        )
+
+
+def _check_tied(modules: list[_Module], whole: dict[str, Tensor], config: ModelConfig) -> None:
+    """PEFT leaves a tied output as it was; ours would follow its embedding."""
+    touched = [m.name for m in modules if m.is_embedding]
+    touched += [tensor.name for tensor in whole.values() if tensor.places[0].field == "embed"]
+    if config.tied and touched:
+        raise ValueError(
+            f"the adapter changes {touched[0]}, and the model's output is tied to it, which PEFT "
+            "does not adapt; untie the model first (tied=False, and the embedding's transpose as "
+            "output)"
+        )
+
+
+def _insert(
+    params: ModelWeights, found: dict[str, dict[int, LoRA]], replaced: dict[str, jax.Array]
+) -> ModelWeights:
+    def leaf(path: tuple[Any, ...], weight: Any) -> Any:
+        name = path_name(path)
+        base = replaced.get(name, weight)
+        if name not in found:
+            return base
+        if isinstance(weight, LoRA | MultiLoRA):
+            raise ValueError(f"{name} has an adapter already; merge or remove it first")
+        return _joined(base, found[name])
+
+    is_leaf = lambda x: isinstance(x, Leaf)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_leaf)
+
+
+def _joined(base: Any, parts: dict[int, LoRA]) -> LoRA:
+    """The adapter of a weight, or of a stack of them, from those of its layers."""
+    if len(base.shape) == 2:
+        return dataclasses.replace(jax.tree.map(jnp.asarray, parts[0]), base=base)
+    repeats, rows, columns = base.shape
+    first = next(iter(parts.values()))
+    rank = max(part.a.shape[-1] for part in parts.values())
+    a = np.zeros((repeats, rows, rank), first.a.dtype)
+    b = np.zeros((repeats, rank, columns), first.b.dtype)
+    scale, magnitude = np.ones(repeats, np.float32), None
+    if first.magnitude is not None:
+        dense = base.dequantize(jnp.float32) if isinstance(base, Leaf) else base
+        magnitude = np.array(jnp.linalg.norm(dense.astype(jnp.float32), axis=-2))
+    for i, part in parts.items():
+        own = part.a.shape[-1]
+        a[i, :, :own], b[i, :own], scale[i] = part.a, part.b, part.scale
+        if magnitude is not None:
+            magnitude[i] = part.magnitude
+    return LoRA(base, *jax.tree.map(jnp.asarray, (a, b, scale, magnitude)))
+
+
+def save_peft(
+    params: ModelWeights,
+    config: ModelConfig,
+    path: Path,
+    *,
+    base_model: str | None = None,
+    dtype: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the adapters of a model as PEFT's directory; the weights beneath are not written.
+
+    Weights that are one module there (Phi-3's `qkv_proj`) become one adapter: of their rank where
+    they share `a`, else of the sum of their ranks. Ranks that are zeros throughout are left out.
+
+    Args:
+      params: the model, stacked or not.
+      config: the model.
+      path: directory; made where it does not exist.
+      base_model: name or path of the model beneath, for the reader.
+      dtype: of the tensors; None for that of `a`.
+      overwrite: replace the adapter that is there.
+
+    Raises:
+      CheckpointError: an adapter is there already.
+      ValueError: no weight has an adapter, one has several, only some have magnitudes, or the
+        embedding has one and the output is tied to it.
+    """
+    directory = pathlib.Path(path)
+    written: dict[str, np.ndarray] = {}
+    modules: dict[str, tuple[int, float]] = {}
+    lengths: dict[str, bool] = {}
+    others: set[str] = set()
+    for module in _modules(config):
+        weights = [_adapter_at(params, config, place) for place in module.tensor.places]
+        adapter = _of_module(weights, module)
+        if adapter is None:
+            others.add(module.name)
+            continue
+        if module.is_embedding and config.tied:
+            raise ValueError(
+                "the embedding has an adapter and the output is tied to it; PEFT would leave the "
+                "output as it was: untie the model first"
+            )
+        a, b, scale, magnitude = adapter
+        modules[module.name] = (a.shape[0], scale)
+        lengths[module.name] = magnitude is not None
+        names = module.names()
+        written |= {names[0]: _as(a, dtype), names[1]: _as(b, dtype)}
+        if magnitude is not None:
+            written[names[2]] = magnitude
+    if not modules:
+        raise ValueError("no weight of the model has an adapter")
+    if len(set(lengths.values())) > 1:
+        without = next(name for name, has in lengths.items() if not has)
+        raise ValueError(f"{without} has no magnitude but others have; PEFT has all or none (DoRA)")
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / WEIGHTS).exists() and not overwrite:
+        raise CheckpointError(f"{directory / WEIGHTS} exists; use another directory, or overwrite")
+    data = write_adapter_config(modules, others, any(lengths.values()), base_model)
+    write_safetensors(directory / WEIGHTS, written, metadata={"format": "pt"})
+    (directory / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _as(array: np.ndarray, dtype: Any) -> np.ndarray:
+    return array if dtype is None else array.astype(dtype)
+
+
+def _adapter_at(params: ModelWeights, config: ModelConfig, place: Place) -> LoRA | None:
+    """The adapter of one layer's weight, on the host, without its base."""
+    weight = _weight(params, config, place)
+    if isinstance(weight, MultiLoRA):
+        raise ValueError(f"{place.path} has {weight.num_adapters} adapters; select one first")
+    if not isinstance(weight, LoRA):
+        return None
+    weight = dataclasses.replace(weight, base=None)
+    if weight.a.ndim == 3:
+        weight = weight.layer(place.repeat)
+    weight = jax.tree.map(np.asarray, jax.device_get(weight))
+    used = np.any(weight.a, axis=0) | np.any(weight.b, axis=1)
+    return dataclasses.replace(weight, a=weight.a[:, used], b=weight.b[used])
+
+
+def _of_module(
+    weights: list[LoRA | None], module: _Module
+) -> tuple[np.ndarray, np.ndarray, float, np.ndarray | None] | None:
+    """Their a [r, in], b [out, r], scale and magnitude, of a module; None where it has none."""
+    present = [w for w in weights if w is not None and w.a.shape[1]]
+    if not present:
+        return None
+    if module.is_embedding:
+        (one,) = present
+        a = module.write([one.a])
+        return a.T, np.ascontiguousarray(one.b.T), float(one.scale), one.magnitude
+    sizes = [place.shape[1] for place in module.tensor.places]
+    first, missing = present[0], [w is None or not w.a.shape[1] for w in weights]
+    magnitudes = [None if w is None else w.magnitude for w in weights]
+    if any(missing) and any(m is not None for m in magnitudes):
+        raise ValueError(f"{module.name}: only some of its weights have magnitudes (DoRA)")
+    scale = Counter(float(w.scale) for w in present).most_common(1)[0][0]
+    shared = all(np.array_equal(w.a, first.a) and w.scale == first.scale for w in present)
+    rank = first.a.shape[1] if shared else sum(w.a.shape[1] for w in present)
+    blocks, at = [], 0
+    for weight, size in zip(weights, sizes, strict=True):
+        block = np.zeros((rank, size), first.b.dtype)
+        if weight is not None and weight.a.shape[1]:
+            own = weight.a.shape[1]
+            block[at : at + own] = weight.b * np.asarray(weight.scale / scale, weight.b.dtype)
+            at += 0 if shared else own
+        blocks.append(block)
+    a = first.a if shared else np.concatenate([w.a for w in present], axis=1)
+    b = np.ascontiguousarray(module.write(blocks))
+    magnitude = None
+    if magnitudes[0] is not None:
+        magnitude = module.write([m[None] for m in magnitudes if m is not None])[:, 0]
+        magnitude = np.ascontiguousarray(magnitude)
+    return np.ascontiguousarray(a.T), b, scale, magnitude

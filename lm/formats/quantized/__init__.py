@@ -1,0 +1,1 @@
+"""GPTQ, AWQ, compressed-tensors and bitsandbytes directories."""

@@ -1,0 +1,268 @@
+"""Quantized models of others, straight into leaves: GPTQ, AWQ, compressed-tensors, bitsandbytes.
+
+A directory is as Hugging Face's, with `quantization_config` in its `config.json` and, in place of a
+module's `weight`, the tensors of a format (`quantized_formats.py`). A module without them is read
+as it is. The family's table says which of our weights a module holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.checkpoints.checksums import CheckpointError
+from lm.files.safetensors import Safetensors
+from lm.formats.huggingface.config import from_huggingface
+from lm.formats.huggingface.io import DTYPES, _by_layer, _open, _put, _unstacked_path
+from lm.formats.huggingface.tensors import TABLES, Tensor, Transform, Vocabulary, tensors
+from lm.formats.quantized.layouts import Format, formats_of
+from lm.model import ModelConfig, ModelWeights
+from lm.model.params import unstacked_specs
+from lm.sharding import Layout, named_sharding
+from lm.weights import NF4, Fp8, ParamSpec, is_spec, path_name
+from lm.weights.blocked import Blocked
+
+Path = str | pathlib.Path
+# Beside a module's own: what formats keep of activations and caches, which here stay in float.
+IGNORED = r".*\.(input_scale|output_scale|input_zero_point|k_scale|v_scale|q_scale|weight_format)"
+
+
+def read_quantization(path: Path) -> Mapping[str, Any] | None:
+    """`quantization_config` of a directory's `config.json` or `quantize_config.json`, or None."""
+    directory = pathlib.Path(path)
+    q = _json(directory / "config.json").get("quantization_config")
+    if q is None and (directory / "quantize_config.json").exists():
+        q = {"quant_method": "gptq", **_json(directory / "quantize_config.json")}
+    return q
+
+
+def load_quantized(
+    path: Path,
+    *,
+    dtype: Any = None,
+    layout: Layout | None = None,
+    vocab_multiple: int = 128,
+    ignore: Collection[str] = (),
+) -> tuple[ModelWeights, ModelConfig]:
+    """The weights of a quantized Hugging Face model, unstacked, and its configuration.
+
+    4-bit GPTQ, AWQ and `pack-quantized` become `Int4`; their 8-bit kind `Int8Groups`; int8 by
+    channel `Int8`; float8 `Fp8`; bitsandbytes `NF4`. `lm.model.stack` makes the training form,
+    where layers have leaves of the same kind.
+
+    Args:
+      path: directory with `config.json` and safetensors.
+      dtype: of the weights that are arrays; None for the file's.
+      layout: place each shard by these rules; None for the default device.
+      vocab_multiple: see `ModelConfig`. Padding is zeros.
+      ignore: see `from_huggingface`.
+
+    Raises:
+      CheckpointError: tensors are missing, surplus, of another shape or dtype; all are named. Or
+        what they hold is not as the format has it.
+      ValueError: the model or its quantization is not supported, or a shard would end inside a
+        block.
+    """
+    directory = pathlib.Path(path)
+    q = read_quantization(directory)
+    if q is None:
+        raise CheckpointError(
+            f"{directory} is not quantized: config.json has no 'quantization_config'"
+        )
+    formats = formats_of(q)
+    data = {k: v for k, v in _json(directory / "config.json").items() if k != "quantization_config"}
+    config = from_huggingface(data, vocab_multiple=vocab_multiple, ignore=ignore)
+    file = _open(directory)
+    modules = _match(config, formats, file, str(directory))
+    specs = unstacked_specs(config)
+    spec_of = {
+        path_name(path): spec
+        for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
+    }
+    done: dict[str, Any] = {}
+    for module in modules:
+        for place, weight in zip(module.tensor.places, _parts(module, file, dtype), strict=True):
+            own = place.path if place.stack is None else _unstacked_path(place, config)
+            done[own] = _placed(weight, spec_of[own], layout, own)
+        for name in module.names.values():
+            file.release(name)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, _: done[path_name(path)], specs, is_leaf=is_spec
+    )
+    return params, config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """One tensor of the family's table, and what the file has for it.
+
+    Attributes:
+      tensor: of the table.
+      format: None where the file has the tensor itself.
+      names: ends of the format's names (or "") -> names in the file.
+    """
+
+    tensor: Tensor
+    format: Format | None
+    names: dict[str, str]
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+
+
+def _match(
+    config: ModelConfig, formats: tuple[Format, ...], file: Safetensors, source: str
+) -> list[_Module]:
+    """What the file has for every tensor. Raises CheckpointError with every fault."""
+    faults: list[str] = []
+    modules = [_find(tensor, formats, file, faults) for tensor in tensors(config)]
+    known = {name for module in modules for name in module.names.values()}
+    quantized = {n.removesuffix(f".{m.format.marker}") for m in modules if m.format
+                 for n in m.names.values() if n.endswith(f".{m.format.marker}")}  # fmt: skip
+    ignored = (*TABLES[config.family].ignored, IGNORED)
+    ignored += (r"lm_head\..*", r"embed_out\..*") if config.tied else ()
+    for name in sorted(file.tensors.keys() - known):
+        if any(re.fullmatch(pattern, name) for pattern in ignored):
+            continue
+        stem = name.removesuffix(".bias")
+        # Old GPTQ files have a bias of zeros where the model has none.
+        if stem != name and stem in quantized and not np.any(file.array(name)):
+            continue
+        faults.append(f"{name} {list(file.tensors[name].shape)} is not in this model")
+    if faults:
+        raise CheckpointError(
+            f"{source} does not fit a {config.family!r} model of {config.num_layers} layers, "
+            f"{len(faults)} faults: " + "; ".join(_by_layer(faults))
+        )
+    return modules
+
+
+def _find(
+    tensor: Tensor, formats: tuple[Format, ...], file: Safetensors, faults: list[str]
+) -> _Module:
+    for each in (tensor.name, *tensor.aliases):
+        stem = each.removesuffix(".weight")
+        for form in formats if _is_matrix(tensor) else ():
+            if f"{stem}.{form.marker}" in file.tensors:
+                return _quantized(tensor, stem, form, file, faults)
+        if each in file.tensors:
+            info = file.tensors[each]
+            if info.dtype not in DTYPES:
+                faults.append(f"{each} is of dtype {info.dtype}; weights are {', '.join(DTYPES)}")
+            elif info.shape != tensor.shape:
+                wanted = list(tensor.shape)
+                faults.append(f"{each} is {list(info.shape)}, the model wants {wanted}")
+            return _Module(tensor, None, {"": each})
+    markers = " or ".join(form.marker for form in formats) if _is_matrix(tensor) else ""
+    hint = f", and so is {markers} in its place" if markers else ""
+    faults.append(f"{tensor.name} {list(tensor.shape)} is missing{hint}")
+    return _Module(tensor, None, {})
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    kind = type(tensor.transform)
+    return tensor.name.endswith(".weight") and kind not in (Transform, Vocabulary)
+
+
+def _quantized(
+    tensor: Tensor, stem: str, form: Format, file: Safetensors, faults: list[str]
+) -> _Module:
+    prefix = f"{stem}."
+    present = {
+        name.removeprefix(prefix): (info.shape, info.dtype)
+        for name, info in file.tensors.items()
+        if name.startswith(prefix)
+    }
+    try:
+        wanted = form.wanted(tensor.shape, present)
+    except CheckpointError as error:
+        faults.append(f"{stem}: {error}")
+        return _Module(tensor, form, {end: prefix + end for end in present})
+    names = {}
+    for end, (shape, dtypes) in wanted.items():
+        names[end] = name = prefix + end
+        if end not in present:
+            faults.append(f"{name} {list(shape or ())} is missing")
+            continue
+        found, dtype = present[end]
+        if dtype not in dtypes:
+            faults.append(f"{name} is of dtype {dtype}; expected {' or '.join(dtypes)}")
+        elif shape is not None and found != shape:
+            faults.append(f"{name} is {list(found)}, the model wants {list(shape)}")
+    return _Module(tensor, form, names)
+
+
+def _parts(module: _Module, file: Safetensors, dtype: Any) -> list[Any]:
+    """Our weights out of a module: arrays, or leaves of arrays, on the host."""
+    tensor = module.tensor
+    shapes = [place.shape for place in tensor.places]
+    if module.format is None:
+        array = file.array(module.names[""])
+        parts = tensor.transform.read(array, shapes, tensor.layer)
+        return [part.astype(dtype or part.dtype, copy=False) for part in parts]
+    arrays = {end: file.array(name) for end, name in module.names.items()}
+    try:
+        leaf = module.format.leaf(arrays, tensor.shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"{tensor.name}: {error}") from None
+    # Which of the module's columns are each weight's: those of a matrix that holds their numbers.
+    numbers = np.arange(1, tensor.shape[0] + 1)[:, None]
+    ours = [(1, shape[1]) for shape in shapes]
+    columns = [part[0] - 1 for part in tensor.transform.read(numbers, ours, tensor.layer)]
+    if len(columns) == 1 and np.array_equal(columns[0], numbers[:, 0] - 1):
+        return [leaf]
+    try:
+        return [_columns(leaf, own) for own in columns]
+    except ValueError as error:
+        raise ValueError(f"{tensor.name}: {error}") from None
+
+
+def _columns(leaf: Blocked, columns: np.ndarray) -> Blocked:
+    """Some columns of a matrix, by number; -1 for one of zeros."""
+    if isinstance(leaf, NF4) and leaf.nested is not None and leaf.unit[0] == leaf.block:
+        leaf = leaf.simple()
+    if (isinstance(leaf, Fp8) and leaf.block) or leaf.unit[1] != 1:
+        raise ValueError(
+            f"blocks of {type(leaf).__name__} {list(leaf.shape)} cross the columns of several "
+            "weights, or of the vocabulary's padding"
+        )
+
+    def take(array: Any) -> np.ndarray:
+        array = np.asarray(array)
+        if array.shape[-1] == 1:
+            return array
+        part = array[..., columns]
+        part[..., columns < 0] = 0
+        return part
+
+    kept = {name: getattr(leaf, name) for name in leaf.other_arrays}
+    moved = jax.tree.map(take, dataclasses.replace(leaf, **dict.fromkeys(kept)))  # type: ignore[type-var]
+    return dataclasses.replace(moved, **kept)
+
+
+def _placed(weight: Any, spec: ParamSpec, layout: Layout | None, path: str) -> Any:
+    """A weight on its devices."""
+    try:
+        if layout is None:
+            return jax.tree.map(jnp.array, weight)
+        if isinstance(weight, Blocked):
+            wanted = weight.shardings(spec.axes, layout.rules, layout.mesh)
+        else:
+            wanted = named_sharding(layout.mesh, layout.rules.weights, spec.axes, spec.shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return jax.tree.map(_put, weight, wanted)

@@ -1,0 +1,406 @@
+"""How others lay out a quantized matrix, from their tensors to our leaves.
+
+A format says which tensors a module `[out, in]` has, and makes of them a leaf `[in, out]` of NumPy
+arrays. Sources: GPTQModel and AutoAWQ (their linear modules), compressed-tensors, bitsandbytes
+(`QuantState`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from lm.checkpoints.checksums import CheckpointError
+from lm.formats.quantized.words import pack, unpack
+from lm.weights import NF4, Fp8, Int4, Int8, Int8Groups
+from lm.weights.blocked import Blocked
+from lm.weights.nf4 import LEVELS, NESTED_BLOCK, dynamic_map
+
+FLOATS = ("F16", "BF16", "F32")
+FP8, FP8_BLOCK = ("F8_E4M3", "F8_E5M2"), 128
+Arrays = Mapping[str, np.ndarray]
+Shape = tuple[int, ...]
+# Of a tensor: its shape, or None where any will do, and dtypes it may have.
+Wanted = tuple[Shape | None, tuple[str, ...]]
+
+
+class Format:
+    """One way to store a matrix. `marker` is the tensor whose presence says that it is used."""
+
+    marker: str
+    optional: tuple[str, ...] = ()  # further tensors that may be there, read if they are
+
+    def wanted(self, shape: Shape, present: Mapping[str, tuple[Shape, str]]) -> dict[str, Wanted]:
+        """Ends of names -> what the tensors of a module [out, in] must be.
+
+        Raises:
+          CheckpointError: the module's size does not fit the format.
+        """
+        raise NotImplementedError
+
+    def leaf(self, arrays: Arrays, shape: Shape) -> Blocked:
+        """The matrix, from tensors by the ends of their names."""
+        raise NotImplementedError
+
+
+def _whole(size: int, part: int, what: str) -> int:
+    if size % part:
+        raise CheckpointError(f"{what}={size} is not a multiple of {part}")
+    return size // part
+
+
+def _leaf_of(bits: int, values: Any, scale: Any, zero: Any, order: Any = None) -> Int4:
+    """Int4 or Int8Groups of values [in, out] in stored order; a zero in the middle is None."""
+    kind = Int4 if bits == 4 else Int8Groups
+    if zero is not None:
+        middle = 1 << (bits - 1)
+        zero = None if np.all(zero == middle) else zero.astype(np.uint8 if bits == 4 else np.uint16)
+    scales: Any = np.ascontiguousarray(scale)
+    return kind.encode(values, scales, zero, order)
+
+
+def _order(g_idx: np.ndarray, groups: int) -> np.ndarray | None:
+    """The rows group by group; None where they lie so already."""
+    rows = len(g_idx)
+    counts = np.bincount(g_idx, minlength=groups) if g_idx.min(initial=0) >= 0 else np.zeros(1)
+    if len(counts) != groups or np.any(counts != rows // groups):
+        raise CheckpointError(f"g_idx does not part {rows} rows into {groups} equal groups")
+    order = np.argsort(g_idx, kind="stable").astype(np.int32)
+    return None if np.array_equal(order, np.arange(rows)) else order
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ(Format):
+    """`qweight` int32 [in bits/32, out] packed along in, `qzeros` [groups, out bits/32] along out,
+    `scales` [groups, out], `g_idx` [in].
+
+    Attributes:
+      bits: 4 or 8.
+      group: rows with one scale; -1 for all.
+      symmetric: the zero point is in the middle everywhere.
+      version: 1 stores zero points less one, 2 as they are.
+    """
+
+    bits: int = 4
+    group: int = 128
+    symmetric: bool = True
+    version: int = 1
+
+    marker = "qweight"
+    optional = ("g_idx",)
+
+    @classmethod
+    def from_config(cls, q: Mapping[str, Any]) -> GPTQ:
+        if q.get("bits") not in (4, 8):
+            raise ValueError(f"GPTQ of bits={q.get('bits')!r} is not read; use 4 or 8")
+        kind = q.get("checkpoint_format", "gptq")
+        if kind not in ("gptq", "gptq_v2"):
+            raise ValueError(f"GPTQ checkpoint_format {kind!r} is not read; use gptq or gptq_v2")
+        if q.get("pack_dtype", "int32") != "int32":
+            raise ValueError(f"GPTQ pack_dtype {q['pack_dtype']!r} is not read; use int32")
+        if q.get("dynamic"):
+            raise ValueError("GPTQ with `dynamic` settings for each module is not read")
+        group = q.get("group_size", 128)
+        return cls(q["bits"], group, q.get("sym", True), 2 if kind == "gptq_v2" else 1)
+
+    def wanted(self, shape, present):
+        out, rows = shape
+        per_word = 32 // self.bits
+        groups = 1 if self.group == -1 else _whole(rows, self.group, "in")
+        packed = _whole(rows, per_word, "in"), _whole(out, per_word, "out")
+        wanted: dict[str, Wanted] = {
+            "qweight": ((packed[0], out), ("I32",)),
+            "qzeros": ((groups, packed[1]), ("I32",)),
+            "scales": ((groups, out), FLOATS),
+        }
+        return wanted | ({"g_idx": ((rows,), ("I32", "I64"))} if "g_idx" in present else {})
+
+    def version_of(self, stored: np.ndarray) -> int:
+        """1 or 2. Some files say one and hold the other: symmetric zero points tell which."""
+        middle = 1 << (self.bits - 1)
+        if self.symmetric and np.all(stored == middle):
+            return 2
+        if self.symmetric and np.all(stored == middle - 1):
+            return 1
+        return self.version
+
+    def leaf(self, arrays, shape):
+        stored = unpack(arrays["qzeros"], self.bits, 1)
+        zero = stored.astype(np.uint16) + (2 - self.version_of(stored))
+        values, order = unpack(arrays["qweight"], self.bits, 0), None
+        if "g_idx" in arrays:
+            order = _order(arrays["g_idx"], len(zero))
+        if order is not None:
+            values = values[order]
+        return _leaf_of(self.bits, values, arrays["scales"], zero, order)
+
+    def tensors(self, leaf: Int4) -> dict[str, np.ndarray]:
+        """The inverse of `leaf`."""
+        values, scales = np.array(leaf.decode()), np.asarray(leaf.scale)
+        rows, groups = len(values), len(scales)
+        g_idx = (np.arange(rows) // (rows // groups)).astype(np.int32)
+        if leaf.order is not None:
+            order = np.asarray(leaf.order)
+            values[order], g_idx[order] = values.copy(), g_idx.copy()
+        middle = np.full(scales.shape, 1 << (self.bits - 1), np.int32)
+        zero = middle if leaf.zero is None else np.asarray(leaf.zero, np.int32)
+        zero = (zero - (2 - self.version)) & ((1 << self.bits) - 1)
+        return {
+            "qweight": pack(values, self.bits, 0),
+            "qzeros": pack(zero, self.bits, 1),
+            "scales": scales,
+            "g_idx": g_idx,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class AWQ(Format):
+    """Version GEMM: `qweight` int32 [in, out/8] and `qzeros` [groups, out/8] packed along out in an
+    order of their own, `scales` [groups, out].
+
+    Attributes:
+      group: rows with one scale; -1 for all.
+    """
+
+    group: int = 128
+
+    marker = "qweight"
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    @classmethod
+    def from_config(cls, q: Mapping[str, Any]) -> AWQ:
+        bits, version = q.get("bits", q.get("w_bit")), str(q.get("version", "gemm")).lower()
+        if bits != 4 or version != "gemm" or not q.get("zero_point", True):
+            raise ValueError(
+                f"AWQ of bits={bits!r}, version={version!r}, zero_point={q.get('zero_point')!r} is "
+                "not read; use 4, gemm and true"
+            )
+        return cls(q.get("group_size", q.get("q_group_size", 128)))
+
+    def wanted(self, shape, present):
+        out, rows = shape
+        groups = 1 if self.group == -1 else _whole(rows, self.group, "in")
+        packed = _whole(out, 8, "out")
+        return {
+            "qweight": ((rows, packed), ("I32",)),
+            "qzeros": ((groups, packed), ("I32",)),
+            "scales": ((groups, out), FLOATS),
+        }
+
+    def leaf(self, arrays, shape):
+        values, zero = (unpack(arrays[name], 4, 1, self.order) for name in ("qweight", "qzeros"))
+        return _leaf_of(4, values, arrays["scales"], zero)
+
+    def tensors(self, leaf: Int4) -> dict[str, np.ndarray]:
+        """The inverse of `leaf`."""
+        values, scales = np.asarray(leaf.decode()), np.asarray(leaf.scale)
+        zero = np.full(scales.shape, 8) if leaf.zero is None else np.asarray(leaf.zero)
+        return {
+            "qweight": pack(values, 4, 1, self.order),
+            "qzeros": pack(zero, 4, 1, self.order),
+            "scales": scales,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class PackQuantized(Format):
+    """compressed-tensors `pack-quantized`: `weight_packed` int32 [out, in bits/32] along in, moved
+    up to start at 0; `weight_scale` [out, groups]; `weight_zero_point` packed along out."""
+
+    marker = "weight_packed"
+
+    def wanted(self, shape, present):
+        out, rows = shape
+        words = present["weight_packed"][0][-1]
+        bits = 32 * words // rows
+        if bits not in (4, 8) or words * 32 != bits * rows:
+            raise CheckpointError(f"{words} words for in={rows} are neither 4 nor 8 bits a number")
+        groups = present.get("weight_scale", ((out, 1),))[0][-1]
+        _whole(rows, groups, "in")
+        wanted: dict[str, Wanted] = {
+            "weight_packed": ((out, words), ("I32",)),
+            "weight_scale": ((out, groups), FLOATS),
+            "weight_shape": ((2,), ("I64", "I32")),
+        }
+        if "weight_zero_point" in present:
+            _whole(out, 32 // bits, "out")
+            wanted["weight_zero_point"] = ((out * bits // 32, groups), ("I32",))
+        if "weight_g_idx" in present:
+            wanted["weight_g_idx"] = ((rows,), ("I32", "I64"))
+        return wanted
+
+    def leaf(self, arrays, shape):
+        if tuple(arrays["weight_shape"]) != tuple(shape):
+            raise CheckpointError(
+                f"weight_shape is {arrays['weight_shape'].tolist()}, the model wants {list(shape)}"
+            )
+        bits = 32 * arrays["weight_packed"].shape[1] // shape[1]
+        values, scale = unpack(arrays["weight_packed"], bits, 1).T, arrays["weight_scale"].T
+        zero, order = None, None
+        if "weight_zero_point" in arrays:
+            zero = unpack(arrays["weight_zero_point"], bits, 0).T
+        if "weight_g_idx" in arrays and np.all(arrays["weight_g_idx"] >= 0):
+            order = _order(arrays["weight_g_idx"], len(scale))
+        if order is not None:
+            values = values[order]
+        return _leaf_of(bits, np.ascontiguousarray(values), scale, zero, order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Format):
+    """compressed-tensors `int-quantized`, `float-quantized` and `naive-quantized`: `weight` int8 or
+    float8 [out, in], `weight_scale` [out, groups], [out, 1], [1] or [out/128, in/128].
+
+    Scales of activations are not read: what they meet stays in floating point, but for int8 whose
+    rows are rounded as they come.
+
+    Attributes:
+      dynamic: see `Int8`.
+    """
+
+    dynamic: bool = False
+
+    marker = "weight_scale"
+
+    def wanted(self, shape, present):
+        wanted: dict[str, Wanted] = {
+            "weight": (shape, ("I8", *FP8)),
+            "weight_scale": (None, FLOATS),
+        }
+        if "weight_zero_point" in present:
+            wanted["weight_zero_point"] = (None, ("I8", *FP8))
+        return wanted
+
+    def leaf(self, arrays, shape):
+        out, rows = shape
+        values, scale = arrays["weight"].T, np.atleast_1d(arrays["weight_scale"])
+        zero = arrays.get("weight_zero_point")
+        if zero is not None and np.any(zero.astype(np.float32)):
+            raise CheckpointError("weight_zero_point is not 0: only symmetric eight-bit is read")
+        if scale.size == 1:
+            scale = scale.reshape(1, 1)
+        if values.dtype == np.int8:
+            return self._int8(values, scale, shape)
+        values = np.ascontiguousarray(values)
+        if scale.shape in ((1, 1), (out, 1)):
+            return Fp8(values, np.ascontiguousarray(scale.T))
+        if scale.shape == (-(-out // FP8_BLOCK), -(-rows // FP8_BLOCK)):
+            return Fp8(values, np.ascontiguousarray(scale.T), FP8_BLOCK)
+        raise CheckpointError(f"weight_scale {list(scale.shape)} is none of {list(shape)}'s")
+
+    def _int8(self, values: np.ndarray, scale: np.ndarray, shape: Shape) -> Blocked:
+        out, rows = shape
+        if scale.shape == (1, 1):
+            scale = np.broadcast_to(scale, (out, 1))
+        if scale.ndim != 2 or scale.shape[0] != out or rows % scale.shape[1]:
+            raise CheckpointError(f"weight_scale {list(scale.shape)} is none of {list(shape)}'s")
+        if scale.shape[1] == 1:
+            scale = np.ascontiguousarray(scale.T, np.float32)
+            return Int8(np.ascontiguousarray(values), scale, self.dynamic)
+        moved = (np.ascontiguousarray(values).view(np.uint8)) ^ np.uint8(128)
+        return _leaf_of(8, moved, scale.T, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class BitsAndBytes(Format):
+    """`weight` uint8 [out in/2, 1], `weight.absmax`, `weight.quant_map` and, with double
+    quantization, `weight.nested_absmax` and `weight.nested_quant_map`; all else is JSON in
+    `weight.quant_state.bitsandbytes__nf4`.
+
+    Attributes:
+      kind: "nf4" or "fp4".
+    """
+
+    kind: Literal["nf4", "fp4"] = "nf4"
+
+    marker = "weight.absmax"
+
+    @classmethod
+    def from_config(cls, q: Mapping[str, Any]) -> BitsAndBytes:
+        kind = q.get("bnb_4bit_quant_type", "fp4")
+        if not q.get("load_in_4bit", q.get("_load_in_4bit")) or kind not in ("nf4", "fp4"):
+            raise ValueError("of bitsandbytes, only load_in_4bit with nf4 or fp4 is read")
+        if q.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+            raise ValueError(
+                f"bnb_4bit_quant_storage={q['bnb_4bit_quant_storage']!r} is not read; use uint8"
+            )
+        return cls(kind)
+
+    @property
+    def state(self) -> str:
+        return f"weight.quant_state.bitsandbytes__{self.kind}"
+
+    def wanted(self, shape, present):
+        size = _whole(shape[0] * shape[1], 2, "out x in")
+        double = "weight.nested_absmax" in present
+        wanted: dict[str, Wanted] = {
+            "weight": ((size, 1), ("U8",)),
+            "weight.absmax": (None, ("U8",) if double else ("F32",)),
+            "weight.quant_map": ((16,), ("F32",)),
+            self.state: (None, ("U8",)),
+        }
+        if double:
+            wanted["weight.nested_absmax"] = (None, ("F32",))
+            wanted["weight.nested_quant_map"] = ((256,), ("F32",))
+        return wanted
+
+    def leaf(self, arrays, shape):
+        state = json.loads(arrays[self.state].tobytes())
+        if tuple(state["shape"]) != tuple(shape) or state["quant_type"] != self.kind:
+            raise CheckpointError(f"{self.state} says {state}, the model wants {list(shape)}")
+        block, absmax = state["blocksize"], arrays["weight.absmax"]
+        blocks = -(-shape[0] * shape[1] // block)
+        levels = np.array(LEVELS[self.kind], np.float32)
+        # A map in another order, or of other levels, would make other numbers of the same codes.
+        if not np.allclose(arrays["weight.quant_map"], levels, atol=1e-6):
+            raise CheckpointError(f"weight.quant_map is not that of {self.kind}")
+        nested = offset = None
+        if "weight.nested_absmax" in arrays:
+            nested, offset = arrays["weight.nested_absmax"], np.float32(state["nested_offset"])
+            if state["nested_blocksize"] != NESTED_BLOCK or not np.allclose(
+                arrays["weight.nested_quant_map"], dynamic_map(), atol=1e-6
+            ):
+                raise CheckpointError("weight.nested_quant_map or nested_blocksize is not usual")
+        if absmax.shape != (blocks,):
+            raise CheckpointError(f"weight.absmax is {list(absmax.shape)}, not {[blocks]}")
+        codes = arrays["weight"].reshape(-1)
+        offset = None if offset is None else np.asarray(offset)
+        return NF4.from_bytes(codes, absmax, nested, offset, (shape[0], shape[1]), self.kind, block)
+
+
+def formats_of(q: Mapping[str, Any]) -> tuple[Format, ...]:
+    """The formats a `quantization_config` speaks of.
+
+    Raises:
+      ValueError: it asks for what is not read; the message names it.
+    """
+    method = q.get("quant_method")
+    if method == "gptq":
+        return (GPTQ.from_config(q),)
+    if method == "awq":
+        return (AWQ.from_config(q),)
+    if method == "bitsandbytes":
+        return (BitsAndBytes.from_config(q),)
+    if method == "compressed-tensors":
+        return _compressed(q)
+    known = "gptq, awq, compressed-tensors, bitsandbytes"
+    raise ValueError(f"quant_method {method!r} is not read; use one of {known}")
+
+
+def _compressed(q: Mapping[str, Any]) -> tuple[Format, ...]:
+    known = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+    groups = (q.get("config_groups") or {}).values()
+    kinds = {q.get("format"), *(group.get("format") for group in groups)} - {None}
+    for kind in kinds - {*known, "mixed-precision", "dense"}:
+        raise ValueError(f"compressed-tensors format {kind!r} is not read; use {', '.join(known)}")
+    for key in ("sparsity_config", "transform_config"):
+        value = q.get(key)
+        if value and value.get("format") != "dense":
+            raise ValueError(f"compressed-tensors with {key} is not read")
+    activations = [group.get("input_activations") or {} for group in groups]
+    dynamic = any(a.get("dynamic") and a.get("type", "int") == "int" for a in activations)
+    return (PackQuantized(), Plain(dynamic))

@@ -1,0 +1,1 @@
+"""Chips, topologies that are not here, and the cost of a compiled program."""

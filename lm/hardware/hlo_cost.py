@@ -1,0 +1,546 @@
+"""What a compiled program does: collectives, matrix products, custom calls, memory traffic.
+
+    found = census(compiled.as_text(), mesh)
+    found.matmul_flops, found.collectives, found.custom_calls, found.hbm_bytes
+
+All of one device and one run of the program. The body of a loop counts as often as it runs; of a
+conditional, the branch that does the most. XLA's own `cost_analysis` counts a loop's body once, and
+none of what is inside a custom call.
+
+Bytes on the wire are what a device sends by an algorithm that wastes nothing: of a buffer of n
+bytes, whole, over g devices, (g-1)/g n for an all-gather, a reduce-scatter and an all-to-all, twice
+that for an all-reduce, n for a permute (Chan et al., "Collective communication", 2007).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lm.hardware.hlo import Array, Computation, Instruction, parse
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-permute", "collective-broadcast",
+)  # fmt: skip
+# Operations that move nothing by themselves.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "call",
+    "conditional", "iota", "partition-id", "replica-id", "opt-barrier",
+    "async-update", "async-done", "domain", "add-dependency",
+}  # fmt: skip
+# Their computations say how to combine two numbers.
+_COMBINING = {
+    "all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "reduce-window", "scatter",
+    "sort", "map", "select-and-scatter",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind over the same devices, of one run of the program.
+
+    Attributes:
+      op: one of `COLLECTIVES`.
+      axes: mesh axes it spans, in the mesh's order; of groups that are no product of axes,
+        `("groups of 4",)`.
+      dtype: of what is sent.
+      size: devices of a group.
+      is_async: in a start and a done, with other work between them where there is any.
+      num_calls: places in the program.
+      count: times it runs.
+      payload_bytes: of the whole buffers: gathered, before scattering, reduced.
+      wire_bytes: that a device sends.
+    """
+
+    op: str
+    axes: tuple[str, ...]
+    dtype: str
+    size: int
+    is_async: bool
+    num_calls: int
+    count: float
+    payload_bytes: float
+    wire_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """See the module.
+
+    Attributes:
+      collectives: the largest on the wire first.
+      matmul_flops: of `dot` and `convolution`, two a multiply-add; custom calls not counted.
+      custom_calls: times each target runs, Pallas kernels under their names.
+      hbm_bytes: read and written by instructions that are not fused into others; arrays that the
+        compiler keeps on the chip do not count, nor does what custom calls leave unread.
+      host_bytes: copied to and from the host's memory.
+      loops: (name, times it is entered, trips) of every loop; None trips where they are not in the
+        program, and its body counted once.
+    """
+
+    collectives: tuple[Collective, ...]
+    matmul_flops: float
+    custom_calls: Mapping[str, float]
+    hbm_bytes: float
+    host_bytes: float
+    loops: tuple[tuple[str, float, int | None], ...]
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(c.wire_bytes for c in self.collectives)
+
+
+def census(text: str, mesh: Any) -> Census:
+    """Counts a compiled program.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()`.
+      mesh: what it was compiled for (a `jax.sharding.Mesh`), for the names of axes; partition i of
+        the program is its i-th device.
+
+    Raises:
+      ValueError: the text is no HLO module, or has replica groups in a form not known here.
+    """
+    computations, entry = parse(text)
+    sizes = dict(mesh.shape)
+    counter = _Counter(computations, math.prod(sizes.values()), sizes.get("slice", 1))
+    tally = counter.of(entry, "", False)
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for (op, groups, dtype, is_async), figures in tally.collectives.items():
+        axes, size = _axes_of(groups, sizes)
+        total = found.setdefault((op, axes, dtype, size, is_async), [0.0] * 4)
+        for i, figure in enumerate(figures):
+            total[i] += figure
+    listed = [
+        Collective(op, axes, dtype, size, is_async, int(calls), count, payload, wire)
+        for (op, axes, dtype, size, is_async), (calls, count, payload, wire) in found.items()
+    ]
+    return Census(
+        tuple(sorted(listed, key=lambda c: -c.wire_bytes)), tally.flops, dict(tally.calls),
+        tally.hbm, tally.host, tuple((n, entered, trips) for n, entered, trips in tally.loops),
+    )  # fmt: skip
+
+
+class _Tally:
+    """Sums over a computation run once. Collectives: (calls, count, payload, wire) by key."""
+
+    def __init__(self) -> None:
+        self.collectives: dict[tuple[Any, ...], list[float]] = {}
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.flops = self.hbm = self.host = 0.0
+        self.loops: list[tuple[str, float, int | None]] = []
+
+    def add(self, other: _Tally, times: float = 1) -> None:
+        for key, (calls, *figures) in other.collectives.items():
+            mine = self.collectives.setdefault(key, [0.0] * 4)
+            mine[0] += calls
+            for i, figure in enumerate(figures):
+                mine[i + 1] += times * figure
+        for name, count in other.calls.items():
+            self.calls[name] += times * count  # type: ignore[assignment]
+        self.flops += times * other.flops
+        self.hbm += times * other.hbm
+        self.host += times * other.host
+        self.loops += [(name, times * entered, trips) for name, entered, trips in other.loops]
+
+    def collective(
+        self, op: str, groups: tuple[tuple[int, ...], ...], dtype: str, is_async: bool,
+        payload: float,
+    ) -> None:  # fmt: skip
+        share = (len(groups[0]) - 1) / len(groups[0])
+        wire = payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(op, share)
+        figures = self.collectives.setdefault((op, groups, dtype, is_async), [0.0] * 4)
+        for i, figure in enumerate((1, 1, payload, wire)):
+            figures[i] += figure
+
+    @property
+    def weight(self) -> tuple[float, float, float]:
+        """Orders the branches of a conditional."""
+        return self.flops, sum(f[3] for f in self.collectives.values()), self.hbm
+
+
+class _Counter:
+    """Tallies of computations, each counted once."""
+
+    def __init__(
+        self, computations: Mapping[str, Computation], num_devices: int, num_slices: int
+    ) -> None:
+        self.computations = computations
+        self.num_devices, self.num_slices = num_devices, num_slices
+        self.of = functools.cache(self._of)
+
+    def _of(self, name: str, fusion: str, beside: bool) -> _Tally:
+        """Of a computation that is the inside of a fusion, its name, or that runs beside others."""
+        computation, tally = self.computations[name], _Tally()
+        for instruction in computation.instructions.values():
+            self.count(instruction, computation, tally, fusion, beside)
+            for part, times in self.called(instruction, computation, tally, beside):
+                tally.add(part, times)
+        return tally
+
+    def count(
+        self, instruction: Instruction, computation: Computation, tally: _Tally, fusion: str,
+        beside: bool,
+    ) -> None:  # fmt: skip
+        """What an instruction does by itself."""
+        op = instruction.op
+        base = op.removesuffix("-start")
+        if base in COLLECTIVES:
+            self.count_collective(instruction, computation, tally, fusion, beside)
+        elif op == "send" and "xla_megascale_runtime" in instruction.attributes:
+            self.count_between_slices(instruction, computation, tally)
+        elif op in ("dot", "convolution"):
+            tally.flops += matmul_flops(instruction, computation)
+        elif op == "custom-call":
+            tally.calls[_target(instruction)] += 1
+        if not fusion and not beside:  # else counted where it is called
+            if op not in _FREE and not op.endswith("-done"):
+                tally.hbm += self.traffic(instruction, computation)
+            tally.host += host_bytes(instruction, computation)
+
+    def called(
+        self, instruction: Instruction, computation: Computation, tally: _Tally, beside: bool
+    ) -> Iterator[tuple[_Tally, float]]:
+        """The tallies of what an instruction calls, and how often."""
+        op = instruction.op
+        if op == "while":
+            trips = trip_count(instruction, computation, self.computations)
+            tally.loops.append((instruction.name, 1, trips))
+            yield self.of(instruction.attribute("body"), "", beside), 1 if trips is None else trips
+            return
+        if op == "conditional":
+            names = instruction.attribute("branch_computations")
+            pair = [instruction.attribute(f"{c}_computation") for c in ("true", "false")]
+            branches = re.findall(r"[\w.\-]+", names) if names else [n for n in pair if n]
+            yield max((self.of(n, "", beside) for n in branches), key=lambda t: t.weight), 1
+            return
+        for name in ("calls", "to_apply", "called_computations"):
+            called = None if op in _COMBINING else instruction.attribute(name)
+            for each in re.findall(r"[\w.\-]+", called or ""):
+                if each in self.computations:
+                    inside = f"{instruction.name} {each}" if op == "fusion" else ""
+                    yield self.of(each, inside, beside or op.endswith("-start")), 1
+
+    def count_collective(
+        self, instruction: Instruction, computation: Computation, tally: _Tally, fusion: str,
+        beside: bool,
+    ) -> None:  # fmt: skip
+        op = instruction.op.removesuffix("-start")
+        groups = self.groups(instruction)
+        operands = [i.bytes for i in computation.operands(instruction)]
+        payload = sum(operands)
+        if op == "all-gather":
+            payload *= len(groups[0])
+        elif op == "all-reduce" and "reduce-scatter" in fusion.replace("_", "-"):
+            op = "reduce-scatter"  # how libtpu writes one: the slice is in the fusion
+        elif op == "ragged-all-to-all":  # rows, the buffer they go to, offsets, sizes
+            payload = min(operands[:2])
+        dtype = computation.operand(instruction, 0).arrays[0].dtype
+        synchronous = '"is_sync":true' in instruction.attributes
+        is_async = beside or (instruction.op.endswith("-start") and not synchronous)
+        tally.collective(op, groups, dtype, is_async, payload)
+
+    def count_between_slices(
+        self, instruction: Instruction, computation: Computation, tally: _Tally
+    ) -> None:
+        """A collective that the hosts carry over the data-centre network.
+
+        libtpu writes it as a `send` and a `recv` of one name, with what it is in their attributes.
+        Each device speaks with those of its place in the other slices.
+        """
+        kind = _quoted(instruction, "_xla_megascale_transfer_type")
+        key = "_xla_host_transfer_rendezvous"
+        inside = self.num_devices // self.num_slices
+        groups = tuple(tuple(range(i, self.num_devices, inside)) for i in range(inside))
+        op = kind.lower().replace("_", "-")
+        sent = computation.operand(instruction, 0).arrays[0]
+        payload = sent.bytes * (self.num_slices if op == "all-gather" else 1)
+        order = list(computation.instructions.values())
+        is_async = not any(
+            each.op == "recv" and after.op == "recv-done"
+            for each, after in itertools.pairwise(order)
+            if _quoted(each, key) == _quoted(instruction, key)
+        )
+        tally.collective(op, groups, sent.dtype, is_async, payload)
+
+    def groups(self, instruction: Instruction) -> tuple[tuple[int, ...], ...]:
+        """The partitions of each group; of a permute, its pairs joined into cycles or paths."""
+        text = instruction.attributes
+        if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
+            pairs = [tuple(map(int, p)) for p in re.findall(r"\{(\d+),(\d+)\}", match[1])]
+            return _joined(pairs)
+        match = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)", text)
+        return replica_groups(match[1] if match else "{}") or (tuple(range(self.num_devices)),)
+
+    def traffic(self, instruction: Instruction, computation: Computation) -> float:
+        """Bytes of device memory an instruction reads and writes."""
+        operands = computation.operands(instruction)
+        if instruction.op in ("dynamic-slice", "slice", "gather"):
+            return 2 * _hbm(instruction.arrays)
+        if instruction.op in ("dynamic-update-slice", "scatter"):
+            return 2 * _hbm(operands[1 if instruction.op == "dynamic-update-slice" else -1].arrays)
+        if instruction.op == "fusion":
+            return self.fusion_traffic(instruction, operands)
+        written = instruction.arrays
+        if instruction.op == "send":
+            written = ()
+        elif instruction.op.endswith("-start"):  # its type repeats the operands
+            written = written[len(written) // 2 :]
+        return _hbm(written) + sum(_hbm(operand.arrays) for operand in operands)
+
+    def fusion_traffic(self, instruction: Instruction, operands: list[Instruction]) -> float:
+        """A fusion reads of an operand what it slices from it, and may update another in place."""
+        inside = self.computations[instruction.attribute("calls") or ""]
+        total, updated = 0.0, set()
+        root = inside.root
+        roots = inside.operands(root) if root.op == "tuple" else [root]
+        for array, each in zip(instruction.arrays, roots, strict=False):
+            source = _through(each, inside)
+            if source.op == "dynamic-update-slice":
+                update = inside.operand(source, 1)
+                total += _hbm_as(update.arrays, array)
+                updated.add(_through(inside.operand(source, 0), inside).name)
+            else:
+                total += _hbm((array,))
+        for i, operand in enumerate(operands):
+            parameter = inside.parameters.get(i)
+            if parameter is None or parameter.name in updated:
+                continue
+            users = inside.users.get(parameter.name, [])
+            sliced = [u for u in users if u.op in ("dynamic-slice", "slice", "gather")]
+            if users and len(sliced) == len(users):
+                space = operand.arrays[0]
+                total += sum(_hbm_as(user.arrays, space) for user in users)
+            else:
+                total += _hbm(operand.arrays)
+        return total
+
+
+def _hbm(arrays: tuple[Array, ...]) -> float:
+    return sum(a.bytes for a in arrays if a.space == 0)
+
+
+def _hbm_as(arrays: tuple[Array, ...], where: Array) -> float:
+    """Bytes of `arrays`, if they are part of an array in device memory."""
+    return sum(a.bytes for a in arrays) if where.space == 0 else 0.0
+
+
+def _through(instruction: Instruction, computation: Computation) -> Instruction:
+    """What an instruction passes on unchanged."""
+    while instruction.op in ("bitcast", "copy", "convert", "reshape", "transpose"):
+        instruction = computation.operand(instruction, 0)
+    return instruction
+
+
+def host_bytes(instruction: Instruction, computation: Computation) -> float:
+    """Bytes a copy moves between the device's and the host's memory."""
+    if instruction.op not in ("copy", "copy-start", "dynamic-update-slice", "dynamic-slice"):
+        return 0.0
+    operands = computation.operands(instruction)
+    here, there = instruction.arrays[0], operands[0].arrays[0]
+    if instruction.op == "dynamic-update-slice":
+        return operands[1].bytes if here.space == 5 else 0.0
+    return here.bytes if (here.space == 5) != (there.space == 5) else 0.0
+
+
+def _quoted(instruction: Instruction, name: str) -> str:
+    """The value of `name="value"` in an instruction's attributes; "?" without."""
+    match = re.search(rf'{name}="([^"]*)"', instruction.attributes)
+    return match[1] if match else "?"
+
+
+def _target(instruction: Instruction) -> str:
+    target = _quoted(instruction, "custom_call_target")
+    if target in ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton"):
+        return f"{target}:{re.sub(r'[.][0-9]+$', '', instruction.name)}"
+    return target
+
+
+def matmul_flops(instruction: Instruction, computation: Computation) -> float:
+    """Operations of a `dot` or a `convolution` (libtpu writes most products as the latter)."""
+    left, right = (computation.operand(instruction, i).arrays[0].dims for i in (0, 1))
+    out = instruction.arrays[0]
+    if instruction.op == "dot":
+        contracted = instruction.attribute("lhs_contracting_dims") or "{}"
+        return 2.0 * out.size * math.prod(left[int(d)] for d in re.findall(r"\d+", contracted))
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        raise ValueError(f"convolution {instruction.name} has no dim_labels")
+    total = 2.0 * out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")]
+    total *= right[labels[2].index("i")]
+    window = _window(instruction.attributes)
+    shapes = list(zip((left, right, out.dims), labels.groups(), strict=True))
+    for digit in sorted(set(labels[2]) - {"i", "o"}):
+        sizes = (dims[names.index(digit)] for dims, names in shapes)
+        keys = ("stride", "pad", "lhs_dilate", "rhs_dilate")
+        total *= _valid_pairs(*sizes, *(window(key, int(digit)) for key in keys))
+    return total
+
+
+def _window(attributes: str):
+    """(key, dimension) -> its number in `window={size=2x3 pad=0_1x0_0}`; of pads, the lower one."""
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    items = dict(item.split("=") for item in match[1].split()) if match else {}
+
+    def get(key: str, dimension: int) -> int:
+        if key not in items:
+            return 0 if key == "pad" else 1
+        return int(items[key].split("x")[dimension].split("_")[0])
+
+    return get
+
+
+@functools.cache
+def _valid_pairs(
+    size: int, kernel: int, out: int, stride: int, pad: int, dilate: int, kernel_dilate: int
+) -> int:
+    """Pairs of output and kernel position that meet an element, not padding or a hole."""
+    at, found = np.arange(out, dtype=np.int64) * stride - pad, 0
+    for k in range(kernel):
+        positions = at + k * kernel_dilate
+        inside = (positions >= 0) & (positions <= (size - 1) * dilate)
+        found += int(np.count_nonzero(inside & (positions % dilate == 0)))
+    return found
+
+
+def trip_count(
+    loop: Instruction, computation: Computation, computations: Mapping[str, Computation]
+) -> int | None:
+    """How often a loop's body runs; None where the program does not say.
+
+    XLA for GPUs notes it. Else it is read from the condition: a counter that the loop begins with a
+    constant is compared with one. (libtpu counts in ones.)
+    """
+    match = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if match:
+        return int(match[1])
+    condition = computations[loop.attribute("condition") or ""]
+    test, outer = condition.root, None
+    if test.op == "fusion":
+        outer = condition.operands(test)
+        test = computations[test.attribute("calls") or ""].root
+        inner = computations[condition.root.attribute("calls") or ""]
+    else:
+        inner = condition
+    if test.op != "compare" or len(test.operands) != 2:
+        return None
+    begin = computation.operand(loop, 0)
+
+    def value(instruction: Instruction, scope: Computation) -> tuple[int | None, bool]:
+        """(constant at the loop's beginning, whether it is an element of the loop's tuple)."""
+        if instruction.op == "parameter" and scope is inner and outer is not None:
+            return value(outer[int(instruction.arguments)], condition)
+        if instruction.op == "get-tuple-element" and scope is condition:
+            index = int(instruction.attribute("index") or 0)
+            if begin.op != "tuple":
+                return None, True
+            return _constant(computation.operand(begin, index), computation), True
+        return _constant(instruction, scope), False
+
+    pair = [value(i, inner) for i in inner.operands(test)]
+    direction = test.attribute("direction")
+    if direction == "GT":
+        pair, direction = pair[::-1], "LT"
+    (start, varies), (limit, _) = pair
+    if direction not in ("LT", "NE") or not varies or start is None or limit is None:
+        return None
+    return max(0, limit - start)
+
+
+def _constant(instruction: Instruction, computation: Computation) -> int | None:
+    instruction = _through(instruction, computation)
+    if instruction.op == "constant" and re.fullmatch(r"-?\d+", instruction.arguments):
+        return int(instruction.arguments)
+    return None
+
+
+@functools.cache
+def replica_groups(text: str) -> tuple[tuple[int, ...], ...]:
+    """The partitions of each group, in the three forms XLA writes; () for one group of all.
+
+    `{{0,1},{2,3}}`; `[2,2]<=[2,2]T(1,0)`, a reshaped and transposed iota; `mesh['a'=2,'b'=4]
+    {'a','b':(1)2}`, groups along axes of a mesh, or along a part of one: the factor 2 of 4 that has
+    1 before it. The mesh's partitions may be an iota too.
+
+    Raises:
+      ValueError: it is none of them.
+    """
+    if text.startswith("{"):
+        groups = re.findall(r"\{([\d,]+)\}", text)
+        return tuple(tuple(_ints(group)) for group in groups)
+    match = re.fullmatch(rf"\[(\d+),(\d+)\]<={_IOTA}", text)
+    if match:
+        grid = _iota(match[3], match[4]).reshape(int(match[1]), int(match[2]))
+        return tuple(map(tuple, grid.tolist()))
+    match = re.fullmatch(rf"mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*)\}}", text)
+    if match is None:
+        raise ValueError(f"replica groups {text[:200]!r} are of a form not known here")
+    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+    grid = _iota(match[2] or str(math.prod(axes.values())), match[3])
+    shape: list[int] = []
+    along: list[int] = []
+    chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[4])
+    for name, size in axes.items():
+        begin, own = 1, []
+        for before, part in sorted(
+            (int(b or 1), int(p or size)) for n, b, p in chosen if n == name
+        ):
+            shape.append(before // begin)
+            own.append(len(shape))
+            shape.append(part)
+            begin = before * part
+        shape.append(size // begin)
+        along += own
+    others = [i for i in range(len(shape)) if i not in along]
+    grid = grid.reshape(shape).transpose(others + along)
+    return tuple(map(tuple, grid.reshape(-1, math.prod(shape[i] for i in along)).tolist()))
+
+
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    grid = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
+    return grid.transpose(_ints(order)) if order else grid
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(i) for i in text.split(","))
+
+
+def _joined(pairs: list[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Sets of partitions that pairs connect."""
+    group_of: dict[int, set[int]] = {}
+    for a, b in pairs:
+        joined = group_of.get(a, {a}) | group_of.get(b, {b})
+        group_of |= dict.fromkeys(joined, joined)
+    return tuple(sorted({tuple(sorted(group)) for group in group_of.values()})) or ((0,),)
+
+
+@functools.cache
+def _axes_cache(
+    groups: tuple[tuple[int, ...], ...], sizes: tuple[tuple[str, int], ...]
+) -> tuple[tuple[str, ...], int]:
+    shape = tuple(size for _, size in sizes)
+    group = groups[0]
+    coordinates = np.array(np.unravel_index(group, shape))
+    varying = [i for i in range(len(shape)) if len(set(coordinates[i].tolist())) > 1]
+    whole = math.prod(shape[i] for i in varying) == len(group)
+    axes = tuple(sizes[i][0] for i in varying)
+    return (axes if whole else (f"groups of {len(group)}",)), len(group)
+
+
+def _axes_of(
+    groups: tuple[tuple[int, ...], ...], sizes: Mapping[str, int]
+) -> tuple[tuple[str, ...], int]:
+    """(names of the mesh axes that groups span, devices of a group)."""
+    return _axes_cache(groups, tuple(sizes.items()))

@@ -1,0 +1,233 @@
+"""The loop around the step: metrics, evaluation, checkpoints, each at its own interval."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from lm.run.goodput import Goodput, Throughput
+from lm.run.metrics import MetricsWriter, Progress, memory
+from lm.run.profile import Profiler
+from lm.train.state import TrainState
+
+Values = dict[str, float]
+Metrics = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+    """When things happen, in steps; each also happens at the last step.
+
+    Attributes:
+      log: a row of metrics.
+      evaluate: held-out loss.
+      save: a checkpoint.
+    """
+
+    log: int = 10
+    evaluate: int = 100
+    save: int = 100
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"every {name} interval must be at least 1 step, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewind:
+    """What to do when the device skips step after step (see `lm.train.stability`).
+
+    Training goes back to the last checkpoint, made before the first of these steps, and on with
+    the data after them (as PaLM's did by hand, arXiv:2204.02311, section 5.1).
+
+    Attributes:
+      patience: steps skipped in a row that make it go back.
+      skip_steps: batches passed over beyond those that were read.
+      learning_rate: times the schedule's, for the next `recovery_steps` steps.
+      recovery_steps: how many.
+      limit: rewinds of a run; one more ends it.
+    """
+
+    patience: int = 3
+    skip_steps: int = 0
+    learning_rate: float = 1.0
+    recovery_steps: int = 100
+    limit: int = 10
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or self.skip_steps < 0 or self.limit < 0:
+            raise ValueError(
+                f"patience={self.patience} must be at least 1; skip_steps={self.skip_steps} and "
+                f"limit={self.limit} must not be negative"
+            )
+        if not 0 < self.learning_rate <= 1 or self.recovery_steps < 1:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} must lie in (0, 1], and recovery_steps="
+                f"{self.recovery_steps} be at least 1"
+            )
+
+
+@dataclasses.dataclass
+class Instruments:
+    """What watches a run.
+
+    Attributes:
+      writer: of metrics and events.
+      progress: the line a person reads.
+      goodput: where the time goes.
+      throughput: tokens over the time of steps.
+      profiler: traces some steps.
+    """
+
+    writer: MetricsWriter
+    progress: Progress
+    goodput: Goodput
+    throughput: Throughput
+    profiler: Profiler
+
+    def read(self, done: int, metrics: Metrics) -> Values:
+        """The metrics of step `done`, once it has been taken.
+
+        Raises:
+          FloatingPointError: the loss is not finite, and the step was not skipped.
+        """
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        if not np.isfinite(values["loss"]) and not values.get("skipped"):
+            raise FloatingPointError(
+                f"the loss of step {done} is {values['loss']}; lower the learning rate, or go on "
+                "from the last checkpoint with another seed"
+            )
+        self.throughput.add(_num_tokens(values))
+        self.goodput.done(done)
+        return values
+
+    def tell(self, done: int, values: Values, row_is_due: bool, extra: Values) -> None:
+        """Show a step's metrics, write a row of them if one is due, and an event if it was skipped.
+
+        A row holds `step` (steps done), the step's metrics and `extra` in full precision, rates
+        since the row before, memory, and the seconds of the run.
+        """
+        seen = memory(jax.local_devices()) if row_is_due else {}
+        shown = {name: values[name] for name in ("grad_norm", "learning_rate") if name in values}
+        shown |= {"skipped_steps": values.get("skipped_total", 0.0)} | seen
+        self.progress.update(done, loss=values["loss"], num_tokens=_num_tokens(values), **shown)
+        if row_is_due:
+            rates = self.throughput.read()
+            self.writer.write(done, values | rates | seen | self.goodput.row() | extra)
+        if values.get("skipped"):
+            details = {name: values[name] for name in ("loss", "grad_norm") if name in values}
+            self.writer.event("skipped", done, **details)
+
+
+def is_ready(value: Any) -> bool:
+    """Whether an array has been computed."""
+    return value.is_ready()
+
+
+def _num_tokens(values: Values) -> int:
+    """Of a step; none where bad data has made even their count something else than a number."""
+    return int(values["tokens"]) if np.isfinite(values["tokens"]) else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How the loop ended.
+
+    Attributes:
+      state: after the last step taken.
+      reason: all steps were done, the machine is going away, or steps were skipped in a row.
+      done: steps done, the skipped ones included.
+    """
+
+    state: TrainState
+    reason: Literal["finished", "preempted", "spikes"]
+    done: int
+
+
+def train(
+    state: TrainState,
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    batches: Iterable[Any],
+    num_steps: int,
+    intervals: Intervals,
+    instruments: Instruments,
+    *,
+    evaluate: Callable[[TrainState], Values],
+    save: Callable[[TrainState, int, bool], None],
+    save_due: Callable[[int], bool],
+    preempted: Callable[[int], bool] = lambda done: False,
+    patience: int | None = None,
+) -> Outcome:
+    """Step until `num_steps` have been done, or until something calls for the caller.
+
+    Metrics are read one step late, so that the device always has a step to do. Between the first of
+    several skipped steps and the next one taken no checkpoint is made, so that the last checkpoint
+    is one to go back to.
+
+    Args:
+      state: `state.step` steps are done already; donated.
+      step: the compiled step.
+      batches: from step `state.step` on.
+      num_steps: when to stop.
+      intervals: of rows and evaluations.
+      instruments: who is told.
+      evaluate: state -> metrics to add to the row.
+      save: writes a checkpoint, given the state, the steps done, and whether training ends here.
+      save_due: whether a checkpoint is due, given the steps done. The last step makes one anyway.
+      preempted: whether all hosts have agreed to stop here, given the steps done.
+      patience: steps skipped in a row that end the loop; None for any number.
+
+    Raises:
+      FloatingPointError: the loss of a step that was not skipped is not finite.
+    """
+    goodput, tell = instruments.goodput, instruments.tell
+    done = int(state.step)
+    if done >= num_steps:
+        return Outcome(state, "finished", done)
+    pending: tuple[int, Metrics] | None = None
+    save_is_late = False
+
+    def is_busy() -> bool:
+        return pending is not None and not is_ready(pending[1]["loss"])
+
+    for batch in goodput.waiting(batches, busy=is_busy):
+        values = None
+        with goodput.spend("step"):
+            with instruments.profiler.at(done, pending and pending[1]):
+                state, metrics = step(state, batch)
+            if pending is not None:
+                values = instruments.read(*pending)
+                tell(done, values, done % intervals.log == 0, {})
+        done += 1
+        last, stopping = done == num_steps, preempted(done)
+        evaluating = done % intervals.evaluate == 0 or last
+        saving = save_is_late or stopping or last or save_due(done)
+        pending = (done, metrics)
+        if evaluating or saving:
+            with goodput.spend("step"):
+                values, pending = instruments.read(*pending), None
+            with goodput.spend("evaluation") if evaluating else contextlib.nullcontext():
+                extra = dict(evaluate(state)) if evaluating else {}
+            tell(done, values, done % intervals.log == 0 or last or evaluating, extra)
+            spiking = bool(values.get("spikes_in_a_row"))
+            if saving and (stopping or last or not spiking):
+                instruments.writer.flush()
+                with goodput.spend("checkpoint"):
+                    save(state, done, stopping or last)
+                instruments.writer.event("goodput", done, **goodput.event())
+            save_is_late = saving and spiking
+        if patience and values is not None and values.get("spikes_in_a_row", 0) >= patience:
+            return Outcome(state, "spikes", done)
+        if stopping or last:
+            return Outcome(state, "finished" if last else "preempted", done)
+    if pending is not None:
+        with goodput.spend("step"):
+            values = instruments.read(*pending)
+        tell(done, values, True, {})
+    return Outcome(state, "finished", done)

@@ -1,0 +1,403 @@
+"""Metrics of a run: `metrics.jsonl`, TensorBoard event files, and a progress bar. No JAX.
+
+`metrics.jsonl` holds one object a line: `{"step": 10, "loss": 3.1415927410125732, ...}` for what
+was measured at a step, `{"event": "resumed", "step": 10}` for what happened. Floats are written in
+full (`float(repr(x)) == x`); the numbers strict JSON lacks are the strings "NaN", "Infinity" and
+"-Infinity", as in protobuf's JSON mapping, and `read` turns them back into floats.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import pathlib
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from lm.run.goodput import Hardware
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsWriter:
+    """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard/`; a context manager.
+
+    Opening cuts off a line torn by a crash. On resuming from step N, call `truncate_after(N)`
+    first, so that no step appears twice. With `enabled=False` (any host but the first) nothing is
+    written.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike, *, enabled: bool = True, tensorboard: bool = True
+    ):
+        self.path = pathlib.Path(workdir) / "metrics.jsonl"
+        self.enabled = enabled
+        self._tensorboard_folder = self.path.parent / "tensorboard"
+        self._tensorboard_enabled = enabled and tensorboard
+        self._tensorboard: Any = None
+        self._purge_step: int | None = None
+        self._file: TextIO | None = None
+        if enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(self.path)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes one row. A scalar is a Python or NumPy number, or a 0-d array of any library.
+
+        TypeError for anything else, and for the reserved names `step` and `event`.
+        """
+        if not self.enabled:
+            return
+        values = {name: _number(name, value) for name, value in scalars.items()}
+        self._append({"step": int(step)} | values)
+        if writer := self._open_tensorboard():
+            # One record for the row: `add_scalar`, a record a value, takes five times as long.
+            proto = importlib.import_module("tensorboardX.proto.summary_pb2")
+            shown = [proto.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+            writer.file_writer.add_summary(proto.Summary(value=shown), int(step))
+
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """Writes `{"event": name, "step": step, ...}`; details are JSON values."""
+        if self.enabled:
+            self._append({"event": name, "step": int(step)} | details)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Shows text, such as a sample, in TensorBoard; it is not part of `metrics.jsonl`."""
+        if writer := self._open_tensorboard():
+            # TensorBoard renders Markdown; an indented block keeps the text as it is.
+            writer.add_text(name, "    " + text.replace("\n", "\n    "), int(step))
+
+    def truncate_after(self, step: int) -> int:
+        """Drops rows of later steps, in TensorBoard too, and marks events of later steps as undone.
+
+        For going on from an earlier step, after a kill or in a rewind. The file is replaced as a
+        whole. Returns how many rows were dropped.
+        """
+        if not self.enabled:
+            return 0
+        self.flush()
+        rows = read(self.path)
+        kept = [
+            row | {"undone": True} if row.get("step", 0) > step else row
+            for row in rows
+            if "event" in row or row.get("step", 0) <= step
+        ]
+        if kept != rows:
+            assert self._file is not None
+            part = self.path.with_name(self.path.name + ".part")
+            part.write_text("".join(_line(row) for row in kept), "utf-8")
+            self._file.close()
+            os.replace(part, self.path)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._close_tensorboard()
+        self._purge_step = step + 1
+        if self._tensorboard_enabled and self._tensorboard_folder.exists():
+            self._open_tensorboard().flush()  # should this process be killed before its first row
+        return len(rows) - len(kept)
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._close_tensorboard()
+        if self._file is not None:
+            self._file.close()
+        self._file, self.enabled, self._tensorboard_enabled = None, False, False
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def _open_tensorboard(self) -> Any:
+        # Opened at the first value, when it is known which steps TensorBoard should forget.
+        if self._tensorboard is None and self._tensorboard_enabled:
+            self._tensorboard = _tensorboardx().SummaryWriter(
+                str(self._tensorboard_folder),
+                purge_step=self._purge_step,
+                flush_secs=10,
+                # The default name has whole seconds: a quick restart would overwrite its file.
+                filename_suffix=f".{time.time_ns()}",
+            )
+        return self._tensorboard
+
+    def _close_tensorboard(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a metrics file, which may still be growing: an unfinished last line is left out.
+
+    ValueError names the line that is not a JSON object.
+    """
+    rows = []
+    *lines, _ = pathlib.Path(path).read_text("utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({key: _from_json(value) for key, value in row.items()})
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}") from error
+    return rows
+
+
+def _from_json(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _number(name: str, value: Any) -> int | float:
+    if name in ("step", "event"):
+        raise TypeError(f"{name!r} is a reserved name of a metrics row; choose another")
+    if isinstance(value, bool | int):
+        return int(value)
+    shape = getattr(value, "shape", ())
+    if isinstance(value, str | bytes) or shape != ():
+        kind = f"shape {shape}" if shape else repr(value)
+        raise TypeError(f"metric {name!r} must be a scalar, not {kind}; reduce it first")
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")
+    return int(value) if kind in "iub" else float(value)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    row = {key: _to_json(value) for key, value in row.items()}
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _to_json(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _cut_torn_line(path: pathlib.Path) -> None:
+    """Cuts the file after its last whole line: a crash may leave half of one, or NUL bytes."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if data[end:]:
+        with path.open("r+b") as file:
+            file.truncate(end)
+
+
+def _tensorboardx() -> Any:
+    """Imports tensorboardX without PyTorch, which it would load (seconds) where installed."""
+    if "torch" in sys.modules:
+        return importlib.import_module("tensorboardX")
+    sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
+    try:
+        return importlib.import_module("tensorboardX")
+    finally:
+        del sys.modules["torch"]
+
+
+def memory(devices: Iterable[Any]) -> dict[str, int]:
+    """Bytes of memory in use, under a name that says which.
+
+    Args:
+      devices: `jax.local_devices()`.
+
+    Returns:
+      `device_memory_bytes` and `device_memory_peak_bytes`, of the fullest device, where the backend
+      tells (GPU, TPU); else `host_memory_bytes`, the process's resident set, or
+      `host_memory_peak_bytes` where the system tells no more.
+    """
+    told = [stats for device in devices if (stats := device.memory_stats())]
+    if told:
+        names = {"device_memory_bytes": "bytes_in_use"}
+        names["device_memory_peak_bytes"] = "peak_bytes_in_use"
+        return {name: max(int(stats.get(key, 0)) for stats in told) for name, key in names.items()}
+    try:
+        resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])  # proc(5), in pages
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"host_memory_peak_bytes": peak * (1 if sys.platform == "darwin" else 1024)}
+    return {"host_memory_bytes": resident * resource.getpagesize()}
+
+
+class Progress:
+    """Shows how training goes in one line of at most the terminal's width, or 100 columns.
+
+    A bar on a terminal, else a line now and then: step, loss, gradient norm, learning rate, tokens
+    a second (of all devices and of one), MFU, memory, steps skipped, and the time left. Where they
+    do not all fit, the ones that matter least are left out.
+
+    The first `num_warmup` (at least 1) updates, which compile, and what runs inside `pause()`
+    count neither for the throughput nor for the time left. With `Goodput.step_clock` for its clock
+    nothing but steps counts, without any pause.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        *,
+        start: int = 0,
+        num_warmup: int = 1,
+        seconds_between_lines: float = 15.0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        hardware: Hardware | None = None,
+    ):
+        self.num_steps, self.step = num_steps, start
+        self._enabled, self._stream, self._clock = enabled, stream or sys.stderr, clock
+        self._hardware = hardware or Hardware()
+        self._seconds_between_lines = seconds_between_lines
+        self._num_warmup = num_warmup
+        self._last_line = -math.inf
+        self._paused = 0.0
+        # (time, step, tokens so far) at the last updates; the rate is over this window.
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=50)
+        self._tokens = 0
+        self._values: dict[str, float] = {}
+        self._bar: tqdm | None = None
+        if enabled and self._stream.isatty():
+            self._bar = tqdm(
+                total=num_steps,
+                initial=start,
+                file=self._stream,
+                ncols=self._columns(),
+                bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def update(self, step: int, *, loss: float, num_tokens: int, **values: float) -> None:
+        """Tells that `step` is done, with `num_tokens` more tokens since the last update.
+
+        Of `values`, those named as in a metrics row are shown: `grad_norm`, `learning_rate`,
+        `skipped_steps`, and what `memory` returns. One that is not given again stays.
+        """
+        now = self._clock() - self._paused
+        self._tokens += num_tokens
+        self._values |= values
+        self.step = step
+        if self._num_warmup > 1:
+            self._num_warmup -= 1
+        else:
+            self._marks.append((now, step, self._tokens))
+        if self._bar is not None:
+            self._bar.ncols = self._columns()
+            room = self._bar.ncols - len(f"100% |{' ' * 10}| {step}/{self.num_steps}, ")
+            self._bar.set_postfix_str(_fit(self._parts(loss), room), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._enabled:
+            due = now - self._last_line >= self._seconds_between_lines
+            if due or step >= self.num_steps:
+                self._last_line = now
+                start = f"step {step}/{self.num_steps}  "
+                line = start + _fit(self._parts(loss), 100 - len(start))
+                print(line, file=self._stream, flush=True)
+
+    def _parts(self, loss: float) -> list[tuple[int, str]]:
+        """(rank, text) from left to right; rank 0 is never left out, the highest goes first."""
+        values, parts = self._values, [(0, f"loss {float(loss):.4f}")]
+        if "grad_norm" in values:
+            parts.append((2, f"grad {values['grad_norm']:.3g}"))
+        if "learning_rate" in values:
+            parts.append((3, f"lr {values['learning_rate']:.2e}".replace("e-0", "e-")))
+        if self.tokens_per_second is not None:
+            rates = self._hardware.rates(self.tokens_per_second)
+            parts.append((0, f"{_rate(self.tokens_per_second)} tok/s"))
+            if self._hardware.num_devices > 1:
+                parts.append((5, f"{_rate(rates['tokens_per_second_per_device'])}/device"))
+            if "mfu" in rates:
+                parts.append((1, f"MFU {rates['mfu']:.1%}"))
+        for name, words in _MEMORY.items():
+            if name in values:
+                parts.append((4, f"{words}{values[name] / 1e9:.3g} GB"))
+                break
+        if values.get("skipped_steps"):
+            parts.append((0, f"{values['skipped_steps']:.0f} skipped"))
+        if self.seconds_left is not None:
+            parts.append((0, f"{_duration(self.seconds_left)} left"))
+        return parts
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 100
+        except (OSError, ValueError):
+            return 100
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the last updates; None until two updates after the warm-up have been seen."""
+        return self._rate(2)
+
+    @property
+    def seconds_left(self) -> float | None:
+        rate = self._rate(1)
+        return None if rate is None else (self.num_steps - self.step) / rate
+
+    def _rate(self, column: int) -> float | None:
+        if len(self._marks) < 2:
+            return None
+        first, last = self._marks[0], self._marks[-1]
+        return (last[column] - first[column]) / max(last[0] - first[0], 1e-9)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves the time spent inside out of the throughput."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - start
+
+    def print(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        elif self._enabled:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_MEMORY = {
+    "device_memory_peak_bytes": "",
+    "host_memory_bytes": "host ",
+    "host_memory_peak_bytes": "host ",
+}
+
+
+def _fit(parts: list[tuple[int, str]], width: int) -> str:
+    """The parts side by side, those of the highest ranks left out until `width` holds the rest."""
+    while sum(len(text) + 2 for _, text in parts) - 2 > width and any(rank for rank, _ in parts):
+        parts = [part for part in parts if part != max(parts, key=lambda part: part[0])]
+    return "  ".join(text for _, text in parts)
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second < 1e7 else f"{per_second / 1e6:,.4g}M"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

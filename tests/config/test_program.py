@@ -1,0 +1,59 @@
+"""What every command shares: flags that get on with each other, and one way to refuse."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments import generate
+from lm.config.command_line import ConfigError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
+RUNS = re.compile(r"^    program(_lib)?\.run\(", re.MULTILINE)
+COMMANDS = [n for n in NAMES if RUNS.search((ROOT / "experiments" / f"{n}.py").read_text())]
+
+
+def test_all_modules_can_be_imported_into_one_process() -> None:
+    for name in NAMES:
+        importlib.import_module(f"experiments.{name}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_flag_is_refused(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", "--no_such_flag=1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "no_such_flag" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["generate", "perplexity", "convert"])
+def test_help_lists_the_flags_of_every_model(name: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", f"experiments.{name}", "--help"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    ).stdout  # fmt: skip
+    assert all(flag in shown for flag in ("--model:", "--dtype:", "keep_quantized:", "--adapter:"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "x", "adapter": ["a"]}', "it has to be a name"),
+        ('{"prompt": "x", "temperature": 2}', "unknown key 'temperature'; a row has prompt"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"messages": [{}]}', 'has to be a list of objects with "role"'),
+    ],
+)
+def test_rows_that_are_no_prompts_are_refused(tmp_path, line: str, message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'\ufeff{{"prompt": "fine"}}\n{line}\n', "utf-8")
+    with pytest.raises(ConfigError, match=message) as refused:
+        list(generate.read_rows(str(tmp_path / "rows.jsonl")))
+    assert "rows.jsonl:2" in str(refused.value)

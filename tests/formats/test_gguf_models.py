@@ -1,0 +1,364 @@
+"""Models out of GGUF files, against the models of transformers they were converted from."""
+
+import dataclasses
+import tracemalloc
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.checkpoints import CheckpointError
+from lm.files import quantize, read_gguf, write_gguf
+from lm.files.gguf_writer import GGUFTensor
+from lm.formats import load_gguf, open_any, read_gguf_config
+from lm.model import Tokens, forward, make_head
+from lm.sharding import Layout, MeshShape, make_mesh, make_rules
+from lm.weights import GGUFBlocks, Leaf
+from tests.formats.tiny_gguf import write_tiny
+from tests.model.huggingface_oracle import BASE, CASES, GQA, YARN, build_oracle
+
+GEMMA3_ROPE = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    }
+}
+# transformers' model and what the converter writes besides sizes, norms and rotary base.
+MODELS = {
+    "llama": (*CASES["llama"], "llama", {}),
+    "llama3": (*CASES["llama3"], "llama", {}),
+    "smollm2": (*CASES["smollm2"], "llama", {}),
+    "linear": (
+        *CASES["llama_linear"],
+        "llama",
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 2.5},
+    ),
+    "qwen2": (
+        "qwen2",
+        GQA | YARN,
+        "qwen2",
+        {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+        },
+    ),
+    "qwen3": ("qwen3", GQA | {"head_dim": 16, "tie_word_embeddings": True}, "qwen3", {}),
+    "gemma2": (
+        "gemma2",
+        GQA
+        | {"num_hidden_layers": 5, "head_dim": 12, "query_pre_attn_scalar": 12}
+        | {"sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        "gemma2",
+        {
+            "attention.sliding_window": 4,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        BASE
+        | {"num_hidden_layers": 8, "num_attention_heads": 3, "num_key_value_heads": 1}
+        | {"head_dim": 20, "query_pre_attn_scalar": 20, "sliding_window": 4}
+        | {"sliding_window_pattern": 6}
+        | GEMMA3_ROPE,
+        "gemma3",
+        {
+            "attention.sliding_window": 4,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+            "rope.freq_base": 1e5,
+            "rope.freq_base_swa": 1e3,
+        },
+    ),
+    "olmo2": (*CASES["olmo2"], "olmo2", {}),
+    "phi3": (*CASES["phi3"], "phi3", {"attention.sliding_window": 6}),
+    "gpt_neox": (*CASES["gpt_neox"], "gptneox", {"use_parallel_residual": True}),
+}
+
+
+def write_model(path, oracle, arch, more):
+    """Convert as llama.cpp's convert_hf_to_gguf.py does, names and keys by gguf-py."""
+    c = oracle.json
+    neox = arch == "gptneox"
+    heads = c["num_attention_heads"]
+    head_dim = c.get("head_dim") or c["hidden_size"] // heads
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_context_length(c["max_position_embeddings"])
+    writer.add_embedding_length(c["hidden_size"])
+    writer.add_block_count(c["num_hidden_layers"])
+    writer.add_feed_forward_length(c["intermediate_size"])
+    writer.add_head_count(heads)
+    if neox:
+        writer.add_layer_norm_eps(c["layer_norm_eps"])
+    else:
+        writer.add_head_count_kv(c["num_key_value_heads"])
+        writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    parameters = c["rope_parameters"]
+    if "rope.freq_base" not in more:
+        writer.add_rope_freq_base(parameters["rope_theta"])
+    fraction = parameters.get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(int(head_dim * fraction))
+    for key, value in more.items():
+        add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
+        add.get(type(value), writer.add_uint32)(f"{arch}.{key}", value)
+    code = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(code, c["num_hidden_layers"])
+    for name, array in oracle.arrays().items():
+        array = convert(name, array, arch, heads, c)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(array))
+    if parameters.get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(parameters, head_dim))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def convert(name, array, arch, heads, c):
+    if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
+        n = heads if ".q_proj." in name else c["num_key_value_heads"]
+        pairs = array.reshape(n, 2, array.shape[0] // n // 2, *array.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(array.shape)
+    if arch.startswith("gemma") and name.endswith("norm.weight"):
+        return array + 1
+    if "query_key_value" in name:
+        parts = array.reshape(heads, 3, -1, *array.shape[1:])
+        return parts.swapaxes(0, 1).reshape(array.shape)
+    return array
+
+
+def llama3_divisors(parameters, head_dim):
+    """As `LlamaModel.generate_extra_tensors` of the converter."""
+    low = parameters["original_max_position_embeddings"] / parameters["low_freq_factor"]
+    high = parameters["original_max_position_embeddings"] / parameters["high_freq_factor"]
+    divisors = []
+    for frequency in parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim):
+        wavelength = 2 * np.pi / frequency
+        if wavelength < high:
+            divisors.append(1.0)
+        elif wavelength > low:
+            divisors.append(parameters["factor"])
+        else:
+            smooth = parameters["original_max_position_embeddings"] / wavelength
+            smooth -= parameters["low_freq_factor"]
+            smooth /= parameters["high_freq_factor"] - parameters["low_freq_factor"]
+            divisors.append(1 / ((1 - smooth) / parameters["factor"] + smooth))
+    return np.array(divisors, np.float32)
+
+
+def logits(params, config, ids):
+    hidden = jax.jit(lambda p, x: forward(p, Tokens.of(x), config).hidden)(params, ids)
+    return np.asarray(make_head(params, config).logits(hidden))[..., : config.vocab_size]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", MODELS)
+def test_logits_equal_those_of_the_converted_model(tmp_path, case):
+    torch = pytest.importorskip("torch")
+    model_type, arguments, arch, more = MODELS[case]
+    if case == "llama3":  # the bounds that all published models have, which files leave out
+        parameters = arguments["rope_parameters"] | {"original_max_position_embeddings": 8192}
+        arguments = arguments | {"rope_parameters": parameters}
+    oracle = build_oracle(model_type, arguments)
+    path = tmp_path / "model.gguf"
+    write_model(path, oracle, arch, more)
+    params, config = load_gguf(path)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 23))
+    with torch.no_grad():
+        expected = oracle.model(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(logits(params, config, ids), expected, atol=2e-4)
+    assert config.tied == oracle.json["tie_word_embeddings"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A Llama of GGUF blocks: metadata, arrays, path. Eight layers of the stack differ in type."""
+    rng = np.random.default_rng(1)
+    metadata = {
+        "general.architecture": "llama",
+        "llama.context_length": 64,
+        "llama.embedding_length": 64,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 128,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.dimension_count": 16,
+    }
+    shapes = {
+        "token_embd.weight": (130, 64),
+        "output_norm.weight": (64,),
+        "output.weight": (130, 64),
+    }
+    for i in range(2):
+        shapes |= {
+            f"blk.{i}.{name}.weight": shape
+            for name, shape in {
+                "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64),
+                "attn_v": (32, 64), "attn_output": (64, 64), "ffn_gate": (128, 64),
+                "ffn_up": (128, 64), "ffn_down": (64, 128),
+            }.items()
+        }  # fmt: skip
+    tensors = {}
+    kinds = ["Q8_0", "Q4_1", "F16", "Q5_0"]
+    for n, (name, shape) in enumerate(shapes.items()):
+        array = rng.normal(0, 0.3 if len(shape) > 1 else 1, shape).astype(np.float32)
+        kind = kinds[n % 4] if len(shape) > 1 else "F32"
+        raw = quantize(array, kind)
+        tensors[name] = GGUFTensor(kind, shape, lambda raw=raw: raw)
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    write_gguf(path, metadata, tensors)
+    return metadata, tensors, path
+
+
+def test_blocks_are_kept_and_compute_the_same(small):
+    """Rows of queries and keys are put in order as rows of blocks; the vocabulary is padded."""
+    _, tensors, path = small
+    params, config = load_gguf(path)
+    kept, _ = load_gguf(path, keep_quantized=True)
+    leaves = jax.tree.leaves(kept, is_leaf=lambda x: isinstance(x, Leaf))
+    blocks = [leaf for leaf in leaves if isinstance(leaf, GGUFBlocks)]
+    assert len(blocks) == sum(tensor.type[0] == "Q" for tensor in tensors.values())
+    assert config.padded_vocab_size == 256
+    ids = np.random.default_rng(0).integers(0, 130, (1, 20))
+    np.testing.assert_allclose(
+        logits(kept, config, ids), logits(params, config, ids), rtol=1e-4, atol=1e-4
+    )
+    assert not np.asarray(params.embed[130:]).any()
+    (query,) = [kept.stacks[0].layers[0].attention.query]
+    dense = params.stacks[0].layers[0].attention.query
+    both = query.dequantize(jnp.float32) if isinstance(query, Leaf) else query
+    np.testing.assert_array_equal(both, dense)
+
+
+@pytest.mark.parametrize("keep_quantized", [False, True])
+def test_shards_are_those_of_the_whole(small, keep_quantized):
+    path = small[2]
+    whole, _ = load_gguf(path, keep_quantized=keep_quantized)
+    layout = Layout(make_mesh(MeshShape(tensor=2), jax.devices()[:2]), make_rules(zero=0))
+    shards, _ = load_gguf(path, keep_quantized=keep_quantized, layout=layout)
+    split = [leaf for leaf in jax.tree.leaves(shards) if not leaf.sharding.is_fully_replicated]
+    assert len(split) >= 2 + 2 * 7
+    for ours, theirs in zip(jax.tree.leaves(shards), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_dtypes(small):
+    params, _ = load_gguf(small[2], dtype=jnp.bfloat16)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+
+
+def rewritten(tmp_path, small, change_metadata=None, change_tensors=None):
+    metadata, tensors = dict(small[0]), dict(small[1])
+    metadata |= change_metadata or {}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    for name, tensor in (change_tensors or {}).items():
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+    path = tmp_path / "changed.gguf"
+    write_gguf(path, metadata, tensors)
+    return path
+
+
+def test_every_fault_of_the_tensors_is_named(tmp_path, small):
+    changes = {
+        "blk.1.attn_q.weight": None,
+        "blk.0.ffn_up.weight": np.zeros((95, 64), np.float32),
+        "blk.0.attn_sinks.weight": np.zeros(4, np.float32),
+        "output_norm.weight": np.zeros(64, np.int32),
+    }
+    with pytest.raises(CheckpointError) as error:
+        load_gguf(rewritten(tmp_path, small, change_tensors=changes))
+    message = str(error.value)
+    for part in (
+        "changed.gguf does not fit a 'llama' model of 2 layers, 4 faults",
+        "blk.1.attn_q.weight [64, 64] is missing",
+        "blk.0.ffn_up.weight is [95, 64], the model wants [128, 64]",
+        "blk.0.attn_sinks.weight [4] is not in this model",
+        "output_norm.weight is of type I32",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"general.architecture": "lama"}, r"'lama', which is not supported; did you mean 'llama'"),
+        ({"general.architecture": None}, r"general.architecture is None"),
+        ({"llama.block_count": None}, r"llama.block_count is missing"),
+        ({"llama.block_count": 0}, r"llama.block_count is 0"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, r"layer_norm_rms_epsilon is missing"),
+        ({"llama.expert_count": 8}, r"llama.expert_count=8, which is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, r"rope.scaling.type is 'longrope'; supported"),
+        ({"llama.attention.head_count": np.array([4, 2])}, r"one positive integer"),
+        ({"llama.rope.freq_base": "high"}, r"rope.freq_base is 'high', no number"),
+    ],
+)
+def test_metadata_that_cannot_be(tmp_path, small, metadata, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_gguf_config(rewritten(tmp_path, small, metadata))
+
+
+def test_not_a_gguf_file(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGML and the rest of it")
+    with pytest.raises(CheckpointError, match="magic"):
+        load_gguf(path)
+
+
+def test_a_float_is_read_as_it_was_written(small):
+    assert read_gguf_config(small[2]).norm.eps == 1e-5
+
+
+def test_stretchings_that_are_not_llama3s(tmp_path, small):
+    factors = {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}
+    with pytest.raises(CheckpointError, match="not Llama 3's"):
+        read_gguf_config(rewritten(tmp_path, small, change_tensors=factors))
+
+
+def test_only_what_is_needed_is_read(small):
+    """The configuration of a file comes from its header."""
+    config = read_gguf_config(small[2])
+    assert config == load_gguf(small[2])[1]
+    assert dataclasses.replace(config, max_length=1) != config
+    assert read_gguf(small[2]).metadata["llama.context_length"] == config.max_length
+
+
+@pytest.mark.parametrize("size", [10**9, 2**40])
+@pytest.mark.parametrize(
+    "key", ["block_count", "embedding_length", "attention.head_count", "attention.key_length"]
+)
+def test_sizes_that_lie_are_refused_before_anything_is_made_of_them(tmp_path, key, size):
+    path = write_tiny(tmp_path / "model.gguf", changes={f"llama.{key}": size})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"block_count|wants|dimension_count"):
+            load_gguf(path)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer.ggml.tokens": 3},
+        {"tokenizer.ggml.merges": 3},
+        {"tokenizer.ggml.pre": [1]},
+        {"tokenizer.ggml.bos_token_id": [1]},
+        {"general.architecture": ["llama"]},
+        {"llama.rope.freq_base": "x"},
+    ],
+)
+def test_values_of_another_kind_are_one_clear_error(tmp_path, changes):
+    path = write_tiny(tmp_path / "model.gguf", changes=changes)
+    with pytest.raises(ValueError, match=r"model.gguf") as refused:
+        open_any(path)
+    assert len(str(refused.value)) < 400

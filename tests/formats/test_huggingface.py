@@ -1,0 +1,355 @@
+"""Safetensors of every family, in and out, bit for bit, and what is wrong with a file."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from lm.checkpoints import CheckpointError
+from lm.formats import load, save, to_tensors
+from lm.formats.huggingface.tensors import TABLES
+from lm.model import Latent, ModelConfig, ModelWeights, param_specs, unstack
+from lm.model.families import make_config
+from lm.sharding import MeshShape, make_mesh, make_rules
+from lm.weights import Int8, initialize, path_name, shardings
+from tests.model.huggingface_oracle import CASES, make_oracle
+
+SIZES = {"vocab_size": 139, "embed_dim": 24, "hidden_dim": 20, "num_layers": 4, "num_heads": 3}
+
+
+def tiny(family: str, **changes) -> ModelConfig:
+    """Seven layers of Gemma 3 are a pattern and a remainder; its biases are on, as Llama's."""
+    sizes = SIZES | ({"num_layers": 7} if family == "gemma3" else {})
+    if family in ("deepseek_v2", "deepseek_v3"):
+        rank = None if family == "deepseek_v3" else 10
+        sizes |= {"latent": Latent(8, 5, 4, 6, rank), "attention_bias": True}
+        sizes |= {"attention_out_bias": True}
+    elif family not in ("gpt_neox", "llama"):
+        sizes |= {"head_dim": 6, "num_kv_heads": 1}
+    if family in ("llama", "gemma3"):
+        sizes |= {"attention_bias": True, "attention_out_bias": True}
+    return make_config(
+        family, **(sizes | {"mlp_bias": True} if family == "llama" else sizes) | changes
+    )
+
+
+def random_weights(config: ModelConfig, dtype=jnp.float32) -> ModelWeights:
+    """Noise in every weight, biases and norms too, and zeros in the vocabulary's padding."""
+    rng = np.random.default_rng(0)
+    params = initialize(param_specs(config), jax.random.key(0))
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32), dtype), params
+    )
+    params = params.replace(embed=params.embed.at[config.vocab_size :].set(0))
+    if params.output is not None:
+        params = params.replace(output=params.output.at[:, config.vocab_size :].set(0))
+    return params
+
+
+def assert_same_tree(got, want) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        assert a.dtype == b.dtype and a.shape == b.shape, path_name(path)
+        assert np.array_equal(np.asarray(a), np.asarray(b)), path_name(path)
+
+
+def assert_same_files(got, want) -> None:
+    """The same names, dtypes, shapes and bits, whatever the files are called."""
+    tensors = []
+    for directory in (got, want):
+        tensors.append({})
+        for file in directory.glob("*.safetensors"):
+            tensors[-1] |= load_file(file)
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, array in tensors[0].items():
+        other = tensors[1][name]
+        assert array.dtype == other.dtype and array.shape == other.shape, name
+        assert array.tobytes() == other.tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, jnp.float32) for family in TABLES]
+    + [(family, jnp.bfloat16) for family in ("gemma2", "phi3", "gpt_neox")],
+)
+def test_round_trip_is_exact(family, dtype, tmp_path):
+    config = tiny(family)
+    params = random_weights(config, dtype)
+    save(params, config, tmp_path / "once")
+    again, config_again = load(tmp_path / "once")
+    assert config_again == config
+    assert_same_tree(again, params)
+    save(unstack(again), config, tmp_path / "twice")
+    assert_same_files(tmp_path / "twice", tmp_path / "once")
+    assert (tmp_path / "once/config.json").read_text() == (
+        tmp_path / "twice/config.json"
+    ).read_text()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("case", CASES)
+def test_files_of_transformers(case, tmp_path):
+    """What transformers writes comes back bit-equal, and it reads what is written here."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = make_oracle(case).model
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    params, config = load(tmp_path / "theirs")
+    save(params, config, tmp_path / "ours", max_shard_size=50_000)
+    assert_same_files(tmp_path / "ours", tmp_path / "theirs")
+    read, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    state = model.state_dict()
+    for name, tensor in read.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+
+
+def test_shards_and_their_index(tmp_path):
+    config = tiny("llama")
+    params = random_weights(config)
+    save(params, config, tmp_path / "one")
+    save(params, config, tmp_path / "many", max_shard_size=10_000, extra={"eos_token_id": 3})
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    sizes = {}
+    for file in (tmp_path / "many").glob("*.safetensors"):
+        with safe_open(file, "np") as handle:
+            assert handle.metadata() == {"format": "pt"}
+            names = set(handle.keys())
+        assert names == {name for name, where in index["weight_map"].items() if where == file.name}
+        sizes[file.name] = (sum(a.nbytes for a in load_file(file).values()), len(names))
+    assert len(sizes) > 2
+    assert all(size <= 10_000 or count == 1 for size, count in sizes.values())
+    assert index["metadata"]["total_size"] == sum(size for size, _ in sizes.values())
+    assert json.loads((tmp_path / "many/config.json").read_text())["eos_token_id"] == 3
+    assert_same_files(tmp_path / "many", tmp_path / "one")
+    assert_same_tree(load(tmp_path / "many")[0], params)
+
+
+def test_dtypes(tmp_path):
+    config = tiny("qwen2")
+    params = random_weights(config)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    save(params, config, tmp_path / "half", dtype=jnp.bfloat16)
+    assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert_same_tree(load(tmp_path / "half")[0], half)
+    save(params, config, tmp_path / "whole")
+    assert_same_tree(load(tmp_path / "whole", dtype=jnp.bfloat16)[0], half)
+    widened = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    assert_same_tree(load(tmp_path / "half", dtype=jnp.float32)[0], widened)
+
+
+def test_vocabulary_is_padded_and_trimmed(tmp_path):
+    config = tiny("llama")
+    params = random_weights(config)
+    params = params.replace(embed=params.embed.at[config.vocab_size :].set(9.0))
+    save(params, config, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "np") as handle:
+        assert handle.get_slice("model.embed_tokens.weight").get_shape() == [139, 24]
+        assert handle.get_slice("lm_head.weight").get_shape() == [139, 24]
+    again, config = load(tmp_path, vocab_multiple=100)
+    assert config.padded_vocab_size == 200
+    assert again.embed.shape == (200, 24) and again.output.shape == (24, 200)
+    assert not np.any(again.embed[139:]) and not np.any(again.output[:, 139:])
+    assert np.array_equal(again.embed[:139], params.embed[:139])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
+def test_straight_to_shardings(family, tmp_path):
+    config = (
+        tiny(family, num_heads=4, num_kv_heads=2)
+        if family != "gpt_neox"
+        else tiny(family, num_heads=4)
+    )
+    params = random_weights(config)
+    save(params, config, tmp_path)
+    mesh = make_mesh(MeshShape(fsdp=2, tensor=2, data=2))
+    wanted = shardings(param_specs(config), make_rules(zero=3), mesh)
+    got, _ = load(tmp_path, shardings=wanted)
+    assert_same_tree(got, params)
+    for array, sharding in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert array.sharding == sharding
+    query = got.stacks[0].layers[0].attention.query
+    assert query.addressable_shards[0].data.size * 4 == query.size
+    save(got, config, tmp_path / "again")
+    assert_same_files(tmp_path / "again", tmp_path)
+
+
+def test_host_memory_is_that_of_a_tensor(tmp_path):
+    config = make_config(
+        "llama", vocab_size=64, embed_dim=256, hidden_dim=1024, num_layers=12, num_heads=4
+    )
+    largest = 256 * 1024 * 4
+    save(random_weights(config), config, tmp_path, max_shard_size=4 * largest)
+    load(tmp_path)  # compile first: the compiler's memory is not the point
+    tracemalloc.start()
+    params, _ = load(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    total = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert total > 40 * largest
+    assert peak < 5 * largest
+
+
+def edit(directory, change) -> None:
+    """Rewrite the single file of a directory with its tensors changed."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_every_fault_is_named_at_once(tmp_path):
+    config = tiny("llama")
+    save(random_weights(config), config, tmp_path)
+
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        for i in range(4):
+            del tensors[f"model.layers.{i}.self_attn.q_proj.weight"]
+        tensors["model.layers.1.mlp.experts.weight"] = np.zeros((2, 3), np.float32)
+        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((19, 24), np.float32)
+        tensors["model.layers.3.mlp.down_proj.weight"] = np.zeros((24, 20), np.int8)
+
+    edit(tmp_path, change)
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    for text in (
+        "8 faults",
+        "model.norm.weight [24] is missing",
+        "model.layers.{0,1,2,3}.self_attn.q_proj.weight [24, 24] is missing",
+        "model.layers.1.mlp.experts.weight [2, 3] is not in this model",
+        "model.layers.2.mlp.up_proj.weight is [19, 24], the model wants [20, 24]",
+        "model.layers.3.mlp.down_proj.weight is of dtype I8",
+    ):
+        assert text in str(caught.value)
+
+
+def test_vocabulary_that_does_not_match(tmp_path):
+    config = tiny("gemma2")
+    save(random_weights(config), config, tmp_path)
+    wrong = make_config("gemma2", **(SIZES | {"vocab_size": 140, "head_dim": 6, "num_kv_heads": 1}))
+    with pytest.raises(CheckpointError, match=r"\[139, 24\].*wants \[140, 24\] \(vocab_size=140\)"):
+        load(tmp_path, wrong)
+
+
+def test_mixed_dtypes_in_a_stack_need_one(tmp_path):
+    config = tiny("llama")
+    params = random_weights(config)
+    save(params, config, tmp_path)
+    name = "model.layers.2.mlp.up_proj.weight"
+    edit(tmp_path, lambda t: t.update({name: t[name].astype(np.float16)}))
+    with pytest.raises(
+        CheckpointError, match=r"layers.2.mlp.up_proj.weight is F16 but .*give a dtype"
+    ):
+        load(tmp_path)
+    assert load(tmp_path, dtype=jnp.float32)[0].embed.dtype == jnp.float32
+
+
+def test_known_surplus_is_passed_over(tmp_path):
+    tied = tiny("smollm2")
+    params = random_weights(tied)
+    save(params, tied, tmp_path / "tied")
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    edit(tmp_path / "tied", change)
+    assert_same_tree(load(tmp_path / "tied")[0], params)
+
+    neox = tiny("gpt_neox")
+    params = random_weights(neox)
+    save(params, neox, tmp_path / "neox")
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+        tensors["gpt_neox.layers.0.attention.masked_bias"] = np.float32([-1e9])
+
+    edit(tmp_path / "neox", rename)
+    assert_same_tree(load(tmp_path / "neox")[0], params)
+
+
+def test_what_is_not_a_model_directory(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config.json does not exist; give a Hugging Face"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        load(tmp_path)
+    config = tiny("llama")
+    with pytest.raises(CheckpointError, match=r"has no model.safetensors; a model's directory"):
+        load(tmp_path, config)
+    (tmp_path / "model.safetensors").write_bytes(b"PK\x03\x04 something else")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: header length is"):
+        load(tmp_path, config)
+
+
+def test_an_index_that_lies(tmp_path):
+    config = tiny("llama")
+    save(random_weights(config), config, tmp_path, max_shard_size=20_000)
+    file = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(file.read_text())["weight_map"]
+    first = next(iter(weight_map.values()))
+    file.write_text(json.dumps({"weight_map": weight_map | {"x.weight": first}}))
+    with pytest.raises(CheckpointError, match=r"of 'x.weight' is .* a file that holds that tensor"):
+        load(tmp_path)
+    (tmp_path / first).unlink()
+    with pytest.raises(CheckpointError, match=f"is '{first}'; expected a file that exists"):
+        load(tmp_path)
+
+
+def test_save_does_not_overwrite_unasked(tmp_path):
+    config = tiny("llama")
+    params = random_weights(config)
+    save(params, config, tmp_path, max_shard_size=20_000)
+    with pytest.raises(CheckpointError, match="exists; use another directory, or overwrite=True"):
+        save(params, config, tmp_path)
+    save(params, config, tmp_path, overwrite=True)
+    assert [f.name for f in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    assert_same_tree(load(tmp_path)[0], params)
+
+
+def test_save_refuses_what_it_cannot_write(tmp_path):
+    config = tiny("llama")
+    params = random_weights(config)
+    wider = tiny("llama", hidden_dim=28)
+    with pytest.raises(ValueError, match=r"feed_forward/up is \[24, 20\], .* wants \[24, 28\]"):
+        save(params, wider, tmp_path)
+    layer = params.stacks[0].layers[0]
+    quantized = layer.replace(
+        feed_forward=layer.feed_forward.replace(up=Int8.quantize(layer.feed_forward.up))
+    )
+    stacks = (params.stacks[0].replace(layers=(quantized,)),)
+    with pytest.raises(ValueError, match=r"feed_forward/up is a Int8; dequantize it first"):
+        save(params.replace(stacks=stacks), config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fused_rows_by_hand():
+    """Where a query, a key and a value of each head lie in the fused matrices."""
+    config = tiny("gpt_neox")
+    params = random_weights(config)
+    attention = params.stacks[0].layers[0].attention
+    fused = dict(to_tensors(params, config))["gpt_neox.layers.1.attention.query_key_value.weight"]
+    head, row = 2, 5
+    for part, weight in enumerate((attention.query, attention.key, attention.value)):
+        column = np.asarray(weight[1][:, head * 8 + row])
+        assert np.array_equal(fused[head * 24 + part * 8 + row], column)
+
+    config = tiny("phi3")
+    params = random_weights(config)
+    attention = params.stacks[0].layers[0].attention
+    fused = dict(to_tensors(params, config))["model.layers.3.self_attn.qkv_proj.weight"]
+    assert np.array_equal(fused[18 + 2], np.asarray(attention.key[3][:, 2]))
+    assert np.array_equal(fused[18 + 6 + 1], np.asarray(attention.value[3][:, 1]))

@@ -1,0 +1,61 @@
+"""What is known of accelerators, against what their compiler says."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm.hardware import topologies
+from lm.hardware.chips import CHIPS, GIB, chip_of, peak_flops
+
+SHAPES = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
+
+
+def test_names_of_kinds() -> None:
+    for kind, name in {
+        "TPU v4": "TPU v4", "TPU v5 lite": "TPU v5e", "TPU v5": "TPU v5p", "TPU v6 lite": "TPU v6e",
+        "TPU7x": "TPU7x", "NVIDIA H200": "H200", "NVIDIA A100-SXM4-40GB": "A100",
+    }.items():  # fmt: skip
+        chip = chip_of(kind)
+        assert chip is not None and chip.name == name
+    assert chip_of("TPU v4 lite") is None and chip_of("NVIDIA L40S") is None
+    assert peak_flops("TPU7x") == 2307e12 / 2
+
+
+def test_figures_are_of_one_chip_and_hang_together() -> None:
+    for chip in CHIPS:
+        if chip.hbm_bytes is None:
+            continue
+        assert chip.usable_hbm_bytes is not None
+        assert chip.usable_hbm_bytes <= chip.hbm_bytes
+        assert chip.hbm_bandwidth is not None
+        # Between one and two thousand operations a byte would be no chip that exists.
+        assert 100 < chip.flops / chip.hbm_bandwidth < 600
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "v6e" else [pytest.mark.slow]) for n in SHAPES]
+)
+def test_usable_memory_is_what_the_compiler_says(name: str) -> None:
+    if not topologies.available(name):
+        pytest.skip(f"no compiler for {name} here; `make compilers` installs it")
+    devices = topologies.describe(f"{name}:{SHAPES[name]}")
+    mesh = Mesh(np.array(devices), ("x",))
+    x = jax.ShapeDtypeStruct(
+        (65536, 2**19), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jax.jit(lambda x: jnp.sum(jnp.tanh(x) @ x.T)).lower(x).compile()
+    match = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error.value))
+    assert match is not None
+    chip = chip_of(devices[0].device_kind)
+    assert chip is not None and chip.usable_hbm_bytes is not None
+    assert chip.usable_hbm_bytes / chip.num_devices / GIB == pytest.approx(
+        float(match[1]), abs=0.02
+    )

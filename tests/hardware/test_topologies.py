@@ -1,0 +1,101 @@
+"""Devices that are not here: their names, what is refused, and what is said on the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lm.hardware import topologies
+
+
+@pytest.mark.parametrize(
+    ("name", "parsed"),
+    [
+        ("v5e:2x2", (1, "v5e", (2, 2))),
+        ("V6E:16x16", (1, "v6e", (16, 16))),
+        ("2*v5p:4x4x8", (2, "v5p", (4, 4, 8))),
+        ("h200:8", (1, "h200", (8,))),
+    ],
+)
+def test_names(name, parsed) -> None:
+    assert topologies.parse(name) == parsed
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:2x2", "topology 'v9:2x2' is unknown; known chips are v4, v5e"),
+        ("v5e", "is unknown"),
+        ("v5e:2x2x2", "a v5e slice has 2 dimensions; v5e:4x4"),
+        ("v5p:4x4", "a v5p slice has 3 dimensions; v5p:4x4x4"),
+        ("v5e:0x2", "has no chips"),
+        ("h200:9", "one host of 1 to 8"),
+        ("2*h200:8", "one host of 1 to 8"),
+    ],
+)
+def test_wrong_names_are_refused_with_what_works(name, message) -> None:
+    with pytest.raises(topologies.TopologyError, match=message):
+        topologies.parse(name)
+
+
+def need(chip: str) -> None:
+    if not topologies.available(chip):
+        pytest.skip(f"no compiler for {chip} here; `make compilers` installs it")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("name", "count", "kind"),
+    [
+        ("v5e:1x1", 1, "TPU v5 lite"),
+        ("v6e:4x8", 32, "TPU v6 lite"),
+        ("v4:2x2x1", 4, "TPU v4"),
+        ("v5p:4x4x4", 64, "TPU v5"),
+        ("tpu7x:2x2x1", 8, "TPU7x"),
+        ("2*v5e:2x2", 8, "TPU v5 lite"),
+        ("h200:4", 4, "NVIDIA H200"),
+    ],
+)
+def test_devices_of_a_topology(name, count, kind) -> None:
+    slices, chip, _ = topologies.parse(name)
+    need(chip)
+    devices = topologies.describe(name)
+    assert [d.device_kind for d in devices] == [kind] * count
+    assert len({getattr(d, "slice_index", 0) for d in devices}) == slices
+
+
+@pytest.mark.aot
+def test_sizes_that_make_no_hosts_are_refused() -> None:
+    need("v5e")
+    with pytest.raises(topologies.TopologyError, match="does not divide into hosts of 2x2 chips"):
+        topologies.describe("v5e:3x3")
+
+
+@pytest.mark.aot
+def test_nothing_is_said_of_hardware_that_is_not_here() -> None:
+    need("v5e")
+    code = "from lm.hardware import topologies; print(len(topologies.describe('v5e:2x2')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("4\n", "")
+
+
+def test_of_a_failure_everything_is_said(capfd) -> None:
+    with topologies._quiet():
+        os.write(2, b"noise\n")
+    assert capfd.readouterr().err == ""
+
+    def fail() -> None:
+        with topologies._quiet():
+            os.write(2, b"the reason\n")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "the reason\nafter\n"

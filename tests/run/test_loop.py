@@ -1,0 +1,183 @@
+"""The loop, around a step that counts."""
+
+import itertools
+import math
+import time
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from lm.run.goodput import Goodput, Throughput
+from lm.run.loop import Instruments, Intervals, Rewind, train
+from lm.run.metrics import MetricsWriter, Progress, read
+from lm.run.profile import Profiler
+
+
+class Run:
+    """A counting step, and a record of everything the loop asked for."""
+
+    def __init__(self, tmp_path, losses=None, seconds=0.0, skipped=(), stop_at=None, save_steps=()):
+        self.path, self.losses, self.seconds = tmp_path, losses or {}, seconds
+        self.skipped, self.stop_at, self.save_steps = set(skipped), stop_at, set(save_steps)
+        self.in_a_row = 0
+        self.batches, self.evaluated, self.saved = [], [], []
+        self.goodput = Goodput()
+
+    def step(self, state, batch):
+        self.batches.append(batch)
+        done = state.step + 1
+        metrics = {"loss": self.losses.get(done, 1 / done), "tokens": 10}
+        metrics["learning_rate"] = 0.5 * state.step
+        if self.skipped:
+            self.in_a_row = (self.in_a_row + 1) * (done in self.skipped)
+            metrics |= {"skipped": done in self.skipped, "spikes_in_a_row": self.in_a_row}
+        metrics = {name: jnp.float32(value) for name, value in metrics.items()}
+        return types.SimpleNamespace(step=done), metrics
+
+    def evaluate(self, state):
+        self.evaluated.append(state.step)
+        time.sleep(self.seconds)
+        return {"eval_loss": 100.0 + state.step}
+
+    def save(self, state, done, ends):
+        assert state.step == done
+        assert ends == (done in (self.num_steps, self.stop_at))
+        self.saved.append(done)
+
+    def __call__(self, num_steps, intervals, start=0, batches=None, patience=None):
+        batches = itertools.count(start) if batches is None else batches
+        self.num_steps = num_steps
+        clock = self.goodput.step_clock
+        with (
+            MetricsWriter(self.path, tensorboard=False) as writer,
+            Progress(num_steps, start=start, enabled=False) as progress,
+        ):
+            instruments = Instruments(
+                writer, progress, self.goodput, Throughput(clock), Profiler(self.path, None)
+            )
+            return train(
+                types.SimpleNamespace(step=start), self.step, batches, num_steps, intervals,
+                instruments, evaluate=self.evaluate, save=self.save, patience=patience,
+                save_due=lambda done: done % intervals.save == 0 or done in self.save_steps,
+                preempted=lambda done: done == self.stop_at,
+            )  # fmt: skip
+
+    @property
+    def rows(self):
+        return [row for row in read(self.path / "metrics.jsonl") if "event" not in row]
+
+    @property
+    def events(self):
+        return [row for row in read(self.path / "metrics.jsonl") if "event" in row]
+
+
+def test_everything_happens_at_its_interval_and_at_the_end(tmp_path):
+    run = Run(tmp_path)
+    outcome = run(11, Intervals(log=3, evaluate=4, save=5))
+    assert outcome.state.step == 11 and outcome.reason == "finished"
+    assert run.batches == list(range(11))
+    assert run.evaluated == [4, 8, 11]
+    assert run.saved == [5, 10, 11]
+    assert [row["step"] for row in run.rows] == [3, 4, 6, 8, 9, 11]
+    assert [row["step"] for row in run.rows if "eval_loss" in row] == [4, 8, 11]
+    for row in run.rows:
+        done = row["step"]
+        assert row["loss"] == float(jnp.float32(1 / done))
+        assert row["learning_rate"] == 0.5 * (done - 1)
+        assert row["tokens_per_second"] > 0
+        assert row["tokens"] == 10
+        assert row["step_seconds"] <= row["seconds"]
+
+
+def test_it_goes_on_from_where_the_state_is(tmp_path):
+    run = Run(tmp_path)
+    run(8, Intervals(log=1, evaluate=100, save=4), start=5)
+    assert run.batches == [5, 6, 7]
+    assert [row["step"] for row in run.rows] == [6, 7, 8]
+    assert run.saved == [8]
+
+
+@pytest.mark.parametrize("num_steps", [5, 3, 0])
+def test_a_finished_run_takes_no_step(tmp_path, num_steps):
+    run = Run(tmp_path)
+    outcome = run(num_steps, Intervals(), start=5)
+    assert outcome.state.step == 5 and outcome.reason == "finished"
+    assert not run.batches and not run.saved and not run.rows
+
+
+def test_data_that_ends_early_ends_the_loop_with_its_last_metrics(tmp_path):
+    run = Run(tmp_path)
+    outcome = run(100, Intervals(log=1), batches=range(3))
+    assert outcome.state.step == outcome.done == 3
+    assert [row["step"] for row in run.rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [2, 4, 5])
+def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(tmp_path, loss, bad):
+    run = Run(tmp_path, {bad: loss})
+    with pytest.raises(FloatingPointError, match=f"the loss of step {bad} is {loss}"):
+        run(8, Intervals(log=1, evaluate=4, save=4))
+    assert all(step < bad for step in run.saved)
+    assert all(row["step"] < bad for row in run.rows)
+
+
+def test_a_skipped_step_is_told_of_and_training_goes_on(tmp_path):
+    run = Run(tmp_path, {3: math.nan}, skipped=[3])
+    outcome = run(6, Intervals(log=2, evaluate=100, save=100), patience=2)
+    assert outcome.reason == "finished" and outcome.done == 6
+    (event,) = (row for row in run.events if row["event"] == "skipped")
+    assert event["step"] == 3 and math.isnan(event["loss"])
+
+
+@pytest.mark.parametrize(("save_steps", "done"), [([2], 8), ([2, 6, 7], 7)])
+def test_skipped_steps_in_a_row_end_the_loop_with_no_checkpoint_among_them(
+    tmp_path, save_steps, done
+):
+    """With one step more in flight where their metrics are read late."""
+    run = Run(tmp_path, skipped=[3, 6, 7], save_steps=save_steps)
+    outcome = run(20, Intervals(log=1, evaluate=100, save=100), patience=2)
+    assert outcome.reason == "spikes"
+    assert outcome.done == outcome.state.step == done
+    assert run.saved == [2]
+
+
+def test_a_checkpoint_that_fell_due_among_skipped_steps_is_made_after_them(tmp_path):
+    run = Run(tmp_path, skipped=[4, 5], save_steps=[4])
+    run(10, Intervals(log=1, evaluate=100, save=100), patience=3)
+    assert run.saved == [6, 10]
+
+
+def test_a_machine_that_goes_away_saves_and_stops(tmp_path):
+    run = Run(tmp_path, stop_at=5, skipped=[5])
+    outcome = run(20, Intervals(log=100, evaluate=100, save=100))
+    assert outcome.reason == "preempted" and outcome.done == outcome.state.step == 5
+    assert run.saved == [5]
+
+
+def test_evaluation_does_not_count_as_training_time(tmp_path):
+    run = Run(tmp_path, seconds=0.2)
+    run(8, Intervals(log=4, evaluate=2, save=100))
+    # A step is far below a millisecond: with a fifth of a second for 20 tokens it would be 100.
+    assert all(row["tokens_per_second"] > 150 for row in run.rows)
+    assert run.goodput.seconds["evaluation"] > 0.75
+
+
+@pytest.mark.parametrize("name", ["log", "evaluate", "save"])
+def test_intervals_are_at_least_a_step(name):
+    with pytest.raises(ValueError, match=f"{name} interval must be at least 1 step, got 0"):
+        Intervals(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"patience": 0}, "patience=0"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0 must lie in \(0, 1\]"),
+        ({"recovery_steps": 0}, "recovery_steps=0"),
+    ],
+)
+def test_bad_rewinds(values, message):
+    with pytest.raises(ValueError, match=message):
+        Rewind(**values)
