@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments.assemble import Run, open_run
-from lm.checkpoints import Checkpoints, open_model
+from lm.checkpoints import Checkpoints, open_checkpoint
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
 from lm.train.state import TrainState
@@ -75,7 +75,7 @@ def average(run: Run, steps: Sequence[int], output: str | pathlib.Path) -> Avera
     mean, dtypes, figures = None, None, {}
     for i, step in enumerate(steps):
         with input_errors():
-            weights, _ = open_model(run.checkpoints.directory / str(step), run.layout)
+            weights, _ = open_checkpoint(run.checkpoints.directory / str(step), run.layout)
         if step == steps[-1]:
             figures["last"] = run.evaluate(weights)
         dtypes = jax.tree.map(lambda x: x.dtype, weights)
@@ -94,7 +94,7 @@ def average(run: Run, steps: Sequence[int], output: str | pathlib.Path) -> Avera
     del mean, state
     if run.config.ema is not None:
         with input_errors():
-            weights, _ = open_model(
+            weights, _ = open_checkpoint(
                 run.checkpoints.directory / str(steps[-1]), run.layout, ema=True
             )
         figures["ema"] = run.evaluate(weights)

@@ -23,7 +23,7 @@ from experiments import model_flags as commands
 from lm.adapters import merge
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
-from lm.formats import save
+from lm.formats import save_huggingface
 from lm.formats.open import is_huggingface, locate
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.save import save_tokenizer
@@ -48,9 +48,9 @@ def main() -> None:
         raise ConfigError("convert decodes blocks; leave --keep_quantized out")
     output = pathlib.Path(FLAGS.output).expanduser()
     with input_errors(), new_folder(output) as folder:
-        opened = commands.open_model()
+        opened = commands.model_from_flags()
         tokenizer = opened.tokenizer
-        save(merge(opened.params), opened.config, folder, extra=special_ids(tokenizer))
+        save_huggingface(merge(opened.params), opened.config, folder, extra=special_ids(tokenizer))
         source = locate(FLAGS.model)
         if is_huggingface(source) and FLAGS.tokenizer is None:
             copy_tokenizer(source, folder)

@@ -30,7 +30,7 @@ from absl import flags
 from experiments import model_flags as commands
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
-from lm.formats import Opened
+from lm.formats import Pretrained
 from lm.infer import Request, Sample
 from lm.infer.generate import LocalSampler
 from lm.infer.serving import serving_form
@@ -156,7 +156,7 @@ def adapter_of(row: Mapping[str, Any], adapters: Mapping[str, int], where: str) 
     return None if name is None else adapters[name]
 
 
-def encode(opened: Opened, row: Mapping[str, Any], where: str, chat: bool = False) -> list[int]:
+def encode(opened: Pretrained, row: Mapping[str, Any], where: str, chat: bool = False) -> list[int]:
     """Token ids of a row; with `chat` a prompt is a user's turn.
 
     Raises:

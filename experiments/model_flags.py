@@ -10,7 +10,7 @@ from absl import flags
 
 from lm.adapters import combine
 from lm.config.command_line import ConfigError, input_errors
-from lm.formats import Opened, open_any
+from lm.formats import Pretrained, load_pretrained
 from lm.formats.open import DTYPES, malformed
 from lm.formats.peft.io import load_peft
 
@@ -41,7 +41,7 @@ _ADAPTER = flags.DEFINE_multi_string(
 )
 
 
-def open_model() -> Opened:
+def model_from_flags() -> Pretrained:
     """The model the flags name, with the adapter they name.
 
     Raises:
@@ -55,11 +55,11 @@ def open_model() -> Opened:
     return _adapted(opened, _ADAPTER.value[0])
 
 
-def open_with_adapters() -> tuple[Opened, dict[str, int]]:
+def open_with_adapters() -> tuple[Pretrained, dict[str, int]]:
     """The model the flags name, and the numbers of the adapters that have names.
 
     Raises:
-      ConfigError: as `open_model`; or one of several adapters has no name, or two have the same.
+      ConfigError: as `model_from_flags`; or one of several adapters has no name, or two share one.
     """
     named: dict[str, str] = {}
     for value in _ADAPTER.value:
@@ -67,7 +67,7 @@ def open_with_adapters() -> tuple[Opened, dict[str, int]]:
         alone = len(_ADAPTER.value) == 1 and pathlib.Path(value).exists()
         if not equals or not name or alone:
             if len(_ADAPTER.value) == 1:
-                return open_model(), {}
+                return model_from_flags(), {}
             raise ConfigError(f"--adapter={value}: one of several needs a name: NAME=DIRECTORY")
         if name in named:
             raise ConfigError(f"two adapters are named {name!r}; give each its own name")
@@ -81,16 +81,16 @@ def open_with_adapters() -> tuple[Opened, dict[str, int]]:
     return opened._replace(params=params), {name: i for i, name in enumerate(named)}
 
 
-def _adapted(opened: Opened, directory: str) -> Opened:
+def _adapted(opened: Pretrained, directory: str) -> Pretrained:
     with input_errors(), malformed(directory):
         return opened._replace(params=load_peft(directory, opened.params, opened.config))
 
 
-def _open_base() -> Opened:
+def _open_base() -> Pretrained:
     if not _MODEL.value:
         raise ConfigError("no model; give one with --model=PATH_OR_NAME")
     with input_errors():
-        return open_any(
+        return load_pretrained(
             _MODEL.value,
             dtype=dtype(),
             keep_quantized=_KEEP_QUANTIZED.value,

@@ -38,7 +38,7 @@ def main() -> None:
     text = commands.read_text(FLAGS.text)
     if not text:
         raise ConfigError(f"{FLAGS.text} is empty; there is nothing to score")
-    opened = commands.open_model()
+    opened = commands.model_from_flags()
     tokenizer, config = opened.tokenizer, opened.config
     window, stride = FLAGS.window, FLAGS.stride
     if window is None:

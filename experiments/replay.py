@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags, logging
 
 from experiments.assemble import Run, open_run
-from lm.checkpoints import DamagedError, open_model
+from lm.checkpoints import DamagedError, open_checkpoint
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import Batches
@@ -110,7 +110,7 @@ def weights_before(run: Run, last: int) -> tuple[Tree, int, str]:
     for step in reversed([s for s in run.checkpoints.steps() if s <= last]):
         path = run.checkpoints.directory / str(step)
         try:
-            weights, _ = open_model(path, run.layout)
+            weights, _ = open_checkpoint(path, run.layout)
             return weights, step, str(path)
         except DamagedError as error:
             logging.warning("%s", error)
@@ -176,7 +176,11 @@ def replay(
         if checkpoint is None:
             weights, done, source = weights_before(run, chosen.last_checkpoint)
         else:
-            (weights, config), done, source = open_model(checkpoint, run.layout), None, checkpoint
+            (weights, config), done, source = (
+                open_checkpoint(checkpoint, run.layout),
+                None,
+                checkpoint,
+            )
             if config != run.config.model:
                 raise ConfigError(f"the model in {checkpoint} is another than this run's")
     losses = token_losses(run, weights, batch)

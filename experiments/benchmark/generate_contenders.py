@@ -30,12 +30,12 @@ def ours(path: pathlib.Path, dtype: str, keep_quantized: bool = False) -> tuple[
     import jax
     import jax.numpy as jnp
 
-    from lm.formats import open_any
+    from lm.formats import load_pretrained
     from lm.infer import Request
     from lm.infer.generate import LocalSampler
     from lm.infer.serving import serving_form
 
-    opened = open_any(path, dtype=jnp.dtype(dtype), keep_quantized=keep_quantized)
+    opened = load_pretrained(path, dtype=jnp.dtype(dtype), keep_quantized=keep_quantized)
     params = serving_form(opened.params, jnp.dtype(dtype), donate=True)
     samplers: dict[int, LocalSampler] = {}
 

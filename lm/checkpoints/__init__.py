@@ -2,7 +2,7 @@
 
 from lm.checkpoints.checksums import CheckpointError, DamagedError
 from lm.checkpoints.model_json import register
-from lm.checkpoints.opening import open_model, read_weights, weight_names
+from lm.checkpoints.opening import open_checkpoint, read_weights, weight_names
 from lm.checkpoints.reference import Reference
 from lm.checkpoints.store import Checkpoints, Failure, Restored, SaveInterval
 
@@ -14,7 +14,7 @@ __all__ = [
     "Reference",
     "Restored",
     "SaveInterval",
-    "open_model",
+    "open_checkpoint",
     "read_weights",
     "register",
     "weight_names",

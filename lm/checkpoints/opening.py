@@ -167,7 +167,7 @@ def check_digest(
         )
 
 
-def open_model(
+def open_checkpoint(
     path: Any, layout: Layout | None = None, *, ema: bool = False, verify: bool = True
 ) -> tuple[Any, ModelConfig]:
     """Weights and configuration of a checkpoint, given nothing but its path.
@@ -208,7 +208,7 @@ def read_weights(path: Any, names: Iterable[str], *, ema: bool = False) -> dict[
     """Some of a checkpoint's weights as NumPy arrays, for work that must not hold a whole model.
 
     Args:
-      path: as for `open_model`; checksums are not compared.
+      path: as for `open_checkpoint`; checksums are not compared.
       names: out of `weight_names`.
       ema: averages, where a weight has one.
     """

@@ -135,7 +135,7 @@ class Checkpoints:
         Args:
           directory: of the checkpoints; with several processes, on a file system all share.
           keep: the last so many are kept (None: all).
-          config: of the model, which makes the checkpoints readable by `open_model`.
+          config: of the model, which makes the checkpoints readable by `open_checkpoint`.
           keep_every: a step divisible by this is kept for ever.
           local: directory on the host's own disk for `save_local`.
           keep_local: how many of those.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.checkpoints import model_json
-from lm.checkpoints.opening import all_steps, find, open_model
+from lm.checkpoints.opening import all_steps, find, open_checkpoint
 from lm.checkpoints.store import CheckpointError
 from lm.files.packaged import PACKAGED, find_packaged
 from lm.files.safetensors import INDEX, SINGLE
@@ -33,7 +33,7 @@ _EXPECTED = (
 )
 
 
-class Opened(NamedTuple):
+class Pretrained(NamedTuple):
     """A model, ready to serve.
 
     Attributes:
@@ -47,14 +47,14 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
 
 
-def open_any(
+def load_pretrained(
     model: str | pathlib.Path,
     *,
     dtype: Any = jnp.float32,
     keep_quantized: bool = False,
     layout: Layout | None = None,
     tokenizer: str | pathlib.Path | None = None,
-) -> Opened:
+) -> Pretrained:
     """The model at a path, unstacked, its configuration and its tokenizer.
 
     Args:
@@ -77,7 +77,7 @@ def open_any(
     if np.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype {np.dtype(dtype).name} is not one of {', '.join(DTYPES)}")
     with malformed(model):
-        return _open_any(model, dtype, keep_quantized, layout, tokenizer)
+        return _load(model, dtype, keep_quantized, layout, tokenizer)
 
 
 @contextlib.contextmanager
@@ -95,13 +95,13 @@ def malformed(path: str | pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def _open_any(
+def _load(
     model: str | pathlib.Path,
     dtype: Any,
     keep_quantized: bool,
     layout: Layout | None,
     tokenizer: str | pathlib.Path | None,
-) -> Opened:
+) -> Pretrained:
     path = locate(model)
     opened_tokenizer = open_tokenizer(tokenizer or tokenizer_path(path))
     if path.suffix == ".gguf":
@@ -120,14 +120,14 @@ def _open_any(
         places = None
         if layout is not None:
             places = shardings(param_specs(config), layout.rules, layout.mesh)
-        params, config = huggingface.load(
+        params, config = huggingface.load_huggingface(
             path, config, dtype=dtype, shardings=places, stacked=False
         )
     else:
-        params, config = open_model(path, layout)
+        params, config = open_checkpoint(path, layout)
         params = cast(unstack(params), dtype)
     check_fits(opened_tokenizer, config.vocab_size)
-    return Opened(params, config, opened_tokenizer)
+    return Pretrained(params, config, opened_tokenizer)
 
 
 def _decoded(params: ModelWeights, dtype: Any) -> ModelWeights:
@@ -142,7 +142,7 @@ def _decoded(params: ModelWeights, dtype: Any) -> ModelWeights:
 def locate(model: str | pathlib.Path) -> pathlib.Path:
     """The GGUF file, the Hugging Face directory or the step directory that `model` names.
 
-    Errors as `open_any`.
+    Errors as `load_pretrained`.
     """
     path = pathlib.Path(model).expanduser()
     if not path.exists():

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lm.adapters import add_lora, count, linear_layers, merge, remove, trains
-from lm.checkpoints import Checkpoints, open_model
+from lm.checkpoints import Checkpoints, open_checkpoint
 from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
 from lm.model import (
@@ -129,7 +129,7 @@ def test_saved_on_two_devices_served_from_four(form, tmp_path):
         )
         restored = checkpoints.restore(3, like)
     for where in (None, layout(fsdp=2, tensor=2)):
-        opened, config = open_model(tmp_path, where)
+        opened, config = open_checkpoint(tmp_path, where)
         assert config == CONFIG
         assert jax.tree.structure(opened) == jax.tree.structure(params)
         for x, y in zip(jax.tree.leaves(opened), jax.tree.leaves(params), strict=True):

@@ -15,7 +15,7 @@ from lm.checkpoints import (
     Checkpoints,
     Reference,
     model_json,
-    open_model,
+    open_checkpoint,
     read_weights,
     register,
     weight_names,
@@ -44,17 +44,17 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/2"])
 def test_a_path_is_all_that_opening_needs(run, below):
     workdir, state = run
-    params, config = open_model(workdir / below)
+    params, config = open_checkpoint(workdir / below)
     assert config == UNTIED
     assert_same_bits(params, state.params)
-    averages, _ = open_model(workdir / below, ema=True)
+    averages, _ = open_checkpoint(workdir / below, ema=True)
     assert_same_bits(averages, state.ema)
 
 
 def test_opening_into_a_layout(run):
     workdir, state = run
     where = layout(3, fsdp=2, tensor=4)
-    params, _ = open_model(workdir, where)
+    params, _ = open_checkpoint(workdir, where)
     assert_same_bits(params, state.params)
     like = abstract_state(SPECS, ADAM, where)
     for x, y in zip(*map(jax.tree.leaves, (params, like.trainable)), strict=True):
@@ -66,7 +66,7 @@ def test_only_weights_are_read(run, tmp_path):
     step = shutil.copytree(run[0] / "checkpoints" / "2", tmp_path / "2")
     shutil.rmtree(step / "state")
     shutil.rmtree(step / "ema")
-    params, _ = open_model(step)
+    params, _ = open_checkpoint(step)
     assert_same_bits(params, run[1].params)
     name = "stacks/0/layers/0/attention/query"
     assert name in weight_names(step)
@@ -79,11 +79,11 @@ def test_a_model_without_averages_says_so(run, tmp_path):
     with Checkpoints(tmp_path, config=UNTIED) as checkpoints:
         checkpoints.save(1, dataclasses.replace(run[1], ema=None), {}, wait=True)
     with pytest.raises(CheckpointError, match="has no averaged weights"):
-        open_model(tmp_path, ema=True)
+        open_checkpoint(tmp_path, ema=True)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, {"x": jnp.ones(3)}, {}, wait=True)
     with pytest.raises(CheckpointError, match="holds no model"):
-        open_model(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 @flax.struct.dataclass
@@ -120,7 +120,7 @@ def test_leaves_of_any_kind_come_back(run, tmp_path):
     with Checkpoints(tmp_path, config=UNTIED) as checkpoints:
         checkpoints.save(4, state, {}, wait=True)
         assert checkpoints.failures() == []
-    found, _ = open_model(tmp_path)
+    found, _ = open_checkpoint(tmp_path)
     assert_same_bits(found, params)
     assert found.stacks[0].layers[0].attention.key.block == 64
 
@@ -215,7 +215,7 @@ def test_frozen_weights_are_not_written_again(adapters):
     assert size(path / "run" / "9" / "weights") < size(base / "2" / "weights") / 5
     checkpoints = Checkpoints(path / "run")
     assert_same_bits(checkpoints.restore_last(like_of(state)).state, state)
-    params, config = open_model(path / "run")
+    params, config = open_checkpoint(path / "run")
     assert config == UNTIED
     assert_same_bits(params, state.params)
     name = "stacks/0/layers/0/attention/query"
@@ -229,7 +229,7 @@ def test_frozen_weights_that_are_gone_moved_or_others(adapters):
     with pytest.raises(CheckpointError, match=r"frozen weights kept in .*base/2, which cannot be"):
         checkpoints.restore(9, like)
     with pytest.raises(CheckpointError, match="say where they are now"):
-        open_model(path / "run")
+        open_checkpoint(path / "run")
     assert_same_bits(checkpoints.restore(9, like, frozen=str(moved / "2")), state)
     assert_same_bits(checkpoints.restore(9, like, frozen=state.frozen), state)
     other = jax.tree.map(lambda x: x.copy(), state.frozen)

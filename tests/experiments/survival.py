@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lm.checkpoints import open_model
+from lm.checkpoints import open_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUM_STEPS = 60
@@ -115,7 +115,7 @@ def course(workdir: pathlib.Path) -> dict[int, tuple]:
 
 def digest(workdir: pathlib.Path, step: int) -> str:
     """Hash of the weights of a checkpoint."""
-    params, _ = open_model(workdir / "checkpoints" / str(step))
+    params, _ = open_checkpoint(workdir / "checkpoints" / str(step))
     hashed = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         hashed.update(jax.tree_util.keystr(path).encode())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.average import average, choose, table
-from lm.checkpoints import open_model
+from lm.checkpoints import open_checkpoint
 from lm.config.command_line import ConfigError
 from lm.model import num_params
 from tests.experiments.conftest import Spiked
@@ -19,7 +19,7 @@ from tests.experiments.survival import ROOT
 
 
 def weights(path: pathlib.Path) -> list[np.ndarray]:
-    return [np.asarray(x) for x in jax.tree.leaves(open_model(path)[0])]
+    return [np.asarray(x) for x in jax.tree.leaves(open_checkpoint(path)[0])]
 
 
 def test_it_is_the_mean_and_is_compared(spiked: Spiked, tmp_path: pathlib.Path) -> None:
@@ -36,7 +36,7 @@ def test_it_is_the_mean_and_is_compared(spiked: Spiked, tmp_path: pathlib.Path) 
     for name in ("held_out_loss", "held_out_bits_per_byte"):
         np.testing.assert_allclose(made.figures["last"][name], row[name], rtol=1e-5)
         np.testing.assert_allclose(made.figures["ema"][name], row[f"ema_{name}"], rtol=1e-5)
-    opened, config = open_model(made.path, spiked.run.layout)
+    opened, config = open_checkpoint(made.path, spiked.run.layout)
     assert config == spiked.run.config.model
     assert spiked.run.evaluate(opened) == made.figures["average"]
     assert made.figures["average"] != made.figures["last"]

@@ -18,7 +18,7 @@ from experiments.convert import new_folder
 from experiments.generate import adapter_of, encode, read_rows
 from lm.adapters import add_lora, merge
 from lm.config.command_line import ConfigError
-from lm.formats import open_any, save
+from lm.formats import load_pretrained, save_huggingface
 from lm.formats.peft.io import load_peft, save_peft
 from lm.infer import Request
 from lm.infer.generate import LocalSampler
@@ -37,7 +37,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(tiny):
-    return open_any(tiny)
+    return load_pretrained(tiny)
 
 
 def run(command, *arguments, status=0):
@@ -108,7 +108,7 @@ def test_perplexity_of_a_file(tiny, opened, tmp_path):
 def test_convert(tiny, opened, tmp_path):
     out = run("convert", f"--model={tiny}", "--format=safetensors", f"--output={tmp_path / 'm'}")
     assert "model.safetensors" in out
-    again = open_any(tmp_path / "m")
+    again = load_pretrained(tmp_path / "m")
     assert again.config == opened.config
     np.testing.assert_array_equal(again.params.embed, opened.params.embed)
     assert again.tokenizer.eos_ids == opened.tokenizer.eos_ids
@@ -121,7 +121,7 @@ def test_convert(tiny, opened, tmp_path):
 def source(opened, tmp_path):
     """A Hugging Face directory with three ends, a second chat template, no generation_config."""
     folder = tmp_path / "source"
-    save(opened.params, opened.config, folder, extra={"eos_token_id": [2, 5, 7]})
+    save_huggingface(opened.params, opened.config, folder, extra={"eos_token_id": [2, 5, 7]})
     save_tokenizer(opened.tokenizer, folder)
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
@@ -135,7 +135,7 @@ def test_convert_keeps_ends_and_chat_templates(source, tmp_path, other):
     more = [f"--tokenizer={source}"] if other else []
     out = run("convert", f"--model={source}", f"--output={output}", *more)
     assert f"{output}/additional_chat_templates/tool.jinja  14 bytes\n" in out
-    was, now = open_any(source).tokenizer, open_any(output).tokenizer
+    was, now = load_pretrained(source).tokenizer, load_pretrained(output).tokenizer
     assert {2, 5, 7} <= set(was.eos_ids)
     assert now.eos_ids == was.eos_ids
     assert dict(now.chat_templates) == dict(was.chat_templates)
@@ -149,7 +149,10 @@ def test_convert_copies_the_generation_config(source, tmp_path):
     (source / "generation_config.json").write_text(text)
     run("convert", f"--model={source}", f"--output={tmp_path / 'm'}")
     assert (tmp_path / "m" / "generation_config.json").read_text() == text
-    assert open_any(tmp_path / "m").tokenizer.eos_ids == open_any(source).tokenizer.eos_ids
+    assert (
+        load_pretrained(tmp_path / "m").tokenizer.eos_ids
+        == load_pretrained(source).tokenizer.eos_ids
+    )
 
 
 def test_chat_templates_stay_in_the_folder(source, tmp_path):
@@ -157,7 +160,7 @@ def test_chat_templates_stay_in_the_folder(source, tmp_path):
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
     (tmp_path / "m").mkdir()
     with pytest.raises(ValueError, match=r"chat template '\.\./\.\./b' has a name that no file"):
-        save_tokenizer(open_any(source).tokenizer, tmp_path / "m")
+        save_tokenizer(load_pretrained(source).tokenizer, tmp_path / "m")
     assert not any((tmp_path / "m").iterdir())
 
 
@@ -264,7 +267,7 @@ def test_rows_choose_among_adapters(tiny, opened, adapters, tmp_path):
 def test_convert_merges_an_adapter(tiny, opened, adapters, tmp_path):
     run("convert", f"--model={tiny}", f"--adapter={adapters['wordy']}", f"--output={tmp_path}")
     merged = merge(load_peft(adapters["wordy"], opened.params, opened.config))
-    jax.tree.map(np.testing.assert_array_equal, open_any(tmp_path).params, merged)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path).params, merged)
 
 
 def test_adapters_that_cannot_be(tiny, opened, adapters, tmp_path):

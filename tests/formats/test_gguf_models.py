@@ -12,7 +12,7 @@ import pytest
 from lm.checkpoints import CheckpointError
 from lm.files import quantize, read_gguf, write_gguf
 from lm.files.gguf_writer import GGUFTensor
-from lm.formats import load_gguf, open_any, read_gguf_config
+from lm.formats import load_gguf, load_pretrained, read_gguf_config
 from lm.model import Tokens, forward, make_head
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.weights import GGUFBlocks, Leaf
@@ -360,5 +360,5 @@ def test_sizes_that_lie_are_refused_before_anything_is_made_of_them(tmp_path, ke
 def test_values_of_another_kind_are_one_clear_error(tmp_path, changes):
     path = write_tiny(tmp_path / "model.gguf", changes=changes)
     with pytest.raises(ValueError, match=r"model.gguf") as refused:
-        open_any(path)
+        load_pretrained(path)
     assert len(str(refused.value)) < 400

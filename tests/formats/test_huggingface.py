@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lm.checkpoints import CheckpointError
-from lm.formats import load, save, to_tensors
+from lm.formats import load_huggingface, save_huggingface, to_tensors
 from lm.formats.huggingface.tensors import TABLES
 from lm.model import Latent, ModelConfig, ModelWeights, param_specs, unstack
 from lm.model.families import make_config
@@ -84,11 +84,11 @@ def assert_same_files(got, want) -> None:
 def test_round_trip_is_exact(family, dtype, tmp_path):
     config = tiny(family)
     params = random_weights(config, dtype)
-    save(params, config, tmp_path / "once")
-    again, config_again = load(tmp_path / "once")
+    save_huggingface(params, config, tmp_path / "once")
+    again, config_again = load_huggingface(tmp_path / "once")
     assert config_again == config
     assert_same_tree(again, params)
-    save(unstack(again), config, tmp_path / "twice")
+    save_huggingface(unstack(again), config, tmp_path / "twice")
     assert_same_files(tmp_path / "twice", tmp_path / "once")
     assert (tmp_path / "once/config.json").read_text() == (
         tmp_path / "twice/config.json"
@@ -104,8 +104,8 @@ def test_files_of_transformers(case, tmp_path):
     model = make_oracle(case).model
     model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    params, config = load(tmp_path / "theirs")
-    save(params, config, tmp_path / "ours", max_shard_size=50_000)
+    params, config = load_huggingface(tmp_path / "theirs")
+    save_huggingface(params, config, tmp_path / "ours", max_shard_size=50_000)
     assert_same_files(tmp_path / "ours", tmp_path / "theirs")
     read, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", output_loading_info=True
@@ -120,8 +120,10 @@ def test_files_of_transformers(case, tmp_path):
 def test_shards_and_their_index(tmp_path):
     config = tiny("llama")
     params = random_weights(config)
-    save(params, config, tmp_path / "one")
-    save(params, config, tmp_path / "many", max_shard_size=10_000, extra={"eos_token_id": 3})
+    save_huggingface(params, config, tmp_path / "one")
+    save_huggingface(
+        params, config, tmp_path / "many", max_shard_size=10_000, extra={"eos_token_id": 3}
+    )
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
     sizes = {}
     for file in (tmp_path / "many").glob("*.safetensors"):
@@ -135,31 +137,31 @@ def test_shards_and_their_index(tmp_path):
     assert index["metadata"]["total_size"] == sum(size for size, _ in sizes.values())
     assert json.loads((tmp_path / "many/config.json").read_text())["eos_token_id"] == 3
     assert_same_files(tmp_path / "many", tmp_path / "one")
-    assert_same_tree(load(tmp_path / "many")[0], params)
+    assert_same_tree(load_huggingface(tmp_path / "many")[0], params)
 
 
 def test_dtypes(tmp_path):
     config = tiny("qwen2")
     params = random_weights(config)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    save(params, config, tmp_path / "half", dtype=jnp.bfloat16)
+    save_huggingface(params, config, tmp_path / "half", dtype=jnp.bfloat16)
     assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert_same_tree(load(tmp_path / "half")[0], half)
-    save(params, config, tmp_path / "whole")
-    assert_same_tree(load(tmp_path / "whole", dtype=jnp.bfloat16)[0], half)
+    assert_same_tree(load_huggingface(tmp_path / "half")[0], half)
+    save_huggingface(params, config, tmp_path / "whole")
+    assert_same_tree(load_huggingface(tmp_path / "whole", dtype=jnp.bfloat16)[0], half)
     widened = jax.tree.map(lambda x: x.astype(jnp.float32), half)
-    assert_same_tree(load(tmp_path / "half", dtype=jnp.float32)[0], widened)
+    assert_same_tree(load_huggingface(tmp_path / "half", dtype=jnp.float32)[0], widened)
 
 
 def test_vocabulary_is_padded_and_trimmed(tmp_path):
     config = tiny("llama")
     params = random_weights(config)
     params = params.replace(embed=params.embed.at[config.vocab_size :].set(9.0))
-    save(params, config, tmp_path)
+    save_huggingface(params, config, tmp_path)
     with safe_open(tmp_path / "model.safetensors", "np") as handle:
         assert handle.get_slice("model.embed_tokens.weight").get_shape() == [139, 24]
         assert handle.get_slice("lm_head.weight").get_shape() == [139, 24]
-    again, config = load(tmp_path, vocab_multiple=100)
+    again, config = load_huggingface(tmp_path, vocab_multiple=100)
     assert config.padded_vocab_size == 200
     assert again.embed.shape == (200, 24) and again.output.shape == (24, 200)
     assert not np.any(again.embed[139:]) and not np.any(again.output[:, 139:])
@@ -174,16 +176,16 @@ def test_straight_to_shardings(family, tmp_path):
         else tiny(family, num_heads=4)
     )
     params = random_weights(config)
-    save(params, config, tmp_path)
+    save_huggingface(params, config, tmp_path)
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2, data=2))
     wanted = shardings(param_specs(config), make_rules(zero=3), mesh)
-    got, _ = load(tmp_path, shardings=wanted)
+    got, _ = load_huggingface(tmp_path, shardings=wanted)
     assert_same_tree(got, params)
     for array, sharding in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         assert array.sharding == sharding
     query = got.stacks[0].layers[0].attention.query
     assert query.addressable_shards[0].data.size * 4 == query.size
-    save(got, config, tmp_path / "again")
+    save_huggingface(got, config, tmp_path / "again")
     assert_same_files(tmp_path / "again", tmp_path)
 
 
@@ -192,10 +194,10 @@ def test_host_memory_is_that_of_a_tensor(tmp_path):
         "llama", vocab_size=64, embed_dim=256, hidden_dim=1024, num_layers=12, num_heads=4
     )
     largest = 256 * 1024 * 4
-    save(random_weights(config), config, tmp_path, max_shard_size=4 * largest)
-    load(tmp_path)  # compile first: the compiler's memory is not the point
+    save_huggingface(random_weights(config), config, tmp_path, max_shard_size=4 * largest)
+    load_huggingface(tmp_path)  # compile first: the compiler's memory is not the point
     tracemalloc.start()
-    params, _ = load(tmp_path)
+    params, _ = load_huggingface(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     total = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -212,7 +214,7 @@ def edit(directory, change) -> None:
 
 def test_every_fault_is_named_at_once(tmp_path):
     config = tiny("llama")
-    save(random_weights(config), config, tmp_path)
+    save_huggingface(random_weights(config), config, tmp_path)
 
     def change(tensors):
         del tensors["model.norm.weight"]
@@ -224,7 +226,7 @@ def test_every_fault_is_named_at_once(tmp_path):
 
     edit(tmp_path, change)
     with pytest.raises(CheckpointError) as caught:
-        load(tmp_path)
+        load_huggingface(tmp_path)
     for text in (
         "8 faults",
         "model.norm.weight [24] is missing",
@@ -238,86 +240,86 @@ def test_every_fault_is_named_at_once(tmp_path):
 
 def test_vocabulary_that_does_not_match(tmp_path):
     config = tiny("gemma2")
-    save(random_weights(config), config, tmp_path)
+    save_huggingface(random_weights(config), config, tmp_path)
     wrong = make_config("gemma2", **(SIZES | {"vocab_size": 140, "head_dim": 6, "num_kv_heads": 1}))
     with pytest.raises(CheckpointError, match=r"\[139, 24\].*wants \[140, 24\] \(vocab_size=140\)"):
-        load(tmp_path, wrong)
+        load_huggingface(tmp_path, wrong)
 
 
 def test_mixed_dtypes_in_a_stack_need_one(tmp_path):
     config = tiny("llama")
     params = random_weights(config)
-    save(params, config, tmp_path)
+    save_huggingface(params, config, tmp_path)
     name = "model.layers.2.mlp.up_proj.weight"
     edit(tmp_path, lambda t: t.update({name: t[name].astype(np.float16)}))
     with pytest.raises(
         CheckpointError, match=r"layers.2.mlp.up_proj.weight is F16 but .*give a dtype"
     ):
-        load(tmp_path)
-    assert load(tmp_path, dtype=jnp.float32)[0].embed.dtype == jnp.float32
+        load_huggingface(tmp_path)
+    assert load_huggingface(tmp_path, dtype=jnp.float32)[0].embed.dtype == jnp.float32
 
 
 def test_known_surplus_is_passed_over(tmp_path):
     tied = tiny("smollm2")
     params = random_weights(tied)
-    save(params, tied, tmp_path / "tied")
+    save_huggingface(params, tied, tmp_path / "tied")
 
     def change(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
 
     edit(tmp_path / "tied", change)
-    assert_same_tree(load(tmp_path / "tied")[0], params)
+    assert_same_tree(load_huggingface(tmp_path / "tied")[0], params)
 
     neox = tiny("gpt_neox")
     params = random_weights(neox)
-    save(params, neox, tmp_path / "neox")
+    save_huggingface(params, neox, tmp_path / "neox")
 
     def rename(tensors):
         tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
         tensors["gpt_neox.layers.0.attention.masked_bias"] = np.float32([-1e9])
 
     edit(tmp_path / "neox", rename)
-    assert_same_tree(load(tmp_path / "neox")[0], params)
+    assert_same_tree(load_huggingface(tmp_path / "neox")[0], params)
 
 
 def test_what_is_not_a_model_directory(tmp_path):
     with pytest.raises(CheckpointError, match=r"config.json does not exist; give a Hugging Face"):
-        load(tmp_path)
+        load_huggingface(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):
-        load(tmp_path)
+        load_huggingface(tmp_path)
     config = tiny("llama")
     with pytest.raises(CheckpointError, match=r"has no model.safetensors; a model's directory"):
-        load(tmp_path, config)
+        load_huggingface(tmp_path, config)
     (tmp_path / "model.safetensors").write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(CheckpointError, match=r"model.safetensors: header length is"):
-        load(tmp_path, config)
+        load_huggingface(tmp_path, config)
 
 
 def test_an_index_that_lies(tmp_path):
     config = tiny("llama")
-    save(random_weights(config), config, tmp_path, max_shard_size=20_000)
+    save_huggingface(random_weights(config), config, tmp_path, max_shard_size=20_000)
     file = tmp_path / "model.safetensors.index.json"
     weight_map = json.loads(file.read_text())["weight_map"]
     first = next(iter(weight_map.values()))
     file.write_text(json.dumps({"weight_map": weight_map | {"x.weight": first}}))
     with pytest.raises(CheckpointError, match=r"of 'x.weight' is .* a file that holds that tensor"):
-        load(tmp_path)
+        load_huggingface(tmp_path)
     (tmp_path / first).unlink()
     with pytest.raises(CheckpointError, match=f"is '{first}'; expected a file that exists"):
-        load(tmp_path)
+        load_huggingface(tmp_path)
 
 
 def test_save_does_not_overwrite_unasked(tmp_path):
     config = tiny("llama")
     params = random_weights(config)
-    save(params, config, tmp_path, max_shard_size=20_000)
+    save_huggingface(params, config, tmp_path, max_shard_size=20_000)
     with pytest.raises(CheckpointError, match="exists; use another directory, or overwrite=True"):
-        save(params, config, tmp_path)
-    save(params, config, tmp_path, overwrite=True)
+        save_huggingface(params, config, tmp_path)
+    save_huggingface(params, config, tmp_path, overwrite=True)
     assert [f.name for f in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
-    assert_same_tree(load(tmp_path)[0], params)
+    assert_same_tree(load_huggingface(tmp_path)[0], params)
 
 
 def test_save_refuses_what_it_cannot_write(tmp_path):
@@ -325,14 +327,14 @@ def test_save_refuses_what_it_cannot_write(tmp_path):
     params = random_weights(config)
     wider = tiny("llama", hidden_dim=28)
     with pytest.raises(ValueError, match=r"feed_forward/up is \[24, 20\], .* wants \[24, 28\]"):
-        save(params, wider, tmp_path)
+        save_huggingface(params, wider, tmp_path)
     layer = params.stacks[0].layers[0]
     quantized = layer.replace(
         feed_forward=layer.feed_forward.replace(up=Int8.quantize(layer.feed_forward.up))
     )
     stacks = (params.stacks[0].replace(layers=(quantized,)),)
     with pytest.raises(ValueError, match=r"feed_forward/up is a Int8; dequantize it first"):
-        save(params.replace(stacks=stacks), config, tmp_path)
+        save_huggingface(params.replace(stacks=stacks), config, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

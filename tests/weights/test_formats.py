@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import Checkpoints, open_model
+from lm.checkpoints import Checkpoints, open_checkpoint
 from lm.files import ggml
 from lm.model import Tokens, forward, param_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
@@ -308,7 +308,7 @@ def test_a_model_of_many_formats_saved_on_two_devices_opened_on_four(tmp_path):
     with Checkpoints(tmp_path, config=UNTIED) as checkpoints:
         checkpoints.save(1, TrainState(jnp.int32(1), trainable, frozen, {}), {}, wait=True)
     layout = Layout(make_mesh(MeshShape(tensor=2, data=2)), make_rules())
-    opened, config = open_model(tmp_path, layout)
+    opened, config = open_checkpoint(tmp_path, layout)
     assert jax.tree.structure(opened) == jax.tree.structure(params)
     for a, b in zip(*map(jax.tree.leaves, (opened, params)), strict=True):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()

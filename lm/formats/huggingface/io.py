@@ -54,7 +54,7 @@ def read_config(
     return from_huggingface(data, vocab_multiple=vocab_multiple, ignore=ignore)
 
 
-def load(
+def load_huggingface(
     path: Path,
     config: ModelConfig | None = None,
     *,
@@ -94,7 +94,7 @@ def load(
 def from_tensors(
     arrays: Mapping[str, np.ndarray], config: ModelConfig, *, dtype: Any = None
 ) -> ModelWeights:
-    """The weights of a model, stacked, from Hugging Face's tensors by name. Errors as `load`."""
+    """The stacked weights of a model from tensors by name. Errors as `load_huggingface`."""
     codes = {name: code for code, name in DTYPES.items()}
     headers = {
         name: (tuple(array.shape), codes.get(str(array.dtype), str(array.dtype)))
@@ -105,7 +105,7 @@ def from_tensors(
     )
 
 
-def save(
+def save_huggingface(
     params: ModelWeights,
     config: ModelConfig,
     path: Path,
@@ -155,7 +155,7 @@ def save(
 
 
 def to_tensors(params: ModelWeights, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of Hugging Face's tensors, one at a time. Errors as `save`."""
+    """Names and values of Hugging Face's tensors, one at a time. Errors as `save_huggingface`."""
     _check_weights(params, config)
     for tensor in tensors(config):
         yield tensor.name, _export(tensor, config, functools.partial(_weight, params, config))
