@@ -99,7 +99,7 @@ def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
         "recomputed_flops_per_device": (asked.matmul + asked.kernels) / count - analytic,
         "refusal": compiled.refusal,
     }
-    if compiled.census is not None:
+    if compiled.cost is not None:
         found |= timing(program, compiled, asked, analytic)
     chip_figures = dataclasses.asdict(chip) | {"kinds": list(chip.kinds)}
     return found | {
@@ -113,35 +113,35 @@ def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
 
 def timing(program: Program, compiled: Compiled, asked: Any, analytic: float) -> dict[str, Any]:
     """Operations, traffic and the roofline of a program that was compiled."""
-    census, chip = compiled.census, chip_for(program.device)
-    assert census is not None
+    cost, chip = compiled.cost, chip_for(program.device)
+    assert cost is not None
     terms = roofline(program, compiled, asked.kernels, chip)
     seconds = terms["total_seconds"]
     return {
-        "compiled_matmul_flops_per_device": census.matmul_flops,
+        "compiled_matmul_flops_per_device": cost.matmul_flops,
         "compiled_over_asked_matmul_flops": (
-            census.matmul_flops * program.num_devices / asked.matmul
+            cost.matmul_flops * program.num_devices / asked.matmul
         ),
         "kernel_flops_per_device": asked.kernels / program.num_devices,
-        "hbm_traffic_bytes": census.hbm_bytes,
-        "host_traffic_bytes": census.host_bytes,
+        "hbm_traffic_bytes": cost.hbm_bytes,
+        "host_traffic_bytes": cost.host_bytes,
         "collectives": [
             {
                 "op": c.op, "axis": "+".join(c.axes), "size": c.size, "dtype": c.dtype,
                 "count": c.count, "calls": c.num_calls, "bytes_per_step": c.payload_bytes,
                 "wire_bytes": c.wire_bytes, "async": c.is_async,
             }
-            for c in census.collectives
+            for c in cost.collectives
             if c.size > 1
         ],
-        "wire_bytes": census.wire_bytes,
-        "custom_calls": census.custom_calls,
+        "wire_bytes": cost.wire_bytes,
+        "custom_calls": cost.custom_calls,
         "roofline": terms,
         "predicted_step_seconds": seconds,
         "tokens_per_second": program.tokens / seconds,
         "mfu": analytic / seconds / (chip.flops / chip.num_devices),
         "mfu_is": "predicted",
-        "loops_of_unknown_length": [n for n, _, trips in census.loops if trips is None],
+        "loops_of_unknown_length": [n for n, _, trips in cost.loops if trips is None],
     }  # fmt: skip
 
 

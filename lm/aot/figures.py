@@ -240,8 +240,8 @@ def roofline(
     Compute, memory and collectives that have a start and a done run at once, and the longest
     counts; collectives without are added, since nothing runs beside them.
     """
-    assert compiled.census is not None
-    found, mesh = compiled.census, program.layout.mesh
+    assert compiled.cost is not None
+    found, mesh = compiled.cost, program.layout.mesh
     flops = found.matmul_flops + kernel_flops / program.num_devices
     compute = flops / (chip.flops / chip.num_devices)
     memory_seconds = found.hbm_bytes / ((chip.hbm_bandwidth or math.inf) / chip.num_devices)

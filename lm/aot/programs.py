@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.aot.question import Aot
 from lm.hardware import topologies
-from lm.hardware.hlo_cost import Census, census
+from lm.hardware.hlo_cost import ProgramCost, program_cost
 from lm.infer import generate
 from lm.infer.cache import make_cache
 from lm.kernels.attention import IMPLEMENTATIONS
@@ -81,7 +81,7 @@ class Compiled:
       refusal: the compiler's own words where it ran out of memory; None where it did not.
       needed_bytes, available_bytes: its figures in that case; None where it was not HBM.
       memory: `memory_analysis()`'s figures, by name; of a refused program none.
-      census: of the compiled program; None of a refused one.
+      cost: of the compiled program; None of a refused one.
       text: the program; "" of a refused one.
       lower_seconds, compile_seconds: that it took.
     """
@@ -90,7 +90,7 @@ class Compiled:
     needed_bytes: float | None
     available_bytes: float | None
     memory: dict[str, int]
-    census: Census | None
+    cost: ProgramCost | None
     text: str
     lower_seconds: float
     compile_seconds: float
@@ -332,7 +332,7 @@ def compile_program(
     }
     text = compiled.as_text() or ""
     return Compiled(
-        None, None, None, memory, census(text, program.layout.mesh), text, middle - begin,
+        None, None, None, memory, program_cost(text, program.layout.mesh), text, middle - begin,
         end - middle,
     )  # fmt: skip
 

@@ -1,7 +1,17 @@
-"""The text of a compiled program (`jax.stages.Compiled.as_text()`), read into instructions.
+"""Parses the text of a compiled program (`jax.stages.Compiled.as_text()`) into instructions.
 
-Only what `lm.hardware.hlo_cost` asks for: names, types, operands and attributes, as XLA prints them
-for TPU, GPU and CPU. Grammar: xla/hlo/parser in openxla/xla. No JAX.
+Reads only what `lm.hardware.hlo_cost` needs: names, types, operands and attributes, as XLA prints
+them for TPU, GPU and CPU. Grammar: xla/hlo/parser in openxla/xla. No JAX.
+
+XLA does not promise this text to be stable. When a release of jaxlib or libtpu changes it:
+
+  1. Run tests/hardware/test_hlo_cost.py. It compares products and traffic with XLA's own
+     `cost_analysis`, and holds programs as libtpu writes them; a failure names the instruction.
+  2. Syntax (types, attributes, operands) is read here; trip counts, replica groups and asynchronous
+     forms in `hlo_cost`. Add the new form beside the old, and the new text to that test.
+  3. Run `pytest -m aot tests/aot`, then record the golden figures anew with
+     `python -m tests.aot.aot_cases` and read the difference: other collectives are a change of the
+     compiler, other byte counts of the same collectives most likely a misread type.
 """
 
 from __future__ import annotations
@@ -131,7 +141,7 @@ def parse(text: str) -> tuple[Mapping[str, Computation], str]:
     """(computations by name, the entry's name) of a module.
 
     Raises:
-      ValueError: the text is no HLO module.
+      ValueError: the text is not an HLO module.
     """
     computations: dict[str, Computation] = {}
     current, entry = None, None
@@ -144,7 +154,7 @@ def parse(text: str) -> tuple[Mapping[str, Computation], str]:
         elif current is not None and (instruction := _instruction(line)) is not None:
             current.instructions[instruction.name] = instruction
     if entry is None:
-        raise ValueError("this is no HLO module: it has no ENTRY; give Compiled.as_text()")
+        raise ValueError("the text is not an HLO module: it has no ENTRY; give Compiled.as_text()")
     return computations, entry
 
 

@@ -1,11 +1,11 @@
-"""What a compiled program does: collectives, matrix products, custom calls, memory traffic.
+"""Cost of a compiled program: collectives, matrix products, custom calls, memory traffic.
 
-    found = census(compiled.as_text(), mesh)
+    found = program_cost(compiled.as_text(), mesh)
     found.matmul_flops, found.collectives, found.custom_calls, found.hbm_bytes
 
-All of one device and one run of the program. The body of a loop counts as often as it runs; of a
-conditional, the branch that does the most. XLA's own `cost_analysis` counts a loop's body once, and
-none of what is inside a custom call.
+Figures are per device and per run of the program. A loop's body counts as often as it runs, a
+conditional as its most expensive branch. XLA's own `cost_analysis` counts a loop's body once, and
+nothing inside a custom call.
 
 Bytes on the wire are what a device sends by an algorithm that wastes nothing: of a buffer of n
 bytes, whole, over g devices, (g-1)/g n for an all-gather, a reduce-scatter and an all-to-all, twice
@@ -46,19 +46,19 @@ _COMBINING = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind over the same devices, of one run of the program.
+    """Collectives of one kind over the same devices, in one run of the program.
 
     Attributes:
       op: one of `COLLECTIVES`.
-      axes: mesh axes it spans, in the mesh's order; of groups that are no product of axes,
-        `("groups of 4",)`.
+      axes: mesh axes it spans, in the mesh's order; `("groups of 4",)` for groups that are not a
+        product of axes.
       dtype: of what is sent.
-      size: devices of a group.
-      is_async: in a start and a done, with other work between them where there is any.
-      num_calls: places in the program.
+      size: devices per group.
+      is_async: split into a start and a done, so that other work may run between them.
+      num_calls: instructions in the program.
       count: times it runs.
       payload_bytes: of the whole buffers: gathered, before scattering, reduced.
-      wire_bytes: that a device sends.
+      wire_bytes: sent by one device.
     """
 
     op: str
@@ -73,18 +73,18 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Census:
-    """See the module.
+class ProgramCost:
+    """Cost per device of one run.
 
     Attributes:
       collectives: the largest on the wire first.
-      matmul_flops: of `dot` and `convolution`, two a multiply-add; custom calls not counted.
+      matmul_flops: of `dot` and `convolution`, two per multiply-add; custom calls not counted.
       custom_calls: times each target runs, Pallas kernels under their names.
       hbm_bytes: read and written by instructions that are not fused into others; arrays that the
-        compiler keeps on the chip do not count, nor does what custom calls leave unread.
+        compiler keeps on the chip do not count. Custom calls count as if they read all operands.
       host_bytes: copied to and from the host's memory.
-      loops: (name, times it is entered, trips) of every loop; None trips where they are not in the
-        program, and its body counted once.
+      loops: (name, times it is entered, trips) of every loop; trips are None where the program does
+        not state them, and its body then counts once.
     """
 
     collectives: tuple[Collective, ...]
@@ -99,8 +99,8 @@ class Census:
         return sum(c.wire_bytes for c in self.collectives)
 
 
-def census(text: str, mesh: Any) -> Census:
-    """Counts a compiled program.
+def program_cost(text: str, mesh: Any) -> ProgramCost:
+    """The cost of a compiled program.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
@@ -108,14 +108,14 @@ def census(text: str, mesh: Any) -> Census:
         the program is its i-th device.
 
     Raises:
-      ValueError: the text is no HLO module, or has replica groups in a form not known here.
+      ValueError: the text is not an HLO module, or has replica groups in an unknown form.
     """
     computations, entry = parse(text)
     sizes = dict(mesh.shape)
     counter = _Counter(computations, math.prod(sizes.values()), sizes.get("slice", 1))
-    tally = counter.of(entry, "", False)
+    totals = counter.of(entry, "", False)
     found: dict[tuple[Any, ...], list[float]] = {}
-    for (op, groups, dtype, is_async), figures in tally.collectives.items():
+    for (op, groups, dtype, is_async), figures in totals.collectives.items():
         axes, size = _axes_of(groups, sizes)
         total = found.setdefault((op, axes, dtype, size, is_async), [0.0] * 4)
         for i, figure in enumerate(figures):
@@ -124,13 +124,13 @@ def census(text: str, mesh: Any) -> Census:
         Collective(op, axes, dtype, size, is_async, int(calls), count, payload, wire)
         for (op, axes, dtype, size, is_async), (calls, count, payload, wire) in found.items()
     ]
-    return Census(
-        tuple(sorted(listed, key=lambda c: -c.wire_bytes)), tally.flops, dict(tally.calls),
-        tally.hbm, tally.host, tuple((n, entered, trips) for n, entered, trips in tally.loops),
+    return ProgramCost(
+        tuple(sorted(listed, key=lambda c: -c.wire_bytes)), totals.flops, dict(totals.calls),
+        totals.hbm, totals.host, tuple((n, entered, trips) for n, entered, trips in totals.loops),
     )  # fmt: skip
 
 
-class _Tally:
+class _Totals:
     """Sums over a computation run once. Collectives: (calls, count, payload, wire) by key."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class _Tally:
         self.flops = self.hbm = self.host = 0.0
         self.loops: list[tuple[str, float, int | None]] = []
 
-    def add(self, other: _Tally, times: float = 1) -> None:
+    def add(self, other: _Totals, times: float = 1) -> None:
         for key, (calls, *figures) in other.collectives.items():
             mine = self.collectives.setdefault(key, [0.0] * 4)
             mine[0] += calls
@@ -169,7 +169,7 @@ class _Tally:
 
 
 class _Counter:
-    """Tallies of computations, each counted once."""
+    """Totals of each computation, cached by name."""
 
     def __init__(
         self, computations: Mapping[str, Computation], num_devices: int, num_slices: int
@@ -178,43 +178,43 @@ class _Counter:
         self.num_devices, self.num_slices = num_devices, num_slices
         self.of = functools.cache(self._of)
 
-    def _of(self, name: str, fusion: str, beside: bool) -> _Tally:
-        """Of a computation that is the inside of a fusion, its name, or that runs beside others."""
-        computation, tally = self.computations[name], _Tally()
+    def _of(self, name: str, fusion: str, beside: bool) -> _Totals:
+        """Totals of a computation; `fusion` names the fusion it is inside, `beside`: runs async."""
+        computation, totals = self.computations[name], _Totals()
         for instruction in computation.instructions.values():
-            self.count(instruction, computation, tally, fusion, beside)
-            for part, times in self.called(instruction, computation, tally, beside):
-                tally.add(part, times)
-        return tally
+            self.count(instruction, computation, totals, fusion, beside)
+            for part, times in self.called(instruction, computation, totals, beside):
+                totals.add(part, times)
+        return totals
 
     def count(
-        self, instruction: Instruction, computation: Computation, tally: _Tally, fusion: str,
+        self, instruction: Instruction, computation: Computation, totals: _Totals, fusion: str,
         beside: bool,
     ) -> None:  # fmt: skip
         """What an instruction does by itself."""
         op = instruction.op
         base = op.removesuffix("-start")
         if base in COLLECTIVES:
-            self.count_collective(instruction, computation, tally, fusion, beside)
+            self.count_collective(instruction, computation, totals, fusion, beside)
         elif op == "send" and "xla_megascale_runtime" in instruction.attributes:
-            self.count_between_slices(instruction, computation, tally)
+            self.count_between_slices(instruction, computation, totals)
         elif op in ("dot", "convolution"):
-            tally.flops += matmul_flops(instruction, computation)
+            totals.flops += matmul_flops(instruction, computation)
         elif op == "custom-call":
-            tally.calls[_target(instruction)] += 1
+            totals.calls[_target(instruction)] += 1
         if not fusion and not beside:  # else counted where it is called
             if op not in _FREE and not op.endswith("-done"):
-                tally.hbm += self.traffic(instruction, computation)
-            tally.host += host_bytes(instruction, computation)
+                totals.hbm += self.traffic(instruction, computation)
+            totals.host += host_bytes(instruction, computation)
 
     def called(
-        self, instruction: Instruction, computation: Computation, tally: _Tally, beside: bool
-    ) -> Iterator[tuple[_Tally, float]]:
-        """The tallies of what an instruction calls, and how often."""
+        self, instruction: Instruction, computation: Computation, totals: _Totals, beside: bool
+    ) -> Iterator[tuple[_Totals, float]]:
+        """The totals of what an instruction calls, and how often."""
         op = instruction.op
         if op == "while":
             trips = trip_count(instruction, computation, self.computations)
-            tally.loops.append((instruction.name, 1, trips))
+            totals.loops.append((instruction.name, 1, trips))
             yield self.of(instruction.attribute("body"), "", beside), 1 if trips is None else trips
             return
         if op == "conditional":
@@ -231,7 +231,7 @@ class _Counter:
                     yield self.of(each, inside, beside or op.endswith("-start")), 1
 
     def count_collective(
-        self, instruction: Instruction, computation: Computation, tally: _Tally, fusion: str,
+        self, instruction: Instruction, computation: Computation, totals: _Totals, fusion: str,
         beside: bool,
     ) -> None:  # fmt: skip
         op = instruction.op.removesuffix("-start")
@@ -247,10 +247,10 @@ class _Counter:
         dtype = computation.operand(instruction, 0).arrays[0].dtype
         synchronous = '"is_sync":true' in instruction.attributes
         is_async = beside or (instruction.op.endswith("-start") and not synchronous)
-        tally.collective(op, groups, dtype, is_async, payload)
+        totals.collective(op, groups, dtype, is_async, payload)
 
     def count_between_slices(
-        self, instruction: Instruction, computation: Computation, tally: _Tally
+        self, instruction: Instruction, computation: Computation, totals: _Totals
     ) -> None:
         """A collective that the hosts carry over the data-centre network.
 
@@ -270,7 +270,7 @@ class _Counter:
             for each, after in itertools.pairwise(order)
             if _quoted(each, key) == _quoted(instruction, key)
         )
-        tally.collective(op, groups, sent.dtype, is_async, payload)
+        totals.collective(op, groups, sent.dtype, is_async, payload)
 
     def groups(self, instruction: Instruction) -> tuple[tuple[int, ...], ...]:
         """The partitions of each group; of a permute, its pairs joined into cycles or paths."""
@@ -465,7 +465,7 @@ def _constant(instruction: Instruction, computation: Computation) -> int | None:
 
 @functools.cache
 def replica_groups(text: str) -> tuple[tuple[int, ...], ...]:
-    """The partitions of each group, in the three forms XLA writes; () for one group of all.
+    """Partitions of each group, from the three forms XLA writes; () for one group of all.
 
     `{{0,1},{2,3}}`; `[2,2]<=[2,2]T(1,0)`, a reshaped and transposed iota; `mesh['a'=2,'b'=4]
     {'a','b':(1)2}`, groups along axes of a mesh, or along a part of one: the factor 2 of 4 that has
@@ -483,7 +483,7 @@ def replica_groups(text: str) -> tuple[tuple[int, ...], ...]:
         return tuple(map(tuple, grid.tolist()))
     match = re.fullmatch(rf"mesh\[(.*?)\](?:, device_ids=\({_IOTA}\))? \{{(.*)\}}", text)
     if match is None:
-        raise ValueError(f"replica groups {text[:200]!r} are of a form not known here")
+        raise ValueError(f"replica groups {text[:200]!r} are of an unknown form")
     axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
     grid = _iota(match[2] or str(math.prod(axes.values())), match[3])
     shape: list[int] = []

@@ -64,10 +64,10 @@ def compiled(case: str) -> tuple[Program, Compiled]:
 def record(case: str) -> dict[str, Any]:
     """What is kept of a case. Which collectives wait is a TPU's: on GPUs it differs by the hour."""
     program, found = compiled(case)
-    assert found.census is not None
+    assert found.cost is not None
     collectives: dict[str, list[float]] = {}
-    for c in found.census.collectives:
-        if c.wire_bytes > 0.01 * found.census.wire_bytes and c.payload_bytes > LARGE:
+    for c in found.cost.collectives:
+        if c.wire_bytes > 0.01 * found.cost.wire_bytes and c.payload_bytes > LARGE:
             beside = " beside" if c.is_async and program.device.platform == "tpu" else ""
             total = collectives.setdefault(f"{c.op} {'+'.join(c.axes)} {c.dtype}{beside}", [0, 0])
             total[0] += c.count

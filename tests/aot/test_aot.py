@@ -39,9 +39,9 @@ def need(topology: str) -> None:
         pytest.skip(f"no compiler for {chip} here; `make compilers` installs it")
 
 
-def wire(census, op: str, axis: str, dtype: str = "bf16") -> list[float]:
+def wire(cost, op: str, axis: str, dtype: str = "bf16") -> list[float]:
     """[times, bytes] of a kind of collective."""
-    found = [c for c in census.collectives if c.op == op and c.axes == (axis,) and c.dtype == dtype]
+    found = [c for c in cost.collectives if c.op == op and c.axes == (axis,) and c.dtype == dtype]
     return [sum(c.count for c in found), sum(c.payload_bytes for c in found)]
 
 
@@ -52,7 +52,7 @@ def wire(census, op: str, axis: str, dtype: str = "bf16") -> list[float]:
 def test_a_program_sends_holds_and_computes_what_is_recorded(case: str) -> None:
     need(CASES[case][1])
     program, compiled = aot_cases.compiled(case)
-    assert compiled.census is not None
+    assert compiled.cost is not None
     golden = json.loads(aot_cases.GOLDEN.read_text())[case]
     found = aot_cases.record(case)
     again = "python -m tests.aot.aot_cases"
@@ -76,12 +76,12 @@ def test_a_program_sends_holds_and_computes_what_is_recorded(case: str) -> None:
 
 def trained(program, compiled) -> None:
     """Of a training step with full rematerialization."""
-    census, mesh = compiled.census, program.layout.mesh.shape
+    cost, mesh = compiled.cost, program.layout.mesh.shape
     state = bytes_per_device([program.arguments[k] for k in ("weights", "optimizer")])
     assert compiled.memory["alias_size"] >= state  # donated, all of it
     # Nothing is computed beside what the traced program asks for, and that is the analytic count.
     asked, tokens = asked_flops(program), program.tokens
-    ratio = census.matmul_flops * program.num_devices / asked.matmul
+    ratio = cost.matmul_flops * program.num_devices / asked.matmul
     assert ratio == pytest.approx(1, abs=0.01)
     weights = LAYERS * (PROJECTIONS + INNER)
     not_again = LAYERS * INNER / 3  # the last product of a layer is nobody's input
@@ -94,33 +94,33 @@ def trained(program, compiled) -> None:
     if mesh["tensor"] > 1 and not program.config.sharding.sequence_parallel:
         # Twice a layer each way, once again, and at the embedding and the output.
         size = program.rows // mesh["fsdp"] * LENGTH * WIDTH * 2
-        assert wire(census, "all-reduce", "tensor") == [5 * LAYERS + 2, (5 * LAYERS + 2) * size]
+        assert wire(cost, "all-reduce", "tensor") == [5 * LAYERS + 2, (5 * LAYERS + 2) * size]
     if mesh["tensor"] > 1 and program.config.sharding.sequence_parallel:
-        assert wire(census, "all-reduce", "tensor")[1] < 0.01 * census.wire_bytes
+        assert wire(cost, "all-reduce", "tensor")[1] < 0.01 * cost.wire_bytes
     if mesh["fsdp"] > 1:
         # In bfloat16: a layer's matrices once a pass, the ends once; every gradient scattered.
         size, t = 2 * (2 * weights + ENDS) / mesh["tensor"], mesh["tensor"]
-        assert wire(census, "all-gather", "fsdp")[1] == size
-        assert wire(census, "all-gather", "fsdp", "f32")[1] < 0.01 * census.wire_bytes
-        scattered = wire(census, "reduce-scatter", "fsdp")[1]
-        scattered += wire(census, "all-reduce", "fsdp")[1]
+        assert wire(cost, "all-gather", "fsdp")[1] == size
+        assert wire(cost, "all-gather", "fsdp", "f32")[1] < 0.01 * cost.wire_bytes
+        scattered = wire(cost, "reduce-scatter", "fsdp")[1]
+        scattered += wire(cost, "all-reduce", "fsdp")[1]
         assert scattered == pytest.approx(2 * (weights + ENDS) / t, rel=0.01)
-        assert wire(census, "reduce-scatter", "fsdp")[1] > 0.9 * scattered
+        assert wire(cost, "reduce-scatter", "fsdp")[1] > 0.9 * scattered
     if mesh["data"] > 1:  # what is left for the second axis
         gathered = 2 * weights + ENDS
         if mesh["slice"] > 1:
             # XLA sums what fsdp left over data and slice at once. libtpu makes of it a scatter, a
             # sum between slices and a gather that nobody asked for: of all but the embedding.
             gathered += weights + ENDS / 2
-        assert wire(census, "all-gather", "data")[1] == gathered * 2 / mesh["fsdp"]
-        assert wire(census, "reduce-scatter", "data")[1] == (weights + ENDS) * 2 / mesh["fsdp"]
+        assert wire(cost, "all-gather", "data")[1] == gathered * 2 / mesh["fsdp"]
+        assert wire(cost, "reduce-scatter", "data")[1] == (weights + ENDS) * 2 / mesh["fsdp"]
 
 
 def prefilled(program, compiled) -> None:
     """Tensor parallelism reduces twice a layer, and the embedding once."""
     mesh = program.layout.mesh.shape
     size = program.rows // mesh["fsdp"] * program.config.prompt_length * WIDTH * 2
-    found = wire(compiled.census, "all-reduce", "tensor")
+    found = wire(compiled.cost, "all-reduce", "tensor")
     assert found == [2 * LAYERS + 1, (2 * LAYERS + 1) * size]
 
 
@@ -128,17 +128,17 @@ def decoded(program, compiled) -> None:
     """As prefill, of one token; and the cache is updated where it lies."""
     mesh = program.layout.mesh.shape
     size = program.rows // mesh["fsdp"] * WIDTH * 2
-    found = wire(compiled.census, "all-reduce", "tensor")
+    found = wire(compiled.cost, "all-reduce", "tensor")
     assert found == [2 * LAYERS + 1, (2 * LAYERS + 1) * size]
     assert compiled.memory["alias_size"] >= bytes_per_device(program.arguments["cache"])
-    assert any(trips is None for _, _, trips in compiled.census.loops)
+    assert any(trips is None for _, _, trips in compiled.cost.loops)
 
 
 PROPERTIES = {"train": trained, "prefill": prefilled, "decode": decoded}
 
 
 def agrees_with_the_oracle(program, compiled) -> None:
-    """An independent census. It cannot read every form of replica groups, of small things."""
+    """An independent count. It cannot read every form of replica groups, of small things."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("hlo_census", ORACLE)
@@ -147,11 +147,11 @@ def agrees_with_the_oracle(program, compiled) -> None:
     oracle = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(oracle)
     theirs, _ = oracle.census(compiled.text, program.num_devices)
-    census = compiled.census
-    assert sum(theirs["flops"].values()) == census.matmul_flops
+    cost = compiled.cost
+    assert sum(theirs["flops"].values()) == cost.matmul_flops
     wire_bytes = sum(kind["wire"] for kind in theirs["coll"].values())
-    small = sum(c.payload_bytes for c in census.collectives if c.dtype in ("f32", "s32", "u32"))
-    assert census.wire_bytes == pytest.approx(wire_bytes, rel=0.01, abs=2 * small)
+    small = sum(c.payload_bytes for c in cost.collectives if c.dtype in ("f32", "s32", "u32"))
+    assert cost.wire_bytes == pytest.approx(wire_bytes, rel=0.01, abs=2 * small)
 
 
 @pytest.mark.aot

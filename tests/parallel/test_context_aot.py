@@ -11,7 +11,7 @@ import pytest
 
 from lm.hardware import topologies
 from lm.hardware.hlo import arrays, parse
-from lm.hardware.hlo_cost import census
+from lm.hardware.hlo_cost import program_cost
 from lm.kernels.attention import View
 from lm.parallel import ring_attention, ulysses_attention
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
@@ -61,7 +61,7 @@ def check_ring(
     program: Any, mesh: Any, context: int, length: int, H: int, K: int, scores: int = 0
 ) -> None:
     """Keys and values, with positions and segments, travel as `lm.parallel.context` says."""
-    found = census(program.as_text(), mesh)
+    found = program_cost(program.as_text(), mesh)
     assert {(c.op, c.axes) for c in found.collectives} == {("collective-permute", ("context",))}
     chunk = length // context
     keys = 2 * chunk * K * HEAD
@@ -108,7 +108,7 @@ def test_a_ring_of_what_cannot_be_merged_is_refused(implementation):
 def test_ulysses_exchanges_heads_for_rows():
     context, length, H, K = 4, 8192, 16, 4
     program, mesh = compiled("ulysses", "v6e:2x2", context, length, H, K)
-    found = census(program.as_text(), mesh)
+    found = program_cost(program.as_text(), mesh)
     talk = [c for c in found.collectives if c.axes]
     assert {c.axes for c in talk} == {("context",)}
     wire = {c.op: c.wire_bytes for c in talk}
