@@ -2,19 +2,18 @@
 
 import dataclasses
 import glob
-import gzip
-import json
 import math
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines import texts as stages
-from data_pipelines.texts import Candidate, CorpusError, Text, content_hash
+from data_pipelines.texts import Candidate, Text, content_hash
+from lm.data.corpus import CorpusError
+from lm.data.jsonl import read_jsonl
 from lm.data.mixtures import Share
 
 Kind = Literal["text", "jsonl", "array_record"]
@@ -193,82 +192,12 @@ class SystemText:
 
 def _read_jsonl(candidates: Iterable[Candidate], field: str) -> Iterator[Text]:
     for candidate in candidates:
-        for number, line in enumerate(_lines(candidate.path), 1):
-            if line.strip():
-                text = _parse(line, field, f"'{candidate.path}', line {number}")
-                name = f"{candidate.name}:{number}"
-                yield Text(name, text, "user", content_hash(text))
+        for number, where, value in read_jsonl(candidate.path, field):
+            text = _field(value, field, where)
+            yield Text(f"{candidate.name}:{number}", text, "user", content_hash(text))
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file, unpacked by its suffix."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                yield from file
-        elif path.suffix == ".zst":
-            yield from _split(_zstandard(path))
-        else:
-            with open(path, "rb") as file:
-                yield from file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CorpusError(f"'{path}' is damaged: {error}; make or copy it again") from error
-    except OSError as error:
-        raise CorpusError(f"cannot read '{path}': {error.strerror or error}") from error
-
-
-def _zstandard(path: Path) -> Iterator[bytes]:
-    """Unpacked parts of a file of one or more frames.
-
-    Raises:
-      EOFError: it is damaged or cut short, which the package's own files would not tell.
-    """
-    try:
-        import zstandard  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise CorpusError(
-            f"'{path}' needs the package zstandard; pip install zstandard, or unpack the file"
-        ) from error
-    frame = None
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            while part:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    yield frame.decompress(part)
-                except zstandard.ZstdError as error:
-                    raise EOFError(str(error)) from error
-                part = frame.unused_data
-                if frame.eof:
-                    frame = None
-    if frame:
-        raise EOFError("the file ends within a frame")
-
-
-def _split(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines of the bytes in `parts`."""
-    rest = b""
-    for part in parts:
-        *lines, rest = (rest + part).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _parse(line: bytes, field: str, where: str) -> str:
-    try:
-        value = json.loads(line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").decode())
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{where}: not UTF-8, byte 0x{error.object[error.start]:02x} at byte {error.start + 1};"
-            " convert the file (iconv -f latin1 -t utf-8 OLD > NEW, with its real encoding)"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{where}: not JSON: {error.msg} (character {error.pos + 1})") from error
-    except RecursionError as error:
-        raise CorpusError(f"{where}: nested too deeply") from error
-    if not isinstance(value, dict):
-        raise CorpusError(f"{where}: a JSON {type(value).__name__}, not an object with '{field}'")
+def _field(value: dict[str, Any], field: str, where: str) -> str:
     if field not in value:
         raise CorpusError(f"{where}: no field '{field}', only {_some(value)}; set field")
     return _text(value[field], field, where)

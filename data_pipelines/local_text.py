@@ -34,10 +34,9 @@ from tqdm import tqdm
 from data_pipelines import texts as stages
 from data_pipelines.documents import DataSource, SystemText, ValidationSet
 from data_pipelines.spool import BYTES, Spool, tokenize
-from data_pipelines.texts import Candidate, CorpusError
-from lm.data.batches import PackedSource
-from lm.data.packing import PackPlan, open_plan
-from lm.data.sources import ArraySource, open_source, write_dataset
+from data_pipelines.texts import Candidate
+from lm.data.corpus import Corpus, CorpusError, open_corpus
+from lm.data.sources import ArraySource, write_dataset
 from lm.tokenizers import SentencePieceTokenizer, train_sentencepiece
 
 _VERSION = 2
@@ -47,76 +46,6 @@ _LOCK = ".lock"
 DEFAULT_SOURCE = "local_text"
 SPLITS = ("train", "validation")
 Part = DataSource | ValidationSet | SystemText
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalText:
-    """A complete corpus on disk; `summary` is the content of its corpus.json.
-
-    Where a method takes the name of a source or validation set, None is the only source.
-    """
-
-    directory: Path
-    summary: dict[str, Any]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sources to train on."""
-        return tuple(self.summary["sources"])
-
-    @property
-    def validation_names(self) -> tuple[str, ...]:
-        """What has a split `validation`: sources by their held-out part, then validation sets."""
-        held = [
-            n for n, about in self.summary["sources"].items() if "validation" in about["splits"]
-        ]
-        return (*held, *self.summary["validation"])
-
-    @property
-    def tokenizer_path(self) -> Path:
-        return self.directory / "tokenizer.model"
-
-    @property
-    def dataset_path(self) -> Path:
-        """The data set of the first source."""
-        return self.directory / self.names[0] / "1.0.0"
-
-    def tokenizer(self) -> SentencePieceTokenizer:
-        return SentencePieceTokenizer(self.tokenizer_path)
-
-    def source(self, split: str, name: str | None = None) -> ArraySource:
-        """The tokenized documents of a split.
-
-        Raises:
-          CorpusError: no such source; or several and no name.
-        """
-        known = (*self.names, *self.summary["validation"])
-        if name is None and len(self.names) == 1:
-            name = self.names[0]
-        if name not in known:
-            raise CorpusError(f"corpus '{self.directory}' has no {name!r}; name one of {known}")
-        dataset = self.directory / str(name) / "1.0.0"
-        return open_source(dataset, split, self.directory / "token_cache")
-
-    def plan(self, split: str, seq_len: int, name: str | None = None) -> PackPlan:
-        """The pack plan of a split, made the first time; its hash covers text and tokenizer."""
-        fingerprint = self.summary["tokenizer"]["fingerprint"]
-        source = self.source(split, name)
-        return open_plan(source, seq_len, self.directory / "plans", fingerprint)
-
-    def packed(self, split: str, seq_len: int, name: str | None = None) -> PackedSource:
-        """Documents and plan of a split, under the name of their source."""
-        plan = self.plan(split, seq_len, name)
-        return PackedSource(self.source(split, name), plan, name or self.names[0])
-
-    def texts(self, split: str, name: str | None = None) -> Iterator[str]:
-        """The documents of a split as text, decoded from their tokens; None is all sources."""
-        tokenizer = self.tokenizer()
-        for each in self.names if name is None else (name,):
-            if name is None and split not in self.summary["sources"][each]["splits"]:
-                continue
-            source = self.source(split, each)
-            yield from (tokenizer.decode(source.read(d)) for d in range(len(source)))
 
 
 def build(
@@ -134,7 +63,7 @@ def build(
     progress: bool = True,
     process_index: int = 0,
     wait: Callable[[str], object] | None = None,
-) -> LocalText:
+) -> Corpus:
     """Builds the corpus in `output`, or opens it if it is there with the same parameters.
 
     Weights and caps of sources may differ from those it was built with: they decide the text that
@@ -197,7 +126,7 @@ def build(
                 output.rmdir()
             partial.rename(output)
             (output / _LOCK).unlink()
-        return LocalText(output, summary)
+        return Corpus(output, summary)
     finally:
         if wait:
             wait("corpus")
@@ -339,7 +268,7 @@ def _write_corpus(
         except ValueError as error:
             raise CorpusError(str(error)) from error
 
-    work = LocalText(directory, {"sources": {p.name: {} for p in sources}, "validation": about})
+    work = Corpus(directory, {"sources": {p.name: {} for p in sources}, "validation": about})
     num_bytes = sum(spool.num_bytes for spool in spools.values())
     with tqdm(total=num_bytes, desc="tokenize", disable=not progress, **BYTES) as bar:
         for name, spool in spools.items():
@@ -367,22 +296,7 @@ def _sample(parts: Sequence[tuple[Spool, set[int], float]], seed: int) -> Iterat
     return (text.text for text in stages.mix(streams))
 
 
-def open_corpus(directory: str | os.PathLike[str]) -> LocalText:
-    """Opens what `build` made.
-
-    Raises:
-      CorpusError: no complete corpus at `directory`.
-    """
-    path = Path(directory) / "corpus.json"
-    if not path.is_file():
-        raise CorpusError(
-            f"no corpus at '{directory}' (corpus.json is missing); make one with "
-            f"python -m data_pipelines.local_text --output={directory}"
-        )
-    return LocalText(Path(directory), json.loads(path.read_text()))
-
-
-def _open_built(directory: Path, process_index: int) -> LocalText:
+def _open_built(directory: Path, process_index: int) -> Corpus:
     try:
         return open_corpus(directory)
     except CorpusError as error:
@@ -393,7 +307,7 @@ def _open_built(directory: Path, process_index: int) -> LocalText:
         ) from error
 
 
-def _existing(output: Path, parameters: dict[str, Any]) -> LocalText | None:
+def _existing(output: Path, parameters: dict[str, Any]) -> Corpus | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / "corpus.json").is_file():
@@ -454,7 +368,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "of the order, the choice and the split")
 
 
-def _build_by_flags(values: Any) -> LocalText:
+def _build_by_flags(values: Any) -> Corpus:
     megabytes = values.max_megabytes
     common = {"tokenizer": values.tokenizer, "vocab_size": values.vocab_size, "seed": values.seed}
     if values.kind == "text":

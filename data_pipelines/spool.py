@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines import texts as stages
-from data_pipelines.texts import CorpusError, Text
+from data_pipelines.texts import Text
+from lm.data.corpus import CorpusError
 from lm.data.sources import Document
 from lm.tokenizers import Tokenizer
 

@@ -17,9 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-
-class CorpusError(ValueError):
-    """Text that cannot become a corpus; the message names the remedy."""
+from lm.data.corpus import CorpusError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lm.checkpoints.store import Checkpoints
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import Batches, HeldOut, PackedSource
+from lm.data.corpus import Corpus, open_corpus
 from lm.data.packing import make_plan
 from lm.data.sources import TokenSource
 from lm.data.stages import Stage
@@ -65,7 +66,7 @@ class Run:
     config: Pretrain
     workdir: pathlib.Path
     layout: Layout
-    text: local_text.LocalText
+    text: Corpus
     tokenizer: Tokenizer
     stream: Batches
     held_out: Mapping[str, HeldOut]
@@ -150,12 +151,10 @@ def open_run(workdir: str | pathlib.Path, edits: Mapping[str, str] | None = None
         )
     config = config_lib.override(config_lib.load(workdir / "config.json", Pretrain), edits or {})
     with input_errors():
-        return assemble(config, workdir, local_text.open_corpus(corpus_directory(config, workdir)))
+        return assemble(config, workdir, open_corpus(corpus_directory(config, workdir)))
 
 
-def assemble(
-    config: Pretrain, workdir: pathlib.Path, text: local_text.LocalText | None = None
-) -> Run:
+def assemble(config: Pretrain, workdir: pathlib.Path, text: Corpus | None = None) -> Run:
     """The parts of a run.
 
     Args:
@@ -240,7 +239,7 @@ def corpus_directory(config: Pretrain, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(directory).expanduser() if directory else workdir / "data"
 
 
-def build_corpus(config: Pretrain, workdir: pathlib.Path) -> local_text.LocalText:
+def build_corpus(config: Pretrain, workdir: pathlib.Path) -> Corpus:
     """Tokenizer and data sets, made the first time: by the first process, for all."""
     data = config.data
     return local_text.build(
@@ -258,7 +257,7 @@ def build_corpus(config: Pretrain, workdir: pathlib.Path) -> local_text.LocalTex
     )
 
 
-def held_out_source(config: Pretrain, text: local_text.LocalText, name: str) -> TokenSource:
+def held_out_source(config: Pretrain, text: Corpus, name: str) -> TokenSource:
     """The documents of a held-out set that are evaluated."""
     return text.source("validation", name).head(config.data.max_held_out_tokens)
 
@@ -272,7 +271,7 @@ def make_checkpoints(config: Pretrain, workdir: pathlib.Path) -> Checkpoints:
     )  # fmt: skip
 
 
-def make_stream(config: Pretrain, text: local_text.LocalText) -> Batches:
+def make_stream(config: Pretrain, text: Corpus) -> Batches:
     """The batches of every step: a function of the pack plans, the mixture, the seed, the step."""
     t, data = config.train, config.data
     mixture = tuple(source.share for source in data.sources) or None

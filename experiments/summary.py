@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from data_pipelines.local_text import LocalText
 from experiments import report
 from experiments.assemble import Run, held_out_source
 from experiments.configs.pretrain import Pretrain
+from lm.data.corpus import Corpus
 from lm.data.ngram import ByteNgram
 from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
@@ -113,7 +113,7 @@ def held_out_figures(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found if len(found) > 1 else []
 
 
-def held_out_documents(config: Pretrain, text: LocalText) -> list[bytes]:
+def held_out_documents(config: Pretrain, text: Corpus) -> list[bytes]:
     """The text of the first held-out set, as far as training was evaluated on it."""
     name = text.validation_names[0]
     count = len(held_out_source(config, text, name))
@@ -158,7 +158,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def files_made(workdir: pathlib.Path, text: LocalText) -> list[dict[str, Any]]:
+def files_made(workdir: pathlib.Path, text: Corpus) -> list[dict[str, Any]]:
     """The run's files, for the report."""
     what = {
         workdir / "metrics.jsonl": "one object a logged step",

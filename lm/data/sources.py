@@ -4,8 +4,10 @@ A data set holds one example a document with the features `tokens` (int32 [n], B
 included), `num_bytes` (bytes of its text) and `name`. It opens with any TFDS reader
 (`tfds.builder_from_directory(path).as_data_source(split)`).
 
-Decoding one example costs about 50 us and a packed row needs many parts of documents, so
-`open_source` keeps a memory-mapped copy of the tokens (two bytes each while ids fit) beside it.
+Tokens are stored twice on purpose. The array_record files are for others: any TFDS reader opens
+them. Training reads the `.npy` cache that `open_source` makes beside them, memory-mapped, two bytes
+per token while ids fit: decoding one example costs about 50 us, and a packed row needs parts of
+many documents.
 """
 
 import dataclasses

@@ -15,9 +15,9 @@ import tensorflow_datasets as tfds
 from data_pipelines import local_text
 from data_pipelines.documents import DataSource, SystemText, ValidationSet
 from data_pipelines.local_text import build
-from data_pipelines.texts import CorpusError
 from lm.config import fields
 from lm.data import Batches, Share, Stage
+from lm.data.corpus import CorpusError
 
 WORDS = ["model", "reads", "rows", "tokens", "while", "loss", "falls", "steps", "weights", "move"]
 

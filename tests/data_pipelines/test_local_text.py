@@ -12,8 +12,8 @@ import pytest
 
 from data_pipelines import local_text
 from data_pipelines.local_text import build, open_corpus
-from data_pipelines.texts import CorpusError
 from lm.data import HeldOut, PackedSource
+from lm.data.corpus import CorpusError
 
 TEXT = (
     "the a model reads text and learns words from many rows of tokens while its loss falls "

@@ -1,0 +1,109 @@
+"""A tokenized corpus on disk: its tokenizer, its sources, their pack plans.
+
+`corpus.json` in its directory names the sources and validation sets, their counts and
+fingerprints; whatever writes that file and the datasets beside it makes a corpus
+(`data_pipelines.local_text` does).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lm.data.batches import PackedSource
+from lm.data.packing import PackPlan, open_plan
+from lm.data.sources import ArraySource, open_source
+from lm.tokenizers import SentencePieceTokenizer
+
+
+class CorpusError(ValueError):
+    """Text that cannot be used, or a corpus that is not there; the message names the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A complete corpus on disk; `summary` is the content of its corpus.json.
+
+    Where a method takes the name of a source or validation set, None is the only source.
+    """
+
+    directory: Path
+    summary: dict[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources to train on."""
+        return tuple(self.summary["sources"])
+
+    @property
+    def validation_names(self) -> tuple[str, ...]:
+        """What has a split `validation`: sources by their held-out part, then validation sets."""
+        held = [
+            n for n, about in self.summary["sources"].items() if "validation" in about["splits"]
+        ]
+        return (*held, *self.summary["validation"])
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.directory / "tokenizer.model"
+
+    @property
+    def dataset_path(self) -> Path:
+        """The dataset of the first source."""
+        return self.directory / self.names[0] / "1.0.0"
+
+    def tokenizer(self) -> SentencePieceTokenizer:
+        return SentencePieceTokenizer(self.tokenizer_path)
+
+    def source(self, split: str, name: str | None = None) -> ArraySource:
+        """The tokenized documents of a split.
+
+        Raises:
+          CorpusError: no such source; or several and no name.
+        """
+        known = (*self.names, *self.summary["validation"])
+        if name is None and len(self.names) == 1:
+            name = self.names[0]
+        if name not in known:
+            raise CorpusError(f"corpus '{self.directory}' has no {name!r}; name one of {known}")
+        dataset = self.directory / str(name) / "1.0.0"
+        return open_source(dataset, split, self.directory / "token_cache")
+
+    def plan(self, split: str, seq_len: int, name: str | None = None) -> PackPlan:
+        """The pack plan of a split, made the first time; its hash covers text and tokenizer."""
+        fingerprint = self.summary["tokenizer"]["fingerprint"]
+        source = self.source(split, name)
+        return open_plan(source, seq_len, self.directory / "plans", fingerprint)
+
+    def packed(self, split: str, seq_len: int, name: str | None = None) -> PackedSource:
+        """Documents and plan of a split, under the name of their source."""
+        plan = self.plan(split, seq_len, name)
+        return PackedSource(self.source(split, name), plan, name or self.names[0])
+
+    def texts(self, split: str, name: str | None = None) -> Iterator[str]:
+        """The documents of a split as text, decoded from their tokens; None is all sources."""
+        tokenizer = self.tokenizer()
+        for each in self.names if name is None else (name,):
+            if name is None and split not in self.summary["sources"][each]["splits"]:
+                continue
+            source = self.source(split, each)
+            yield from (tokenizer.decode(source.read(d)) for d in range(len(source)))
+
+
+def open_corpus(directory: str | os.PathLike[str]) -> Corpus:
+    """Opens what `build` made.
+
+    Raises:
+      CorpusError: no complete corpus at `directory`.
+    """
+    path = Path(directory) / "corpus.json"
+    if not path.is_file():
+        raise CorpusError(
+            f"no corpus at '{directory}' (corpus.json is missing); make one with "
+            f"python -m data_pipelines.local_text --output={directory}"
+        )
+    return Corpus(Path(directory), json.loads(path.read_text()))
