@@ -38,11 +38,12 @@ from lm.sharding import (
     pretend_cpu_devices,
 )
 from lm.tokenizers.base import Tokenizer
+from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken, Objective
 from lm.train.optimizers import Optimizer, make_optimizer
 from lm.train.schedules import BatchRamp, BatchStage, Schedule, linear_ramp
 from lm.train.state import TrainState, abstract_state, init_state
-from lm.train.step import Accumulation, TrainStep, make_eval_step, make_train_step
+from lm.train.step import TrainStep, make_eval_step, make_train_step
 
 Tree = Any
 

@@ -42,11 +42,12 @@ from lm.model import (
     param_specs,
 )
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding
+from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken
 from lm.train.optimizers import Muon, make_optimizer
 from lm.train.schedules import Schedule
 from lm.train.state import init_state
-from lm.train.step import Accumulation, make_eval_step, make_train_step
+from lm.train.step import make_eval_step, make_train_step
 
 NUM_STEPS = int(os.environ.get("NUM_STEPS", "100"))
 folder = pathlib.Path(tempfile.mkdtemp())

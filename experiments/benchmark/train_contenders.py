@@ -82,10 +82,11 @@ def make_jax_step(
     from lm.kernels.attention import attention as attend
     from lm.model import num_params, param_specs
     from lm.sharding import Layout, MeshShape, make_mesh, make_rules
+    from lm.train.accumulation import Accumulation
     from lm.train.objective import NextToken
     from lm.train.optimizers import AdamW, make_optimizer
     from lm.train.state import init_state
-    from lm.train.step import Accumulation, make_train_step
+    from lm.train.step import make_train_step
 
     layout = Layout(make_mesh(MeshShape()), make_rules())
     optimizer = make_optimizer(AdamW(B1, B2, EPS, WEIGHT_DECAY))

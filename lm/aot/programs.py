@@ -28,10 +28,11 @@ from lm.model import check_mesh, param_specs
 from lm.model.params import unstacked_specs
 from lm.parallel import check_context, context_attention, in_order_of
 from lm.sharding import Layout, check_divides, make_mesh, make_rules, named_sharding, use_layout
+from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken
 from lm.train.optimizers import make_optimizer
 from lm.train.state import abstract_state
-from lm.train.step import Accumulation, make_train_step
+from lm.train.step import make_train_step
 from lm.weights import abstract
 
 Name = Literal["train", "prefill", "decode"]

@@ -27,8 +27,8 @@ from lm.model import (
 )  # fmt: skip
 from lm.model.params import specs_for
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
+from lm.train.accumulation import Accumulation
 from lm.train.state import TrainState, partition, state_shardings
-from lm.train.step import Accumulation
 from lm.weights import (
     NF4,
     Fp8,

@@ -14,9 +14,10 @@ from lm.checkpoints import Checkpoints, Reference
 from lm.checkpoints.opening import model_of
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, param_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
+from lm.train.accumulation import Accumulation
 from lm.train.optimizers import AdamW, make_optimizer
 from lm.train.state import bytes_per_device, state_of
-from lm.train.step import Accumulation, make_train_step
+from lm.train.step import make_train_step
 from lm.weights import NF4, initialize, path_name, specs_of
 from tests.train.tiny import OBJECTIVE, make_batch
 

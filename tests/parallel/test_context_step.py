@@ -14,9 +14,10 @@ import pytest
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Rope, Stack, forward, param_specs
 from lm.parallel import context_attention, in_order_of, zigzag_order
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
+from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken
 from lm.train.state import init_state
-from lm.train.step import Accumulation, make_train_step
+from lm.train.step import make_train_step
 from tests.train.tiny import Result, assert_same, constant_rate, keep_gradients, make_batch
 
 # A layer with a window and one without, as in Gemma 2, twice.

@@ -12,12 +12,13 @@ import pytest
 from lm.checkpoints.store import Checkpoints
 from lm.model import param_specs
 from lm.sharding import MeshShape
+from lm.train.accumulation import Accumulation
 from lm.train.ema import Ema, ema_params
 from lm.train.objective import NextToken
 from lm.train.optimizers import AdamW, make_optimizer
 from lm.train.stability import Stability, begin_recovery, restart_statistics
 from lm.train.state import Health, abstract_state, init_state
-from lm.train.step import Accumulation, make_train_step
+from lm.train.step import make_train_step
 from lm.weights import path_name
 from tests.train.tiny import OBJECTIVE, UNTIED, Case, make_batch
 

@@ -13,10 +13,11 @@ import optax
 
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, param_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
+from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken
 from lm.train.optimizers import AdamW, make_optimizer
 from lm.train.state import TrainState, abstract_state, init_state
-from lm.train.step import Accumulation, make_train_step
+from lm.train.step import make_train_step
 
 LAYER = Layer(Attention(8, 8, 4), FeedForward(64))
 UNTIED = ModelConfig(500, 32, (Stack((LAYER,), 2),))
