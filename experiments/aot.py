@@ -16,6 +16,7 @@ sense.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -42,6 +43,7 @@ from lm.aot.programs import Compiled, Program, compile_program, make_program
 from lm.aot.search import Machine, candidates, first, nothing_fits, remedies
 from lm.config import program as program_lib
 from lm.config.command_line import ConfigError, config_arguments, input_errors
+from lm.distributed.collectives import print_once
 from lm.hardware import topologies
 
 # What every answer has; None where it is not known.
@@ -53,9 +55,7 @@ FIGURES = (
 )  # fmt: skip
 
 
-def say(text: str) -> None:
-    """Progress; standard output is for the result."""
-    print(text, file=sys.stderr, flush=True)
+progress = functools.partial(print_once, file=sys.stderr)  # standard output is for the result
 
 
 def ask(
@@ -68,7 +68,7 @@ def ask(
       ValueError: it makes no sense.
     """
     program = make_program(name, config, topology)
-    say(f"compiling {name} for {topology} ({program.num_devices} devices) ...")
+    progress(f"compiling {name} for {topology} ({program.num_devices} devices) ...")
     compiled = compile_program(program, full=full, options=options)
     if hlo is not None and compiled.text:
         pathlib.Path(hlo).expanduser().write_text(compiled.text, "utf-8")
@@ -289,12 +289,12 @@ def search(
     none = {"fits": False, "program": name, "topology": topology, "refusal": "none fits"}
     if not found:
         return dict.fromkeys(FIGURES) | none | {"advice": nothing_fits(name, config, machine)}
-    say(f"{len(found)} meshes, remat policies and batches may fit; compiling the best {most}")
+    progress(f"{len(found)} meshes, remat policies and batches may fit; compiling the best {most}")
     tried: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
     chosen = first(found, most)
     for i, each in enumerate(chosen):
-        say(f"{i + 1}/{len(chosen)}: {' '.join(each.flags) or 'as it is'}")
+        progress(f"{i + 1}/{len(chosen)}: {' '.join(each.flags) or 'as it is'}")
         arguments = [f"--topology={topology}", f"--program={name}", *extra, *each.flags]
         answered: dict[str, Any]
         try:
@@ -309,7 +309,9 @@ def search(
             "estimated_tokens_per_second": each.estimate.tokens_per_second,
             "refusal": answered["refusal"],
         })  # fmt: skip
-        say(f"  fits, {speed:,.0f} tokens/s" if answered["fits"] else f"  {answered['refusal']}")
+        progress(
+            f"  fits, {speed:,.0f} tokens/s" if answered["fits"] else f"  {answered['refusal']}"
+        )
         if answered["fits"] and (best is None or speed > best["tokens_per_second"]):
             best = answered | {"flags": list(each.flags)}
     best = best or dict.fromkeys(FIGURES) | none

@@ -24,8 +24,8 @@ from lm.data.batches import Batches, HeldOut, PackedSource
 from lm.data.corpus import Corpus, open_corpus
 from lm.data.packing import make_plan
 from lm.data.sources import TokenSource
-from lm.data.stages import Stage
-from lm.distributed.start import barrier, is_first_process
+from lm.data.stages import DataStage
+from lm.distributed.collectives import barrier, is_first_process
 from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import check_mesh, param_specs
 from lm.parallel import check_context, context_attention, in_order_of
@@ -279,7 +279,7 @@ def make_stream(config: Pretrain, text: Corpus) -> Batches:
     stages = make_ramp(config).stages
     return Batches(
         [text.packed("train", t.sequence_length, name) for name in text.names],
-        [Stage(stage.batch_size, mixture, stage.first_step) for stage in stages],
+        [DataStage(stage.batch_size, mixture, stage.first_step) for stage in stages],
         seed=data.seed,
         num_steps=t.num_steps,
     )

@@ -29,13 +29,13 @@ from experiments.assemble import Run, assemble
 from experiments.configs import pretrain as configs
 from experiments.configs.pretrain import Pretrain
 from experiments.summary import summarize
+from lm import distributed
 from lm.checkpoints import SaveInterval
 from lm.config import command_line as config_lib
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import Batches
-from lm.distributed import start as distributed
-from lm.distributed.start import is_first_process, say
+from lm.distributed.collectives import is_first_process, print_once
 from lm.hardware.chips import peak_flops
 from lm.model import num_params, train_flops
 from lm.run.goodput import Goodput, Hardware, Throughput, process_age, table
@@ -122,7 +122,7 @@ class Training:
         run, config = self.run, self.run.config
         with MetricsWriter(run.workdir, enabled=is_first_process()) as self.writer:
             state = self.start(changes)
-            say(describe(run, self.stream))
+            print_once(describe(run, self.stream))
             self.preemption.install()
             while True:
                 outcome = self.train(state)
@@ -134,10 +134,10 @@ class Training:
             self.tell_failures()
             if outcome.reason == "preempted":
                 self.writer.event("preempted", step=outcome.done)
-                say(f"saved at step {outcome.done} of {config.train.num_steps} before the machine "
-                    "goes away; the same command goes on from there")  # fmt: skip
+                print_once(f"saved at step {outcome.done} of {config.train.num_steps} before the "
+                    "machine goes away; the same command goes on from there")  # fmt: skip
             self.writer.event("goodput", step=outcome.done, **self.goodput.event())
-            say(table(self.goodput.seconds))
+            print_once(table(self.goodput.seconds))
         return outcome
 
     def start(self, changes: list[str]) -> TrainState:
@@ -159,7 +159,7 @@ class Training:
             self.writer.event("changed", step=done, changes=changes)
             if state.health is not None:
                 state = restart_statistics(state)
-        say(f"resumed from step {done} of {self.run.config.train.num_steps}")
+        print_once(f"resumed from step {done} of {self.run.config.train.num_steps}")
         return state
 
     def restore(self) -> tuple[TrainState | None, Any]:
@@ -169,7 +169,7 @@ class Training:
         if restored is None:
             return None, None
         for message in restored.skipped:
-            say(message)
+            print_once(message)
             self.writer.event("checkpoint_skipped", step=restored.step, message=message)
         return restored.state, restored.metadata["data"]
 
@@ -191,7 +191,7 @@ class Training:
             Progress(
                 num_steps, start=done, clock=clock, hardware=hardware, enabled=is_first_process()
             ) as progress,
-            Profiler(run.workdir / "profile", self.steps, say) as profiler,
+            Profiler(run.workdir / "profile", self.steps, print_once) as profiler,
         ):
             return train(
                 state, self.compiled, batches, num_steps, intervals,
@@ -241,14 +241,16 @@ class Training:
             learning_rate=rewind.learning_rate,
         )  # fmt: skip
         self.writer.event("goodput", step=target, **self.goodput.event())
-        say(f"{rewind.patience} steps in a row were skipped: back from step {outcome.done} to "
-            f"{target}, and on with {rows} rows of data skipped")  # fmt: skip
+        print_once(f"{rewind.patience} steps in a row were skipped: back from step "
+            f"{outcome.done} to {target}, and on with {rows} rows of data skipped")  # fmt: skip
         return state
 
     def tell_failures(self) -> None:
         """Report checkpoints that could not be written; training has gone on."""
         for failure in self.run.checkpoints.failures():
-            say(f"checkpoint of step {failure.step} not written, training goes on: {failure.error}")
+            print_once(
+                f"checkpoint of step {failure.step} not written, training goes on: {failure.error}"
+            )
             self.writer.event("save_failed", step=failure.step, error=str(failure.error))
 
 
@@ -297,7 +299,7 @@ class CompiledStep:
             with self.goodput.spend("compile"):
                 self.programs[shape] = self.step.lower(state, batch).compile()
             rows, length = shape
-            say(f"compiled the step for {rows} rows of {length} tokens in "
+            print_once(f"compiled the step for {rows} rows of {length} tokens in "
                 f"{time.perf_counter() - before:.1f} s")  # fmt: skip
         return self.programs[shape](state, batch)
 

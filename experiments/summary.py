@@ -22,6 +22,7 @@ from experiments.assemble import Run, held_out_source
 from experiments.configs.pretrain import Pretrain
 from lm.data.corpus import Corpus
 from lm.data.ngram import ByteNgram
+from lm.distributed.collectives import print_once
 from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
 from lm.model import num_params, train_flops, unstack
@@ -30,11 +31,6 @@ from lm.tokenizers.base import Tokenizer
 
 Tree = Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
-def say(text: str) -> None:
-    """A line for the user, on standard output."""
-    print(text, flush=True)
 
 
 def summarize(run: Run, params: Tree) -> None:
@@ -48,7 +44,7 @@ def summarize(run: Run, params: Tree) -> None:
     rows = metrics_lib.read(workdir / "metrics.jsonl")
     last = [row for row in rows if "held_out_bits_per_byte" in row][-1]
     documents = held_out_documents(config, text)
-    say("baselines on the same held-out text ...")
+    print_once("baselines on the same held-out text ...")
     ngram = ByteNgram.fit((t.encode() for t in text.texts("train")), order=3)
     num_bytes = sum(map(len, documents))
     held_out = {
@@ -78,22 +74,22 @@ def summarize(run: Run, params: Tree) -> None:
     }
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for sample in samples:
-        say(f"\n--- {sample['prompt']!r} continued ---\n{sample['prompt']}{sample['text']}")
-    say(
+        print_once(f"\n--- {sample['prompt']!r} continued ---\n{sample['prompt']}{sample['text']}")
+    print_once(
         f"\nheld-out bits per byte: {held_out['bits_per_byte']:.3f} "
         f"(order-3 byte n-gram {held_out['ngram_bits_per_byte']:.3f}, raw text 8)"
     )
     if importlib.util.find_spec("matplotlib"):
         report.write_from_workdir(workdir)
     else:
-        say("no report: matplotlib is missing; pip install 'lm-lifecycle[report]', then "
+        print_once("no report: matplotlib is missing; pip install 'lm-lifecycle[report]', then "
             f"python -m experiments.report --workdir={workdir}")  # fmt: skip
-    say("\nfiles made:")
+    print_once("\nfiles made:")
     for name in ("report.html", "summary.json", "metrics.jsonl", "config.json", "tensorboard",
                  "checkpoints", "data"):  # fmt: skip
         path = text.directory if name == "data" else workdir / name
         if path.exists():
-            say(f"  {path}")
+            print_once(f"  {path}")
 
 
 def held_out_figures(row: Mapping[str, Any]) -> list[dict[str, Any]]:

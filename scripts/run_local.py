@@ -4,7 +4,7 @@
         python -m experiments.pretrain --config=quicktest --workdir=runs/two --config.mesh.fsdp=8
 
 What several hosts do, on one: each process is told of the others by LM_COORDINATOR,
-LM_NUM_PROCESSES and LM_PROCESS_ID (`lm.sharding.start`). Output is prefixed with the process's
+LM_NUM_PROCESSES and LM_PROCESS_ID (`lm.distributed.start`). Output is prefixed with the process's
 number. When a process fails, the others have `--grace` seconds to end by themselves. SIGTERM and
 Ctrl-C go to all. The exit status is that of the first process that failed.
 """

@@ -219,7 +219,7 @@ class Job:
             if state in LOST - {"ABSENT"}:
                 raise TpuError(f"{self.tpu.name} is {state} instead of being created")
             if state != shown:
-                say(f"{self.tpu.name}: {state}")
+                log(f"{self.tpu.name}: {state}")
                 shown = state
             time.sleep(self.interval)
 
@@ -246,7 +246,7 @@ class Job:
     def status(self) -> None:
         state, probes = self.state(), self.shell.run(self.tpu.ssh(PROBE))
         if not self.shell.dry_run:
-            say(f"{self.tpu.name}: {state}\n{probes}")
+            log(f"{self.tpu.name}: {state}\n{probes}")
 
     def teardown(self) -> None:
         self.shell.run(self.tpu.delete())
@@ -258,7 +258,7 @@ class Job:
                 self.teardown()
             self.create()
         elif state not in READY:
-            say(f"{self.tpu.name} is {state}; waiting")
+            log(f"{self.tpu.name} is {state}; waiting")
             while (state := self.state()) not in READY:
                 if state in LOST:
                     return self.begin(command, state)
@@ -286,20 +286,20 @@ class Job:
                 what, line = self.probe() if state in READY else (state, "")
                 trouble = 0
                 if what in ("ended 0", f"ended {USAGE_ERROR}"):
-                    say(line)
+                    log(line)
                     if what != "ended 0":
                         raise SystemExit(f"the command refused its arguments: {line}")
                     return
                 if what == "running":
                     if line and line != shown:
-                        say(line)
+                        log(line)
                     shown = line
                 else:
                     reason = f"{self.tpu.name} is {state}" if state not in READY else f"run {what}"
             except TpuError as error:
                 # A connection fails now and then, and always while a TPU is going away.
                 trouble += 1
-                say(f"no answer ({trouble}): {error}")
+                log(f"no answer ({trouble}): {error}")
                 if trouble >= 10:
                     reason = "ten times no answer"
             if not reason:
@@ -311,18 +311,18 @@ class Job:
                 raise TpuError(f"{reason} after {failures} starts in a row; not started again")
             if failures:
                 pause = min(self.interval * 2**failures, 1800.0)
-                say(f"{reason}; starting again in {pause:.0f} s")
+                log(f"{reason}; starting again in {pause:.0f} s")
                 time.sleep(pause)
             else:
-                say(f"{reason}; starting")
+                log(f"{reason}; starting")
             failures, started = failures + 1, time.monotonic()
             try:
                 self.begin(command, self.state())
             except TpuError as error:
-                say(str(error))
+                log(str(error))
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     for line in text.strip().splitlines():
         print(f"# {line}", flush=True)
 

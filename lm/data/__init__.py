@@ -12,19 +12,19 @@ from lm.data.order import permute
 from lm.data.packing import PackPlan, open_plan, pack
 from lm.data.prefetch import Prefetcher
 from lm.data.sources import ArraySource, Document, TokenSource, open_source, write_dataset
-from lm.data.stages import Stage
+from lm.data.stages import DataStage
 
 __all__ = [
     "ArraySource",
     "Batches",
     "ByteNgram",
+    "DataStage",
     "Document",
     "HeldOut",
     "PackPlan",
     "PackedSource",
     "Prefetcher",
     "Share",
-    "Stage",
     "TokenSource",
     "open_plan",
     "open_source",

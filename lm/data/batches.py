@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm.data.mixtures import Limited, Share
+from lm.data.mixtures import CappedShare, Share
 from lm.data.order import DEFAULT_BLOCK, epoch_row
 from lm.data.packing import PackPlan
 from lm.data.prefetch import Prefetcher
 from lm.data.sources import TokenSource
-from lm.data.stages import Begun, Stage, Timeline
+from lm.data.stages import ActiveStage, DataStage, Timeline
 
 if TYPE_CHECKING:
     import jax
@@ -88,7 +88,7 @@ class Batches:
     def __init__(
         self,
         sources: Sequence[PackedSource],
-        batch_size: int | Sequence[Stage],
+        batch_size: int | Sequence[DataStage],
         *,
         seed: int = 0,
         num_steps: int | None = None,
@@ -105,11 +105,11 @@ class Batches:
             s.name: {"plan": s.plan.hash, "num_rows": s.plan.num_rows, "seq_len": s.plan.seq_len}
             for s in sources
         }
-        stages = [Stage(batch_size)] if isinstance(batch_size, int) else list(batch_size)
-        self.timeline = Timeline(names, self._begun(stages), (), seed, block, num_steps)
+        stages = [DataStage(batch_size)] if isinstance(batch_size, int) else list(batch_size)
+        self.timeline = Timeline(names, self._active(stages), (), seed, block, num_steps)
         self._check_lengths()
 
-    def _begun(self, stages: Sequence[Stage]) -> list[Begun]:
+    def _active(self, stages: Sequence[DataStage]) -> list[ActiveStage]:
         """The stages with their caps in rows."""
         if not stages:
             raise ValueError("a batch stream needs at least one stage")
@@ -119,9 +119,9 @@ class Batches:
         for i, stage in enumerate(stages):
             if stage.batch_size < 1:
                 raise ValueError(f"batch_size={stage.batch_size} of stage {i} must be at least 1")
-        return [Begun(s.first_step, s.batch_size, self._limited(s.mixture)) for s in stages]
+        return [ActiveStage(s.first_step, s.batch_size, self._capped(s.mixture)) for s in stages]
 
-    def _limited(self, mixture: Sequence[Share] | None) -> tuple[Limited, ...]:
+    def _capped(self, mixture: Sequence[Share] | None) -> tuple[CappedShare, ...]:
         if mixture is None:
             mixture = [Share(s.name, s.plan.num_rows) for s in self.sources]
         names = [share.source for share in mixture]
@@ -131,7 +131,7 @@ class Batches:
                 f"a mixture of {names} must name each source once, out of {list(self._about)}"
             )
         return tuple(
-            Limited(
+            CappedShare(
                 share.source,
                 float(share.weight),
                 share.limit(
@@ -298,7 +298,7 @@ class Batches:
         self._check_kin(state)
         resumed = copy.copy(self)
         resumed._about = dict(state["sources"]) | self._about
-        stages = [Begun.of_record(record) for record in state["stages"]]
+        stages = [ActiveStage.of_record(record) for record in state["stages"]]
         skips = [(at, rows) for at, rows in state["skips"]]
         resumed.timeline = self.timeline.resume(state["step"], stages, skips)
         return resumed

@@ -63,7 +63,7 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limited:
+class CappedShare:
     """A share with its caps in rows: all that the order of the data depends on."""
 
     source: str
@@ -128,7 +128,7 @@ class Phase:
 
 def make_phases(
     start: int,
-    shares: Sequence[Limited],
+    shares: Sequence[CappedShare],
     numbers: Sequence[int],
     drawn: Sequence[int],
     seed: int,

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.mixtures import Limited, Phase, Share, make_phases
+from lm.data.mixtures import CappedShare, Phase, Share, make_phases
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class DataStage:
     """A part of a run.
 
     Attributes:
@@ -32,12 +32,12 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Begun:
+class ActiveStage:
     """A stage with its caps in rows."""
 
     first_step: int
     batch_size: int
-    shares: tuple[Limited, ...]
+    shares: tuple[CappedShare, ...]
 
     def record(self) -> dict[str, Any]:
         """JSON's types, as a checkpoint stores it."""
@@ -45,8 +45,8 @@ class Begun:
         return {"first_step": self.first_step, "batch_size": self.batch_size, "shares": shares}
 
     @classmethod
-    def of_record(cls, record: dict[str, Any]) -> "Begun":
-        shares = tuple(Limited(*share) for share in record["shares"])
+    def of_record(cls, record: dict[str, Any]) -> "ActiveStage":
+        shares = tuple(CappedShare(*share) for share in record["shares"])
         return cls(record["first_step"], record["batch_size"], shares)
 
 
@@ -70,7 +70,7 @@ class Timeline:
     def __init__(
         self,
         names: Sequence[str],
-        stages: Sequence[Begun],
+        stages: Sequence[ActiveStage],
         skips: Sequence[Skip],
         seed: int,
         block: int,
@@ -81,7 +81,7 @@ class Timeline:
         self.stages = _merged(stages)
         self._phases: list[Phase] = []
         self._end: int | None = None
-        shares: tuple[Limited, ...] | None = None
+        shares: tuple[CappedShare, ...] | None = None
         for stage in self.stages:
             if stage.shares != shares:
                 self._change_mixture(stage)
@@ -90,7 +90,7 @@ class Timeline:
         if num_steps:
             self._check_rows(num_steps)
 
-    def _change_mixture(self, stage: Begun) -> None:
+    def _change_mixture(self, stage: ActiveStage) -> None:
         """Ends the phases at the first row of `stage` and appends those of its mixture."""
         drawn = (0,) * len(self.names)
         start = 0
@@ -106,7 +106,7 @@ class Timeline:
         if not phases:
             self._check_rows(stage.first_step + 1)
 
-    def stage(self, step: int) -> Begun:
+    def stage(self, step: int) -> ActiveStage:
         """The stage that a step belongs to."""
         return self.stages[bisect.bisect_right(self.stages, step, key=lambda s: s.first_step) - 1]
 
@@ -151,12 +151,12 @@ class Timeline:
             row = min(row, self._end)
         return self._phases[bisect.bisect_right(self._starts, row) - 1].drawn_before(row)
 
-    def past(self, step: int) -> tuple[list[Begun], list[Skip]]:
+    def past(self, step: int) -> tuple[list[ActiveStage], list[Skip]]:
         """What decides the rows before a step, and where the step begins."""
         stages = [stage for stage in self.stages if stage.first_step < step]
         return stages, [(at, rows) for at, rows in self.skips if at <= step]
 
-    def resume(self, step: int, stages: Sequence[Begun], skips: Sequence[Skip]) -> "Timeline":
+    def resume(self, step: int, stages: Sequence[ActiveStage], skips: Sequence[Skip]) -> "Timeline":
         """The past of `stages` and `skips` before `step`, and the stages of this one from it on."""
         past = [stage for stage in stages if stage.first_step < step]
         ends = [stage.first_step for stage in self.stages[1:]] + [None]
@@ -197,9 +197,9 @@ class Timeline:
         )
 
 
-def _merged(stages: Sequence[Begun]) -> tuple[Begun, ...]:
+def _merged(stages: Sequence[ActiveStage]) -> tuple[ActiveStage, ...]:
     """Neighbours that differ in nothing but their start made one."""
-    merged: list[Begun] = []
+    merged: list[ActiveStage] = []
     for stage in stages:
         if merged and dataclasses.replace(stage, first_step=merged[-1].first_step) == merged[-1]:
             continue

@@ -1,15 +1,9 @@
 """Several hosts: start-up, who is there, who hangs, preemption; broadcast, fetch, barrier."""
 
 from lm.distributed.cluster import ClusterError
-from lm.distributed.start import (
-    PreemptionNotice,
-    barrier,
-    broadcast,
-    fetch,
-    is_first_process,
-    say,
-    start,
-)
+from lm.distributed.collectives import barrier, broadcast, fetch, is_first_process, print_once
+from lm.distributed.preemption import PreemptionNotice
+from lm.distributed.startup import start
 
 __all__ = [
     "ClusterError",
@@ -18,6 +12,6 @@ __all__ = [
     "broadcast",
     "fetch",
     "is_first_process",
-    "say",
+    "print_once",
     "start",
 ]

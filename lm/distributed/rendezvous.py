@@ -1,6 +1,6 @@
 """Every process of a run reports to process 0 before anything else starts.
 
-The runtime ends a process that waits in vain with a stack dump and no names. The roll call, on
+The runtime ends a process that waits in vain with a stack dump and no names. The rendezvous, on
 the coordinator's port before the runtime takes it, tells every host which hosts are missing,
 which number was given twice, and that all agree on how many they are.
 """
@@ -16,11 +16,11 @@ from typing import Any
 
 from lm.distributed.cluster import Cluster, ClusterError
 
-_WORD = "roll call"
+_WORD = "rendezvous"
 _RETRY_SECONDS = 0.5
 
 
-def roll_call(cluster: Cluster, watch_port: int | None, timeout: float) -> tuple[list[str], int]:
+def rendezvous(cluster: Cluster, watch_port: int | None, timeout: float) -> tuple[list[str], int]:
     """(host names by process, port of process 0's watch), when every process is there.
 
     Args:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data import ArraySource, Batches, Document, PackedSource, Share, Stage
+from lm.data import ArraySource, Batches, DataStage, Document, PackedSource, Share
 from lm.data.packing import make_plan
 
 SEQ_LEN = 8
@@ -79,7 +79,7 @@ def cases(draw):
     for first in [0, *ends]:
         if draw(st.booleans()):
             mixture = draw(mixtures(names))
-        stages.append(Stage(draw(st.integers(1, 6)), mixture, first))
+        stages.append(DataStage(draw(st.integers(1, 6)), mixture, first))
     skips = draw(st.lists(st.tuples(st.integers(0, 18), st.integers(1, 25)), max_size=3))
     return Case(
         sources, tuple(stages), tuple(skips), draw(st.integers(0, 5)),
@@ -214,7 +214,9 @@ def test_a_changed_configuration_starts_a_recorded_stage(case, data):
         state = json.loads(json.dumps(stream.state(stop)))
         mixture = data.draw(mixtures([s.name for s in case.sources]))
         stages = data.draw(
-            st.sampled_from([[Stage(3, mixture)], [Stage(2, mixture), Stage(5, mixture, stop + 1)]])
+            st.sampled_from(
+                [[DataStage(3, mixture)], [DataStage(2, mixture), DataStage(5, mixture, stop + 1)]]
+            )
         )
         new = Batches(case.sources, stages, seed=case.seed, block=case.block)
         stream = new.resume(state)
@@ -251,9 +253,9 @@ def test_a_skip_moves_what_follows_and_nothing_before(case, at, num_rows):
 @given(cases(), st.integers(1, 6))
 def test_a_batch_size_ramp_moves_no_row(case, batch_size):
     mixture = case.stages[0].mixture
-    stages = [Stage(1, mixture), Stage(4, mixture, 3), Stage(batch_size, mixture, 7)]
+    stages = [DataStage(1, mixture), DataStage(4, mixture, 3), DataStage(batch_size, mixture, 7)]
     ramped = Batches(case.sources, stages, seed=case.seed, block=case.block)
-    plain = Batches(case.sources, [Stage(5, mixture)], seed=case.seed, block=case.block)
+    plain = Batches(case.sources, [DataStage(5, mixture)], seed=case.seed, block=case.block)
     assert [ramped.batch_size(n) for n in (0, 2, 3, 6, 7, 99)] == [1, 1, 4, 4, *[batch_size] * 2]
     rows = all_rows(ramped, 20)
     assert all_rows(plain, 30)[: len(rows)] == rows[:150]
@@ -263,7 +265,7 @@ def test_a_capped_source_hands_its_share_on():
     """web has 0.5 of the rows until its 20 are gone; then books and code share 3 to 1."""
     sources = [source("web", 20), source("books", 7), source("code", 7)]
     mixture = (Share("web", 0.5, max_epochs=1), Share("books", 0.375), Share("code", 0.125))
-    batches = Batches(sources, [Stage(8, mixture)], block=8)
+    batches = Batches(sources, [DataStage(8, mixture)], block=8)
     names = [name for name, _ in all_rows(batches, 20)]
     last = max(i for i, name in enumerate(names) if name == "web")
     assert names.count("web") == 20
@@ -277,7 +279,7 @@ def test_long_runs_take_no_longer():
     """A row far out is found without passing over those before it."""
     sources = [source("web", 20), source("books", 7)]
     mixture = (Share("web", 1), Share("books", 1, max_rows=10**12))
-    batches = Batches(sources, [Stage(8, mixture)], num_steps=10**12)
+    batches = Batches(sources, [DataStage(8, mixture)], num_steps=10**12)
     late = 10**12 // 4
     assert {batches.timeline.names[s] for s in batches.rows(late - 200)[0]} == {"web", "books"}
     assert {batches.timeline.names[s] for s in batches.rows(late + 200)[0]} == {"web"}
@@ -287,34 +289,34 @@ def test_long_runs_take_no_longer():
 def test_too_many_steps_for_the_caps():
     sources = [source("web", 20), source("books", 7)]
     mixture = (Share("web", max_epochs=2), Share("books", max_rows=5))
-    Batches(sources, [Stage(4, mixture)], num_steps=11)
+    Batches(sources, [DataStage(4, mixture)], num_steps=11)
     with pytest.raises(
         ValueError,
         match=r"12 steps need 48 rows, beyond what the caps .* allow: 45 rows, enough for 11 steps "
         r"\(rows at most, by source: web 40, books 5\); raise max_epochs.*steps to 11",
     ):
-        Batches(sources, [Stage(4, mixture)], num_steps=12)
-    endless = Batches(sources, [Stage(4, mixture)])
+        Batches(sources, [DataStage(4, mixture)], num_steps=12)
+    endless = Batches(sources, [DataStage(4, mixture)])
     assert len(endless.rows(10)[0]) == 4
     with pytest.raises(ValueError, match=r"global row 47 is beyond .* 45 rows, enough for 11"):
         endless.host_batch(11)
-    planned = Batches(sources, [Stage(4, mixture)], num_steps=11)
+    planned = Batches(sources, [DataStage(4, mixture)], num_steps=11)
     planned.skipped(3, 1)
     with pytest.raises(ValueError, match=r"45 rows, 2 of them skipped, enough for 10 steps"):
         planned.skipped(3, 2)
     # An earlier stage runs out although a later one would not.
-    stages = [Stage(4, mixture), Stage(4, (Share("web"),), 12)]
+    stages = [DataStage(4, mixture), DataStage(4, (Share("web"),), 12)]
     with pytest.raises(ValueError, match=r"12 steps need 48 rows"):
         Batches(sources, stages)
     # A source that is spent before its stage begins.
-    stages = [Stage(4, mixture), Stage(4, (Share("books", max_rows=5),), 5)]
+    stages = [DataStage(4, mixture), DataStage(4, (Share("books", max_rows=5),), 5)]
     with pytest.raises(ValueError, match=r"6 steps need 24 rows.*enough for 5 steps"):
         Batches(sources, stages)
 
 
 def test_a_longer_sequence_is_another_source():
     short, long = source("web", 20), source("books", 7, seq_len=32)
-    stages = [Stage(4, (Share("web"),)), Stage(2, (Share("books"),), 3)]
+    stages = [DataStage(4, (Share("web"),)), DataStage(2, (Share("books"),), 3)]
     batches = Batches([short, long], stages)
     assert [batches.host_batch(n)["ids"].shape for n in (2, 3)] == [(4, SEQ_LEN), (2, 32)]
     assert [batches.seq_len(n) for n in (2, 3)] == [SEQ_LEN, 32]
@@ -322,13 +324,13 @@ def test_a_longer_sequence_is_another_source():
 
 def test_rows_skipped_at_the_first_step_of_a_stage_are_its_own():
     sources = [source("web", 20), source("books", 7)]
-    stages = [Stage(4, (Share("web"),)), Stage(2, (Share("books"),), 3)]
+    stages = [DataStage(4, (Share("web"),)), DataStage(2, (Share("books"),), 3)]
     batches = Batches(sources, stages).skipped(3, 5)
     assert batches.epochs(3) == [12 / 20, 5 / 7]
 
 
 def test_tokens_are_counted_without_skipped_rows():
-    batches = Batches([source("web", 20)], [Stage(2), Stage(4, None, 3)])
+    batches = Batches([source("web", 20)], [DataStage(2), DataStage(4, None, 3)])
     assert batches.num_tokens(5) == pytest.approx((3 * 2 + 2 * 4) * SEQ_LEN)
     assert batches.skipped(1, 9).num_tokens(5) == pytest.approx((3 * 2 + 2 * 4) * SEQ_LEN)
 
@@ -336,8 +338,8 @@ def test_tokens_are_counted_without_skipped_rows():
 def test_order_depends_on_names_not_places():
     web, books = source("web", 20), source("books", 7)
     mixture = (Share("web"), Share("books"))
-    one = Batches([web, books], [Stage(4, mixture)])
-    other = Batches([books, web], [Stage(4, mixture)])
+    one = Batches([web, books], [DataStage(4, mixture)])
+    other = Batches([books, web], [DataStage(4, mixture)])
     assert read(one, 10) == read(other, 10)
 
 
@@ -367,7 +369,7 @@ def test_check_tells_what_differs():
     batches = Batches([web], 4, seed=1)
     state = batches.state(9)
     assert Batches([web], 4, seed=1, num_steps=99).check(state) == 9
-    assert Batches([web], [Stage(4), Stage(8, None, 9)], seed=1).check(state) == 9
+    assert Batches([web], [DataStage(4), DataStage(8, None, 9)], seed=1).check(state) == 9
     with pytest.raises(ValueError, match=r"batch size or mixture before step 9 differs: .*8.*4"):
         Batches([web], 8, seed=1).check(state)
     with pytest.raises(ValueError, match="mixture before step 9 differs"):
@@ -388,18 +390,24 @@ def test_check_tells_what_differs():
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([Stage(4, None, 3)], r"first steps \[3\] of the stages must be 0 and then grow"),
-        ([Stage(4), Stage(4)], r"first steps \[0, 0\]"),
-        ([Stage(4), Stage(4, None, 5), Stage(4, None, 3)], r"first steps \[0, 5, 3\]"),
-        ([Stage(4), Stage(0, None, 3)], r"batch_size=0 of stage 1"),
-        ([Stage(4, (Share("wbe"),))], r"mixture of \['wbe'\] .* out of \['web', 'books'\]"),
-        ([Stage(4, (Share("web"), Share("web")))], "name each source once"),
-        ([Stage(4, (Share("web", 0),))], "not all zero"),
-        ([Stage(4, (Share("web"), Share("books", -1)))], "not negative"),
-        ([Stage(4, (Share("web"), Share("books", 1e-4)))], "gives no row in a block of 1000"),
-        ([Stage(4, (Share("web", max_epochs=0),))], r"max_epochs=0 of source 'web' must be above"),
-        ([Stage(4, (Share("web", max_epochs=0.01),))], "allows not one of its 20 rows of 8"),
-        ([Stage(4, (Share("web", max_tokens=7),))], "max_tokens=7 of source 'web' allows not one"),
+        ([DataStage(4, None, 3)], r"first steps \[3\] of the stages must be 0 and then grow"),
+        ([DataStage(4), DataStage(4)], r"first steps \[0, 0\]"),
+        ([DataStage(4), DataStage(4, None, 5), DataStage(4, None, 3)], r"first steps \[0, 5, 3\]"),
+        ([DataStage(4), DataStage(0, None, 3)], r"batch_size=0 of stage 1"),
+        ([DataStage(4, (Share("wbe"),))], r"mixture of \['wbe'\] .* out of \['web', 'books'\]"),
+        ([DataStage(4, (Share("web"), Share("web")))], "name each source once"),
+        ([DataStage(4, (Share("web", 0),))], "not all zero"),
+        ([DataStage(4, (Share("web"), Share("books", -1)))], "not negative"),
+        ([DataStage(4, (Share("web"), Share("books", 1e-4)))], "gives no row in a block of 1000"),
+        (
+            [DataStage(4, (Share("web", max_epochs=0),))],
+            r"max_epochs=0 of source 'web' must be above",
+        ),
+        ([DataStage(4, (Share("web", max_epochs=0.01),))], "allows not one of its 20 rows of 8"),
+        (
+            [DataStage(4, (Share("web", max_tokens=7),))],
+            "max_tokens=7 of source 'web' allows not one",
+        ),
     ],
 )
 def test_bad_stages(stages, message):

@@ -16,7 +16,7 @@ from data_pipelines import local_text
 from data_pipelines.documents import DataSource, SystemText, ValidationSet
 from data_pipelines.local_text import build
 from lm.config import fields
-from lm.data import Batches, Share, Stage
+from lm.data import Batches, DataStage, Share
 from lm.data.corpus import CorpusError
 
 WORDS = ["model", "reads", "rows", "tokens", "while", "loss", "falls", "steps", "weights", "move"]
@@ -165,7 +165,7 @@ def test_a_mixture_of_the_sources_is_trained_on(corpus):
     sources = [built.packed("train", 32, name) for name in built.names]
     mixture = tuple(source.share for source in options["sources"])
     assert mixture[2] == Share("books", 1.0, max_epochs=1.5)
-    batches = Batches(sources, [Stage(8, mixture)], block=8)
+    batches = Batches(sources, [DataStage(8, mixture)], block=8)
     counts = np.bincount(np.concatenate([batches.rows(n)[0] for n in range(4)]), minlength=3)
     assert counts.tolist() == [16, 8, 8]
     tokenizer, batch = built.tokenizer(), batches.host_batch(0)

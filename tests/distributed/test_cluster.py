@@ -1,4 +1,4 @@
-"""Who belongs to a run, against JAX's own detection; and the roll call, with what can go wrong."""
+"""Who belongs to a run, against JAX's own detection; and the rendezvous, with what can go wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from lm.distributed import cluster as cluster_lib
 from lm.distributed.cluster import Cluster, ClusterError, find_cluster
-from lm.distributed.rendezvous import roll_call
+from lm.distributed.rendezvous import rendezvous
 from scripts.run_local import free_port
 
 SLURM = {
@@ -149,13 +149,13 @@ def test_settings_that_do_not_fit(settings, message):
 
 
 def call(*places: tuple[int, int], port: int | None = None, timeout: float = 2.0) -> list:
-    """The roll call of processes (id, num_processes) as threads: results or errors."""
+    """The rendezvous of processes (id, num_processes) as threads: results or errors."""
     port = port or free_port()
 
     def one(place: tuple[int, int]):
         cluster = Cluster(f"127.0.0.1:{port}", place[1], place[0])
         try:
-            return roll_call(cluster, 999 if place[0] == 0 else None, timeout)
+            return rendezvous(cluster, 999 if place[0] == 0 else None, timeout)
         except ClusterError as error:
             return str(error)
 
@@ -163,7 +163,7 @@ def call(*places: tuple[int, int], port: int | None = None, timeout: float = 2.0
         return list(pool.map(one, places))
 
 
-def test_roll_call_of_all():
+def test_rendezvous_of_all():
     results = call((2, 3), (0, 3), (1, 3), timeout=30.0)
     assert results == [([socket.gethostname()] * 3, 999)] * 3
 
@@ -177,12 +177,12 @@ def test_roll_call_of_all():
         (((0, 2), (1, 3)), "was started with num_processes=3, process 0 with 2; give all the same"),
     ],
 )
-def test_roll_call_says_who_is_missing(places, message):
+def test_rendezvous_says_who_is_missing(places, message):
     results = call(*places)
     assert all(isinstance(result, str) and message in result for result in results), results
 
 
-def test_roll_call_where_something_else_listens():
+def test_rendezvous_where_something_else_listens():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
 
@@ -209,7 +209,7 @@ def report(port: int, process_id: int) -> socket.socket:
             break
         except OSError:
             time.sleep(0.01)
-    message = {"word": "roll call", "id": process_id, "num": 3, "host": "x", "pid": 1}
+    message = {"word": "rendezvous", "id": process_id, "num": 3, "host": "x", "pid": 1}
     connection.sendall(json.dumps(message).encode() + b"\n")
     return connection
 
@@ -217,7 +217,7 @@ def report(port: int, process_id: int) -> socket.socket:
 def test_a_process_started_again_takes_its_place():
     port, here = free_port(), socket.gethostname()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(roll_call, Cluster(f"127.0.0.1:{port}", 3, 0), 999, 120.0)
+        first = pool.submit(rendezvous, Cluster(f"127.0.0.1:{port}", 3, 0), 999, 120.0)
         report(port, 1).close()
         with report(port, 2) as other:
             other.settimeout(1.0)
@@ -229,10 +229,10 @@ def test_a_process_started_again_takes_its_place():
         assert first.result(120) == again
 
 
-def test_roll_call_counts_no_process_that_is_gone():
+def test_rendezvous_counts_no_process_that_is_gone():
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(roll_call, Cluster(f"127.0.0.1:{port}", 3, 0), 999, 2.0)
+        first = pool.submit(rendezvous, Cluster(f"127.0.0.1:{port}", 3, 0), 999, 2.0)
         report(port, 1).close()
         with report(port, 2), pytest.raises(ClusterError, match="process 1 of 3 did not come"):
             first.result(120)

@@ -13,7 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from lm.distributed.start import PEER_FAILED, PreemptionNotice, broadcast, start
+from lm.distributed.collectives import broadcast
+from lm.distributed.preemption import PreemptionNotice
+from lm.distributed.startup import PEER_FAILED, start
 from scripts.run_local import environment, free_port
 from tests.distributed import worker
 
@@ -153,7 +155,7 @@ def test_alone_nothing_is_started(monkeypatch):
 
 ALONE = """
 import os, signal, sys, time
-from lm.distributed.start import PreemptionNotice
+from lm.distributed.preemption import PreemptionNotice
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may be started without
 notice = PreemptionNotice()
 notice.install()

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.distributed.start import PreemptionNotice, barrier, broadcast, fetch, say, start
+from lm.distributed.collectives import barrier, broadcast, fetch, print_once
+from lm.distributed.preemption import PreemptionNotice
+from lm.distributed.startup import start
 
 
 def loop(num_steps: int, failing: int | None) -> None:
@@ -47,7 +49,7 @@ def exchange() -> None:
     for value in values:
         received = broadcast(value if me == 0 else "not this")
         print("RECEIVED", json.dumps(received == value), flush=True)
-    say("SAID by", me)
+    print_once("SAID by", me)
 
 
 def train_once(path: pathlib.Path) -> None:
@@ -86,7 +88,7 @@ def train_once(path: pathlib.Path) -> None:
         numbers["gradient/" + path_name(key)] = gradient
     if jax.process_index() == 0:
         np.savez(path, **numbers)
-    say("WRITTEN", dataclasses.asdict(case.mesh))
+    print_once("WRITTEN", dataclasses.asdict(case.mesh))
 
 
 def main() -> None:

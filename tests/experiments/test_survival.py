@@ -18,7 +18,7 @@ import pytest
 from experiments import pretrain
 from lm.config import command_line as config_lib
 from lm.data.batches import Batches
-from lm.distributed.start import PreemptionNotice
+from lm.distributed.preemption import PreemptionNotice
 from lm.run import metrics as metrics_lib
 from tests.experiments import survival
 from tests.experiments.survival import NUM_STEPS, SETTINGS, course, digest, last_step

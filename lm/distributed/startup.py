@@ -1,11 +1,11 @@
-"""Several hosts: start-up, an end for all when one fails, preemption, small exchanges.
+"""Start-up of a run over several hosts, and an end for all of them when one fails.
 
     with distributed.start():
         ...  # the program, the same on every host
 
-One process is simply run. For several, `start` finds the others (`find_cluster`), calls the roll,
-starts JAX's distributed runtime and a watch. Whatever ends one host ends all within `timeout`, with
-a line that names the host, so that the same command can be started again.
+One process is simply run. For several, `start` finds the others (`find_cluster`), meets them at the
+rendezvous, starts JAX's distributed runtime and a watchdog. Whatever ends one host ends all
+within `timeout`, with a line that names the host, so that the same command can be started again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from lm.distributed import watchdog as watch
+from lm.distributed import watchdog
 from lm.distributed.cluster import Cluster, find_cluster
-from lm.distributed.rendezvous import roll_call
+from lm.distributed.rendezvous import rendezvous
 
 PEER_FAILED = 75  # exit status: another host failed, try again (EX_TEMPFAIL of sysexits.h)
 _GRACE_SECONDS = 2.0
@@ -88,7 +86,7 @@ def start(
 
 def _initialize(cluster: Cluster, timeout: float, start_timeout: float) -> _Watcher:
     hub = _hub_socket() if cluster.process_id == 0 else None
-    names, port = roll_call(cluster, hub.getsockname()[1] if hub else None, start_timeout)
+    names, port = rendezvous(cluster, hub.getsockname()[1] if hub else None, start_timeout)
     watcher = _Watcher(cluster, names, port, hub, timeout)
     jax.distributed.initialize(
         cluster.coordinator,
@@ -154,7 +152,7 @@ class _Watcher:
             "server": hub.fileno() if hub else None,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-I", str(pathlib.Path(watch.__file__)), json.dumps(settings)],
+            [sys.executable, "-I", str(pathlib.Path(watchdog.__file__)), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[hub.fileno()] if hub else [],
@@ -209,93 +207,5 @@ class _Watcher:
 
     def _end(self, verdict: str, before: str = "") -> None:
         self._send(ends=True)
-        print(before + watch.sentence(verdict), file=sys.stderr, flush=True)
+        print(before + watchdog.sentence(verdict), file=sys.stderr, flush=True)
         _exit_at_once(PEER_FAILED)
-
-
-class PreemptionNotice:
-    """SIGTERM on any host, agreed on by all at one step.
-
-    Cloud machines and Slurm send SIGTERM before they take a host away. With several processes JAX's
-    runtime holds that signal's handler (do not install another after `start`) and agrees on a step
-    that every host has yet to reach. Alone, `install` puts a handler in place.
-
-        notice = PreemptionNotice()
-        notice.install()
-        ...
-        if notice.agreed(step):
-            save(state); sys.exit(notice.EXIT)
-
-    A second SIGTERM, or Ctrl-C, ends the process at once.
-    """
-
-    EXIT = 128 + signal.SIGTERM
-
-    def __init__(self) -> None:
-        self.received = False
-        self.num_calls = 0
-
-    def install(self) -> None:
-        """Be told of SIGTERM; call it on the main thread, after `start`."""
-        if not jax.distributed.is_initialized():
-            signal.signal(signal.SIGTERM, self._on_signal)
-
-    def agreed(self, step: int) -> bool:
-        """Whether every host saves and ends now, `step` steps done; asked by all after each step.
-
-        It is the number of questions that hosts agree on, so a run may go back to an earlier step.
-        """
-        self.num_calls += 1
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(self.num_calls)
-        return self.received
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self.received = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(
-            "SIGTERM: the run saves after this step and ends; a second SIGTERM ends it at once",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that prints and writes; true if it is alone."""
-    return jax.process_index() == 0
-
-
-def say(*words: Any) -> None:
-    """Print on the first process alone."""
-    if is_first_process():
-        print(*words, flush=True)
-
-
-def barrier(name: str) -> None:
-    """Wait until every process has come to the barrier of this name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def broadcast(value: Any) -> Any:
-    """The first process's value on every process. Small trees of what JSON can hold.
-
-    Other processes' values are not looked at, and may be None.
-    """
-    if jax.process_count() == 1:
-        return value
-    data = json.dumps(value).encode() if is_first_process() else b""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    # A power of two, so that few sizes are compiled.
-    buffer = np.zeros(max(1024, 1 << (length - 1).bit_length()), np.uint8)
-    buffer[: len(data)] = np.frombuffer(data, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(buffer)[:length].tobytes())
-
-
-def fetch(tree: Any) -> Any:
-    """Whole arrays of a tree, on every host, as NumPy arrays. To be called by all processes.
-
-    An array spread over hosts cannot be read by one of them alone.
-    """
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
