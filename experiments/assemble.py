@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from data_pipelines import local_text
 from experiments.configs.pretrain import Pretrain
 from lm.checkpoints.store import Checkpoints
+from lm.config import codec
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import Batches, HeldOut, PackedSource
@@ -150,7 +151,7 @@ def open_run(workdir: str | pathlib.Path, edits: Mapping[str, str] | None = None
             f"{workdir} has no config.json, so it is not the folder of a run; give one that "
             "experiments.pretrain was given as --workdir"
         )
-    config = config_lib.override(config_lib.load(workdir / "config.json", Pretrain), edits or {})
+    config = config_lib.override(codec.load(workdir / "config.json", Pretrain), edits or {})
     with input_errors():
         return assemble(config, workdir, open_corpus(corpus_directory(config, workdir)))
 

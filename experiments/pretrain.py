@@ -31,8 +31,7 @@ from experiments.configs.pretrain import Pretrain
 from experiments.summary import summarize
 from lm import distributed
 from lm.checkpoints import SaveInterval
-from lm.config import command_line as config_lib
-from lm.config import program
+from lm.config import codec, program
 from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import Batches
 from lm.distributed.collectives import is_first_process, print_once
@@ -88,7 +87,7 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
         run = assemble(config, workdir)
         if is_first_process():
             workdir.mkdir(parents=True, exist_ok=True)
-            config_lib.save(config, workdir / "config.json")
+            codec.save(config, workdir / "config.json")
         outcome = Training(run, goodput)(changes)
         if outcome.reason == "finished":
             params = outcome.state.params
@@ -324,7 +323,7 @@ def claim_workdir(config: Pretrain, workdir: pathlib.Path) -> list[str]:
             f"{workdir} holds metrics or checkpoints but no config.json, so it is not known "
             "whose they are; give another --workdir"
         )
-    changed = config_lib.difference(config_lib.load(path, Pretrain), config)
+    changed = codec.difference(codec.load(path, Pretrain), config)
     other = [line for line in changed if not line.startswith(MAY_CHANGE)]
     if other:
         raise ConfigError(

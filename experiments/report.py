@@ -39,8 +39,7 @@ from absl import flags
 
 from experiments import figures
 from experiments.figures import Line, Points, Rows
-from lm.config import command_line as config_lib
-from lm.config import program
+from lm.config import codec, program
 from lm.config.command_line import ConfigError
 from lm.run import metrics as metrics_lib
 from lm.run.goodput import KINDS, duration
@@ -65,7 +64,7 @@ def write(
       ModuleNotFoundError: matplotlib, of the `report` extra, is missing.
     """
     if dataclasses.is_dataclass(config):
-        config = config_lib.to_dict(config)
+        config = codec.to_dict(config)
     html = figures.page(
         "report.html.jinja",
         title=summary.get("title", "Training run"),

@@ -33,8 +33,8 @@ from typing import Any
 
 from absl import app, flags
 
+from lm.config import codec, fields, program
 from lm.config import command_line as config_lib
-from lm.config import fields, program
 from lm.config.command_line import ConfigError
 
 Edits = dict[str, str]  # texts by dotted key, as on the command line
@@ -140,7 +140,7 @@ class Run:
         if not (self.workdir / "summary.json").exists():
             return False
         saved = json.loads((self.workdir / "config.json").read_text())
-        return not config_lib.difference(saved, self.config)
+        return not codec.difference(saved, self.config)
 
     def start(self) -> None:
         """Run to the end; `result` has the exit status and, of a failure, the last line."""

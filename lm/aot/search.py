@@ -368,9 +368,9 @@ def _serving(config: Aot, mesh: MeshShape) -> Iterator[Aot]:
 
 def flags_of(old: Aot, new: Aot) -> tuple[str, ...]:
     """The flags that make one configuration of another."""
-    from lm.config import command_line as config_lib
+    from lm.config import codec
 
-    changed = config_lib.difference(old, new)
+    changed = codec.difference(old, new)
     return tuple(
         f"--config.{key}={value.split(' -> ')[1]}"
         for key, value in (line.split(": ", 1) for line in changed)

@@ -13,15 +13,18 @@ import sys
 import typing
 from typing import Any
 
-import numpy as np
-
 from lm.checkpoints.checksums import CheckpointError
 from lm.checkpoints.names import describe, parse
+from lm.config import codec
 from lm.model import ModelConfig
 from lm.weights import Leaf
 
 FILE = "model.json"
 VERSION = 2
+NEWER = (
+    "open the checkpoint with the version of the code that wrote it, or a later one, and import or "
+    "register (lm.checkpoints.register) the classes that are its own"
+)
 PACKAGES = ("lm.model.", "lm.weights.")  # whose tree classes are known without `register`
 
 _registered: dict[str, type] = {}
@@ -51,10 +54,7 @@ def _known() -> dict[str, type]:
 def _find(name: Any, where: str) -> type:
     known = _known()
     if name not in known:
-        raise CheckpointError(
-            f"{where}: class {name!r} is not known here; import the package that defines it, "
-            "or register it with lm.checkpoints.register"
-        )
+        raise CheckpointError(f"{where}: class {name!r} is not known here; {NEWER}")
     return known[name]
 
 
@@ -69,24 +69,17 @@ def _class_name(value: Any, where: str) -> str:
 
 
 def encode(value: Any, where: str = "config") -> Any:
-    """A configuration, or a leaf's static field, as JSON's types.
+    """A configuration, or a leaf's static field, as JSON that describes itself.
 
     Raises:
       CheckpointError: it holds a value with no faithful form; the message names the field.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            field.name: encode(getattr(value, field.name), f"{where}.{field.name}")
-            for field in dataclasses.fields(value)
-        }
-        return {"class": _class_name(value, where)} | fields
-    if isinstance(value, tuple):
-        return [encode(each, f"{where}.{i}") for i, each in enumerate(value)]
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
-        return {"dtype": np.dtype(value).name}
-    raise CheckpointError(f"{where} holds {value!r}, which {FILE} cannot hold")
+    try:
+        return codec.encode(value, Any, where, _known())
+    except TypeError as error:
+        raise CheckpointError(
+            f"{error}; a dataclass becomes known by lm.checkpoints.register"
+        ) from error
 
 
 def decode(value: Any, where: str = "config") -> Any:
@@ -95,23 +88,10 @@ def decode(value: Any, where: str = "config") -> Any:
     Raises:
       CheckpointError: a class or field is unknown here, or its value is refused.
     """
-    if isinstance(value, list):
-        return tuple(decode(each, f"{where}.{i}") for i, each in enumerate(value))
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"dtype"}:
-        return parse(f"{value['dtype']}[]").dtype
-    cls = _find(value.get("class"), where)
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := value.keys() - known - {"class"}:
-        raise CheckpointError(
-            f"{where}: {cls.__name__} has no {', '.join(sorted(unknown))} in this version of the "
-            "code; open the checkpoint with the version that wrote it, or a later one"
-        )
     try:
-        return cls(**{k: decode(each, f"{where}.{k}") for k, each in value.items() if k != "class"})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        return codec.decode(value, Any, where, _known())
+    except ValueError as error:
+        raise CheckpointError(f"{error}; {NEWER}") from error
 
 
 def encode_tree(tree: Any, where: str = "weights") -> Any:
@@ -125,7 +105,7 @@ def encode_tree(tree: Any, where: str = "weights") -> Any:
     if isinstance(tree, dict):
         return {"keys": {key: encode_tree(each, f"{where}/{key}") for key, each in tree.items()}}
     if not dataclasses.is_dataclass(tree):
-        raise CheckpointError(f"{where} is a {type(tree).__name__}, no tree of weights")
+        raise CheckpointError(f"{where} is a {type(tree).__name__}, which is not a tree of weights")
     node: dict[str, Any] = {"class": _class_name(tree, where)}
     for field in dataclasses.fields(tree):
         value, path = getattr(tree, field.name), f"{where}/{field.name}"
@@ -157,8 +137,7 @@ def decode_tree(value: Any, where: str = "weights") -> Any:
     }
     if unknown := (fields.keys() | static.keys()) - names:
         raise CheckpointError(
-            f"{where}: {cls.__name__} has no {', '.join(sorted(unknown))} in this version of the "
-            "code; open the checkpoint with the version that wrote it, or a later one"
+            f"{where}: {cls.__name__} has no {', '.join(sorted(unknown))} here; {NEWER}"
         )
     return cls(**absent, **fields, **static)
 
@@ -167,7 +146,7 @@ class ModelJson(typing.NamedTuple):
     """The contents of `model.json`.
 
     Attributes:
-      config: of the model; None where the state saved is no model's.
+      config: of the model; None where the state saved is not a model's.
       weights: the tree of weights, for `decode_tree`; None as above.
       arrays: name -> type, as `bfloat16[2,32]`, of every array in the checkpoint.
       frozen: path and digest of the frozen weights that are kept elsewhere, or None.

@@ -22,9 +22,6 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import json
-import os
-import pathlib
 import re
 import sys
 import types
@@ -35,13 +32,10 @@ from typing import Any, TypeVar
 from absl import flags
 
 from lm.config import fields
+from lm.config.codec import ConfigError
 
 T = TypeVar("T")
 Configs = Mapping[str, Callable[..., Any]] | types.ModuleType
-
-
-class ConfigError(ValueError):
-    """Bad input by the user: its message alone is printed, and the exit status is 2."""
 
 
 @contextlib.contextmanager
@@ -263,57 +257,3 @@ def _leaves(value: Any, annotation: Any, path: str) -> dict[str, tuple[Any, Any]
     for key, (child, each) in children.items():
         found |= _leaves(child, each, f"{path}.{key}" if path else key)
     return found
-
-
-def difference(old: Any, new: Any) -> list[str]:
-    """What changed between two configurations: `["train.num_steps: 100 -> 200", ...]`.
-
-    Each is a dataclass or what `to_dict` made of one.
-    """
-    a, b = (_flatten(to_dict(c) if dataclasses.is_dataclass(c) else c, "") for c in (old, new))
-    return [
-        f"{path}: {fields.show(a.get(path, 'absent'))} -> {fields.show(b.get(path, 'absent'))}"
-        for path in a | b
-        if path not in a or path not in b or a[path] != b[path]
-    ]
-
-
-def _flatten(node: Any, path: str) -> dict[str, Any]:
-    if isinstance(node, list) and any(isinstance(item, dict) for item in node):
-        node = {str(i): item for i, item in enumerate(node)}
-    if not isinstance(node, dict):
-        return {path: node}
-    found = {}
-    for key, child in node.items():
-        found |= _flatten(child, f"{path}.{key}" if path else key)
-    return found
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as JSON's types. TypeError names a field that JSON cannot hold faithfully."""
-    return fields.encode(config, type(config), "config")
-
-
-def from_dict(values: Mapping[str, Any], cls: type[T]) -> T:
-    """Inverse of `to_dict`. ConfigError names an unknown or missing key or a wrong type."""
-    try:
-        return fields.decode(values, cls, "config")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def save(config: Any, path: str | os.PathLike) -> None:
-    """Writes JSON that `load` reads back equal; the file appears whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, path)
-
-
-def load(path: str | os.PathLike, cls: type[T]) -> T:
-    """Reads what `save` wrote. ConfigError names the file and what in it does not fit `cls`."""
-    try:
-        return from_dict(json.loads(pathlib.Path(path).read_text("utf-8")), cls)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path}: {error}") from error

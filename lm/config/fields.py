@@ -1,4 +1,4 @@
-"""Values of configuration fields, by their annotations: read from text, to and from JSON.
+"""Values of configuration fields, read from text by their annotations.
 
 Annotations: bool, int, float, str, None, Literal, Enum, tuples, dataclasses, and unions of these.
 """
@@ -6,14 +6,11 @@ Annotations: bool, int, float, str, None, Literal, Enum, tuples, dataclasses, an
 import contextlib
 import dataclasses
 import enum
-import math
 import re
 import types
 import typing
 from typing import Any
 
-# Strict JSON has no such numbers; these are the names protobuf's JSON mapping gives them.
-NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _EXPECTED = {int: "an int", float: "a float", bool: "true or false", str: "a str"}
 _EXAMPLES = {int: "8", float: "0.1", bool: "true", str: "text"}
 
@@ -56,7 +53,7 @@ def required(cls: type) -> set[str]:
 
 
 def item_annotations(annotation: Any, length: int) -> list[Any] | None:
-    """The annotation of each of `length` items, or None where the annotation is no such tuple."""
+    """The annotation of each of `length` items, or None where it is not such a tuple."""
     for member in members(annotation):
         args = typing.get_args(member)
         if typing.get_origin(member) is tuple:
@@ -165,63 +162,3 @@ def example(annotation: Any) -> str | None:
             if None not in items:
                 return ",".join(map(str, items))
     return None
-
-
-def encode(value: Any, annotation: Any, path: str) -> Any:
-    """The value as JSON's types; TypeError, naming `path`, where it has no faithful form."""
-    if is_dataclass(type(value)):
-        classes = dataclasses_in(annotation)
-        if classes.get(type(value).__name__) is not type(value):
-            raise TypeError(f"{path} holds a {type_name(type(value))}, not {expected(annotation)}")
-        # Only a union needs to say which; `class` can be no field's name.
-        tag = {"class": type(value).__name__} if len(classes) > 1 else {}
-        return tag | {
-            name: encode(getattr(value, name), each, f"{path}.{name}")
-            for name, each in hints(type(value)).items()
-        }
-    if isinstance(value, tuple):
-        items = item_annotations(annotation, len(value))
-        if items is None:
-            raise TypeError(f"{path} holds a tuple {value!r}, not {expected(annotation)}")
-        return [encode(v, items[i], f"{path}.{i}") for i, v in enumerate(value)]
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise TypeError(f"{path} holds a {type_name(type(value))}, which config.json cannot hold")
-
-
-def decode(value: Any, annotation: Any, path: str) -> Any:
-    """Inverse of `encode`; ValueError naming `path` where the value does not fit."""
-    for member in members(annotation):
-        if typing.get_origin(member) is typing.Literal:
-            for choice in typing.get_args(member):
-                if value == choice and type(value) is type(choice):
-                    return choice
-        elif is_enum(member):
-            if isinstance(value, str) and value in member.__members__:
-                return member[value]
-        elif member is float and isinstance(value, str) and value in NON_FINITE:
-            return NON_FINITE[value]
-        elif type(value) is member or (member is float and type(value) is int):
-            return value
-    if isinstance(value, list) and (items := item_annotations(annotation, len(value))) is not None:
-        return tuple(decode(v, items[i], f"{path}.{i}") for i, v in enumerate(value))
-    classes = dataclasses_in(annotation)
-    if not isinstance(value, dict) or not classes:
-        raise ValueError(f"{path}={value!r} is not {expected(annotation)}")
-    values = dict(value)
-    name = values.pop("class", None) if len(classes) > 1 else next(iter(classes))
-    if name not in classes:
-        raise ValueError(f"{path}.class={name!r} is not one of {', '.join(classes)}")
-    fields = hints(classes[name])
-    unknown, missing = values.keys() - fields, required(classes[name]) - values.keys()
-    for problem, keys in (("unknown", unknown), ("missing", missing)):
-        if keys:
-            names = ", ".join(f"{path}.{key}" for key in sorted(keys))
-            raise ValueError(f"{problem} configuration key {names}")
-    # A field added to the code since the value was written takes its default.
-    decoded = {k: decode(v, fields[k], f"{path}.{k}") for k, v in values.items()}
-    return classes[name](**decoded)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm.config import codec
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
 
@@ -218,43 +219,43 @@ configs = st.builds(
 @given(configs)
 def test_json_round_trip_is_exact(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("config") / "config.json"
-    config_lib.save(config, path)
-    loaded = config_lib.load(path, Config)
+    codec.save(config, path)
+    loaded = codec.load(path, Config)
     assert loaded == config
     assert repr(loaded) == repr(config)  # -0.0 and 0, which compare equal, stay apart
-    assert config_lib.difference(config, json.loads(path.read_text())) == []
+    assert codec.difference(config, json.loads(path.read_text())) == []
 
 
 @given(configs, configs)
 def test_difference_is_empty_only_between_equals(a, b):
-    assert (config_lib.difference(a, b) == []) == (a == b)
+    assert (codec.difference(a, b) == []) == (a == b)
 
 
 def test_difference_names_path_old_and_new():
     new = edited(
         "--config.num_steps=5", "--config.shape=3", "--config.model.stacks.1.num_repeats=1"
     )
-    assert config_lib.difference(small(), new) == [
+    assert codec.difference(small(), new) == [
         "model.stacks.1.num_repeats: 4 -> 1",
         "num_steps: 100 -> 5",
         "shape: 1,2 -> 3",
     ]
     muon = dataclasses.replace(small(), optimizer=Muon())
-    assert config_lib.difference(small(), muon) == ["optimizer.class: AdamW -> Muon"]
+    assert codec.difference(small(), muon) == ["optimizer.class: AdamW -> Muon"]
 
 
 def test_nan_round_trips(tmp_path):
     config = edited("--config.optimizer.learning_rate=nan", "--config.optimizer.betas=inf,-inf")
-    config_lib.save(config, tmp_path / "config.json")
+    codec.save(config, tmp_path / "config.json")
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
 
     json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
-    loaded = config_lib.load(tmp_path / "config.json", Config)
+    loaded = codec.load(tmp_path / "config.json", Config)
     assert math.isnan(loaded.optimizer.learning_rate)
     assert loaded.optimizer.betas == (math.inf, -math.inf)
-    assert config_lib.difference(config, loaded) == []
+    assert codec.difference(config, loaded) == []
 
 
 @pytest.mark.parametrize(
@@ -275,12 +276,12 @@ def test_nan_round_trips(tmp_path):
     ],
 )
 def test_load_names_what_does_not_fit(tmp_path, change, message):
-    values = config_lib.to_dict(small())
+    values = codec.to_dict(small())
     change(values)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=message) as caught:
-        config_lib.load(path, Config)
+        codec.load(path, Config)
     assert str(path) in str(caught.value)
 
 
@@ -293,25 +294,44 @@ def test_a_group_changes_its_class_by_name():
 
 
 def test_a_field_younger_than_the_file_takes_its_default(tmp_path):
-    values = config_lib.to_dict(small())
+    values = codec.to_dict(small())
     del values["model"]["rope"], values["num_steps"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
-    assert config_lib.load(path, Config) == small()
+    assert codec.load(path, Config) == small()
+
+
+CONFIG_JSON = """{
+ "model": {
+  "stacks": [{"num_repeats": 2, "moe": null}, {"num_repeats": 3, "moe": {"num_experts": 4}}],
+  "rope": "yarn",
+  "remat": "FULL"
+ },
+ "optimizer": {"class": "Muon", "learning_rate": "Infinity", "betas": [0.5, 1]},
+ "shape": []
+}"""
+
+
+def test_a_config_json_of_old_is_read(tmp_path):
+    """The format stands as files hold it, not as this code happens to write it."""
+    (tmp_path / "config.json").write_text(CONFIG_JSON)
+    model = Model((Stack(2), Stack(3, Moe(4))), "yarn", remat=Remat.FULL)
+    expected = Config(model, Muon(math.inf, (0.5, 1)), shape=())
+    assert codec.load(tmp_path / "config.json", Config) == expected
 
 
 def test_load_of_no_file_and_of_no_json(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
-        config_lib.load(tmp_path / "none.json", Config)
+        codec.load(tmp_path / "none.json", Config)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match=r"bad\.json"):
-        config_lib.load(tmp_path / "bad.json", Config)
+        codec.load(tmp_path / "bad.json", Config)
 
 
 def test_what_json_cannot_hold_is_refused_on_saving(tmp_path):
     config = dataclasses.replace(small(), name=b"bytes")
     with pytest.raises(TypeError, match=r"config\.name holds a bytes"):
-        config_lib.save(config, tmp_path / "config.json")
+        codec.save(config, tmp_path / "config.json")
     assert not (tmp_path / "config.json").exists()
 
 

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from data_pipelines import local_text
 from data_pipelines.documents import DataSource, SystemText, ValidationSet
 from data_pipelines.local_text import build
-from lm.config import fields
+from lm.config import codec, fields
 from lm.data import Batches, DataStage, Share
 from lm.data.corpus import CorpusError
 
@@ -289,8 +289,8 @@ def test_sources_are_configuration():
         DataSource("books", ("c/**/*.txt",), max_epochs=2.5),
     )
     annotation = tuple[DataSource, ...]
-    encoded = json.loads(json.dumps(fields.encode(sources, annotation, "sources")))
-    assert fields.decode(encoded, annotation, "sources") == sources
+    encoded = json.loads(json.dumps(codec.encode(sources, annotation, "sources")))
+    assert codec.decode(encoded, annotation, "sources") == sources
     hints = fields.hints(DataSource)
     assert fields.parse("a/*.txt,b/*.txt", hints["files"]) == ("a/*.txt", "b/*.txt")
     assert fields.parse("none", hints["max_epochs"]) is None

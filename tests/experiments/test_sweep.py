@@ -11,6 +11,7 @@ import pytest
 from experiments import sweep as sweep_lib
 from experiments.configs import pretrain
 from experiments.sweep import chain, configurations, param, product, zipped
+from lm.config import codec
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
 from lm.train.optimizers import AdamW
@@ -117,7 +118,7 @@ def planned(tmp_path, base=BASE, text="train.num_steps=30,3,18,20"):
         script = SCRIPT.format(root=str(ROOT))
         run.command[1:3] = ["-c", script]
         run.workdir.mkdir(parents=True, exist_ok=True)
-        (run.workdir / "wanted.json").write_text(json.dumps(config_lib.to_dict(run.config)))
+        (run.workdir / "wanted.json").write_text(json.dumps(codec.to_dict(run.config)))
     return runs
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from lm.config import codec
 from lm.config import command_line as config_lib
 from lm.model import param_specs
 from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, PathRule, Soap, make_optimizer
@@ -122,8 +123,8 @@ def test_a_configuration_survives_its_file_and_the_command_line(config):
     config = Config(
         dataclasses.replace(config, rules=(PathRule("embed", 2.0, 0.0), PathRule("up")))
     )
-    text = json.dumps(config_lib.to_dict(config))
-    assert config_lib.from_dict(json.loads(text), Config) == config
+    text = json.dumps(codec.to_dict(config))
+    assert codec.from_dict(json.loads(text), Config) == config
     edits = {"optimizer.rules.1.learning_rate": "0.5", "optimizer.weight_decay": "0.25"}
     edited = config_lib.override(config, edits)
     assert edited.optimizer.rules == (PathRule("embed", 2.0, 0.0), PathRule("up", 0.5))
