@@ -2,8 +2,8 @@
 
 A tensor's innermost dimension is cut into blocks of `block` numbers, each of `nbytes` bytes: the
 `fields` of a C struct without padding, little-endian. Most types keep their quants as bit planes
-(`planes`); what a number is, given its quant and scales, is code (`gguf_blocks.py`, and leaves that
-compute on blocks). Source: ggml-common.h and ggml.h of ggml.
+(`planes`); what a number is, given its quant and scales, is code (the `gguf` package's for NumPy,
+and the leaves' that compute on blocks). Source: ggml-common.h and ggml.h of ggml.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BlockType:
     Attributes:
       name: as `Q4_K`.
       code: the number in files.
-      block: numbers a block.
+      block: numbers per block.
       fields: the block's members in order.
       planes: of the quants; empty where they are whole numbers or indices into a codebook.
     """
@@ -65,7 +65,7 @@ class BlockType:
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """Bytes a block."""
+        """Bytes per block."""
         return sum(field.nbytes for field in self.fields)
 
     @functools.cached_property
@@ -85,10 +85,10 @@ class BlockType:
         return self.block == 1
 
     def row_bytes(self, length: int) -> int:
-        """Bytes of `length` numbers. Raises ValueError where that is no whole number of blocks."""
+        """Bytes of `length` numbers. Raises ValueError where they do not fill whole blocks."""
         if length % self.block:
             raise ValueError(
-                f"{length} numbers are no whole number of {self.name} blocks; "
+                f"{length} is not a multiple of {self.name}'s block size; "
                 f"use a multiple of {self.block}"
             )
         return length // self.block * self.nbytes
@@ -141,7 +141,7 @@ _TYPES = (
         [Plane("ql", 4, 64), Plane("qh", 2, 32, 4)],
     ),
     _type("Q8_K", 15, 256, "d:<f4 qs:i1*256 bsums:<i2*16"),
-    # Indices into codebooks and signs; see `codebooks.py`.
+    # Indices into codebooks and signs.
     _type("IQ2_XXS", 16, 256, "d:<f2 qs:<u4*16"),
     _type("IQ2_XS", 17, 256, "d:<f2 qs:<u2*32 scales:u1*8"),
     _type("IQ3_XXS", 18, 256, "d:<f2 qs:u1*64 scales:<u4*8"),
@@ -165,6 +165,11 @@ _TYPES = (
     _type("Q2_0", 42, 64, "d:<f2 qs:u1*16", [Plane("qs", 2, 1)]),
 )
 
+# The numbers that IQ4_NL and IQ4_XS index.
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# Of MXFP4 and NVFP4: twice the values of E2M1 (OCP Microscaling Formats 1.0).
+FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
 TYPES: Mapping[str, BlockType] = {kind.name: kind for kind in _TYPES}
 BY_CODE: Mapping[int, BlockType] = {kind.code: kind for kind in _TYPES}
 # Once in ggml, with what became of them.
@@ -185,35 +190,3 @@ def block_type(name: str) -> BlockType:
     if name not in TYPES:
         raise ValueError(f"there is no ggml type {name!r}; use one of {', '.join(TYPES)}")
     return TYPES[name]
-
-
-def unpack(blocks: np.ndarray, kind: BlockType) -> np.ndarray:
-    """The quants of blocks in the order of the numbers: uint8 [blocks, kind.block].
-
-    Args:
-      blocks: of `kind.dtype`, [blocks].
-      kind: a type with planes.
-    """
-    quants = None
-    for plane in kind.planes:
-        data = blocks[plane.field]
-        data = data.reshape(len(blocks), data.shape[1] // plane.chunk, 1, plane.chunk)
-        shifts = np.arange(0, 8, plane.bits, dtype=np.uint8)[:, None]
-        part = (data >> shifts) & np.uint8((1 << plane.bits) - 1)
-        part = part.reshape(len(blocks), kind.block)
-        if plane.shift:
-            part <<= np.uint8(plane.shift)
-        quants = part if quants is None else quants | part
-    assert quants is not None, kind.name
-    return quants
-
-
-def pack(quants: np.ndarray, kind: BlockType, blocks: np.ndarray) -> None:
-    """The inverse of `unpack`: write quants, uint8 [blocks, kind.block], into `blocks`."""
-    for plane in kind.planes:
-        steps = 8 // plane.bits
-        shape = (len(blocks), -1, steps, plane.chunk)
-        part = (quants.reshape(shape) >> np.uint8(plane.shift)) & np.uint8((1 << plane.bits) - 1)
-        part <<= np.arange(0, 8, plane.bits, dtype=np.uint8)[:, None]
-        field = blocks[plane.field]
-        field[...] = np.bitwise_or.reduce(part, axis=2).reshape(field.shape)

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import files
-from lm.files.codebooks import FP4_LEVELS, IQ4_LEVELS
-from lm.files.ggml import BlockType, block_type
+from lm.files.ggml import FP4_LEVELS, IQ4_LEVELS, BlockType, block_type
 from lm.weights.blocked import Along, Blocked, lookup
 
 F32 = jnp.float32

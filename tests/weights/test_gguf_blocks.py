@@ -52,5 +52,5 @@ def test_what_does_not_fit():
         GGUFBlocks.from_bytes(np.zeros(66, np.uint8), "IQ2_XXS", (1, 256))
     with pytest.raises(ValueError, match=r"17 bytes given as Q4_0 \[1, 32\], which is 18"):
         GGUFBlocks.from_bytes(np.zeros(17, np.uint8), "Q4_0", (1, 32))
-    with pytest.raises(ValueError, match="40 numbers are no whole number of Q8_0 blocks"):
+    with pytest.raises(ValueError, match="40 is not a multiple of Q8_0"):
         GGUFBlocks.quantize(jnp.zeros((40, 4)), "Q8_0")
