@@ -1,7 +1,7 @@
-"""Who takes part in the benchmark of generation; each is built in a process of its own.
+"""Contenders of the benchmark of generation.
 
-A contender is made from a GGUF file, and gives a function `generate(batch, new) -> None` that
-continues `batch` prompts by `new` tokens each, greedily, with ends of sequence ignored.
+Each is made from a GGUF file, and gives a function `generate(batch, new) -> None` that continues
+`batch` prompts by `new` tokens each, greedily, with ends of sequence ignored.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import concurrent.futures
 import importlib
 import os
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
+from experiments.benchmark.harness import Answer, timed
+
 Generate = Callable[[int, int], None]
 PROMPT = 32  # tokens of a prompt
-MOST = 1024  # positions of the context
-SLOTS = 8  # llama.cpp's rows at once; more wait
+MAX_LENGTH = 1024  # positions of the context
+SLOTS = 8  # rows llama.cpp runs at once; more wait
 
 
 def prompts(batch: int, vocab_size: int) -> list[list[int]]:
@@ -42,13 +45,9 @@ def ours(path: pathlib.Path, dtype: str, keep_quantized: bool = False) -> tuple[
     def generate(batch: int, new: int) -> None:
         if batch not in samplers:
             samplers[batch] = LocalSampler(
-                params,
-                opened.config,
-                eos_ids=(),
-                max_batch=batch,
-                max_length=MOST,
+                params, opened.config, eos_ids=(), max_batch=batch, max_length=MAX_LENGTH,
                 dtype=jnp.dtype(dtype),
-            )
+            )  # fmt: skip
         rows = prompts(batch, opened.config.vocab_size)
         requests = [Request(prompt_token_ids=row, max_new_tokens=new) for row in rows]
         samplers[batch].sample(requests)
@@ -85,7 +84,7 @@ def llamacpp(path: pathlib.Path) -> tuple[Generate, dict]:
     library: Any = importlib.import_module("xllamacpp")
     params = library.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel = SLOTS * MOST, SLOTS
+    params.n_ctx, params.n_parallel = SLOTS * MAX_LENGTH, SLOTS
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
     params.verbosity, params.cache_prompt = 0, False
     server = library.Server(params)
@@ -116,4 +115,38 @@ CONTENDERS: dict[str, Callable[[pathlib.Path], tuple[Generate, dict]]] = {
     "transformers_blocks": lambda path: transformers(path, "float32", blocks=True),
     "llamacpp": llamacpp,
 }
-NEEDS = {"transformers": ("torch", "transformers"), "llamacpp": ("xllamacpp",), "ours": ()}
+TORCH = ("torch", "transformers")
+LIBRARIES = {"transformers": TORCH, "llamacpp": ("xllamacpp",)}
+NEEDS = {name: LIBRARIES.get(name.partition("_")[0], ()) for name in CONTENDERS}
+
+
+def contender(name: str) -> dict[str, Callable[..., Answer]]:
+    """What a contender's process answers: `open` once, then `generate`."""
+    opened: list[Generate] = []
+
+    def open(path: str) -> Answer:
+        (function, facts), figures = timed(lambda: CONTENDERS[name](pathlib.Path(path)))
+        opened.append(function)
+        load = {"load_seconds": figures["seconds"], "load_peak_bytes": figures["peak_bytes"]}
+        return facts | load
+
+    def generate(batch: int, new: int) -> Answer:
+        return timed(lambda: opened[0](batch, new))[1]
+
+    return {"open": open, "generate": generate}
+
+
+def bandwidth() -> float:
+    """Bytes per second that a sum over 256 MB reads, the best of ten."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((1 << 26,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(x).block_until_ready()
+    times = []
+    for _ in range(10):
+        before = time.perf_counter()
+        total(x).block_until_ready()
+        times.append(time.perf_counter() - before)
+    return x.nbytes / min(times)

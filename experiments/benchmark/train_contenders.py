@@ -1,22 +1,22 @@
-"""Who takes part in the benchmark of the training step; each is built in a process of its own.
+"""Contenders of the benchmark of the training step.
 
 Neither JAX nor PyTorch is imported before its contender is built.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
-import json
-import pathlib
-import sys
+import statistics
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
-CONTENDERS = ("jax", "torch", "torch_compile")
+from experiments.benchmark.harness import Answer, BenchmarkError, say, timed
+
+TORCH = ("torch", "transformers")
+NEEDS = {"jax": (), "torch": TORCH, "torch_compile": TORCH}  # modules of each contender
 LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0
 
 
@@ -52,21 +52,18 @@ def token_ids(size: Size) -> Any:
     return rng.integers(0, size.vocab_size, (size.batch_size, size.length))
 
 
-def jax_worker(size: Size, precision: str, options: dict[str, Any]) -> tuple[Callable, dict]:
+def jax_worker(size: Size, precision: str, remat: str | None) -> tuple[Callable, Answer]:
     """(a function that does a step and returns the loss, facts about the contender)."""
     from lm.model.families import make_config
+    from lm.run.process import keep_freed_memory
 
+    keep_freed_memory()
     config = make_config(
-        "llama",
-        vocab_size=size.vocab_size,
-        embed_dim=size.embed_dim,
-        hidden_dim=size.hidden_dim,
-        num_layers=size.num_layers,
-        num_heads=size.num_heads,
-        num_kv_heads=size.num_kv_heads,
+        "llama", vocab_size=size.vocab_size, embed_dim=size.embed_dim, hidden_dim=size.hidden_dim,
+        num_layers=size.num_layers, num_heads=size.num_heads, num_kv_heads=size.num_kv_heads,
         max_length=size.length,
-    )
-    remat = options.get("remat") or "none"
+    )  # fmt: skip
+    remat = remat or "none"
     step, num_parameters, _ = make_jax_step(config, token_ids(size), precision, remat)
     return step, {"num_parameters": num_parameters, "remat": remat}
 
@@ -123,25 +120,19 @@ def make_jax_step(
     return run, num_params(config), seconds
 
 
-def torch_worker(size: Size, precision: str, options: dict[str, Any]) -> tuple[Callable, dict]:
+def torch_worker(size: Size, precision: str, compiled: bool) -> tuple[Callable, Answer]:
     """As `jax_worker`, for PyTorch at its best: SDPA, and the faster of its two quick AdamWs."""
     torch = importlib.import_module("torch")
     transformers = importlib.import_module("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=size.vocab_size,
-        hidden_size=size.embed_dim,
-        intermediate_size=size.hidden_dim,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_kv_heads,
-        max_position_embeddings=size.length,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
+        vocab_size=size.vocab_size, hidden_size=size.embed_dim, intermediate_size=size.hidden_dim,
+        num_hidden_layers=size.num_layers, num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads, max_position_embeddings=size.length,
+        tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).train()
-    call = torch.compile(model) if options["compile"] else model
+    call = torch.compile(model) if compiled else model
     ids = torch.from_numpy(token_ids(size))
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -183,44 +174,84 @@ def torch_worker(size: Size, precision: str, options: dict[str, Any]) -> tuple[C
     return run, {"num_parameters": count, "optimizer": best, "threads": torch.get_num_threads()}
 
 
-def peak_bytes() -> int:
-    """The largest resident size this process ever had."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
+def time_accelerator(
+    model: str, batch_size: int, rounds: int, attention: str | None, remat: str = "full",
+    length: int = 4096, peak_tflops: float | None = None, **changes: Any,
+) -> Answer:  # fmt: skip
+    """One model's step in bfloat16 on the first device, as a row.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    Args:
+      model: a name in `lm.model.known`.
+      batch_size, length: rows of whole documents, and their tokens.
+      rounds: timed steps.
+      attention: implementation, see `lm.kernels.attention.attention`.
+      remat: see `lm.model.remat`.
+      peak_tflops: what MFU is a share of; None for the device's in `lm.hardware.chips`.
+      **changes: of the model, see `known_model`.
 
+    Raises:
+      BenchmarkError: the step does not fit the device, or its peak is not known.
+    """
+    import jax
+    import numpy as np
 
-def work(contender: str, commands: TextIO, answers: TextIO) -> None:
-    """A contender's process: builds its step, then does one whenever a line asks for it."""
+    from lm.hardware.chips import peak_flops
+    from lm.model import num_params, train_flops
+    from lm.model.known import known_model
 
-    def answer(**values: Any) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
-    case = json.loads(commands.readline())
-    size, precision, options = Size(**case["size"]), case["precision"], case["options"]
+    device = jax.devices()[0]
+    peak_tflops = peak_tflops or (peak_flops(device.device_kind) or 0) / 1e12
+    if not peak_tflops:
+        raise BenchmarkError(f"the peak of {device.device_kind!r} is unknown; give --peak_tflops")
+    config = known_model(model, **changes)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length))
+    say(
+        f"{model}: {num_params(config):,} parameters, {batch_size} x {length} tokens, remat {remat}"
+    )
     try:
-        if contender == "jax":
-            from lm.run.process import keep_freed_memory
+        step, _, seconds_to_compile = make_jax_step(config, ids, "bfloat16", remat, attention)
+        say(f"compiled in {seconds_to_compile:.0f} s")
+        loss = [step() for _ in range(2)][-1]
+        seconds = []
+        for i in range(rounds):
+            loss, figures = timed(step)
+            seconds.append(figures["seconds"])
+            say(f"  step {i + 1}/{rounds}: {seconds[-1]:.3f} s, loss {loss:.3f}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise BenchmarkError(
+            f"batch_size={batch_size} with remat={remat} does not fit the device; use a smaller "
+            "--batch_size, or --remat=full"
+        ) from error
+    rate = batch_size * length / statistics.median(seconds)
+    tflops = rate * train_flops(config, length) / 1e12
+    return {
+        "model": model, "batch_size": batch_size, "sequence_length": length, "remat": remat,
+        "attention": attention, "seconds_per_step": statistics.median(seconds),
+        "tokens_per_second": rate, "tflops": tflops, "mfu": tflops / peak_tflops,
+        "peak_tflops": peak_tflops,
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "compile_seconds": seconds_to_compile, "loss": loss,
+    }  # fmt: skip
 
-            keep_freed_memory()
-            step, facts = jax_worker(size, precision, options)
+
+def contender(name: str) -> dict[str, Callable[..., Answer]]:
+    """What a contender's process answers: `open`, which also warms up, then `step`s."""
+    run: Callable[[], float] = lambda: 0.0  # noqa: E731 - until it is opened
+
+    def open(size: dict[str, int], precision: str, remat: str | None) -> Answer:
+        nonlocal run
+        if name == "jax":
+            run, facts = jax_worker(Size(**size), precision, remat)
         else:
-            compiled = contender == "torch_compile"
-            step, facts = torch_worker(size, precision, options | {"compile": compiled})
+            run, facts = torch_worker(Size(**size), precision, name == "torch_compile")
         for _ in range(2):
-            step()
-    except Exception as error:  # told to the parent, which goes on without this contender
-        answer(error=f"{type(error).__name__}: {error}"[:400])
-        return
-    answer(**facts)
-    for _ in commands:
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = step()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        answer(seconds=wall, cpu_seconds=cpu, loss=loss, peak_bytes=peak_bytes())
+            run()
+        return facts
+
+    def step() -> Answer:
+        loss, figures = timed(run)
+        return figures | {"loss": loss}
+
+    return {"open": open, "step": step, "accelerator": time_accelerator}

@@ -1,7 +1,8 @@
-"""The benchmark: its processes, its arithmetic, its errors."""
+"""The benchmarks, end to end on a CPU; their processes, arithmetic and errors."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -11,43 +12,43 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from experiments.benchmark import train as benchmark
-from experiments.benchmark.train_contenders import SIZES, Size
+from experiments.benchmark import harness, kernels, kernels_contenders, train
+from experiments.benchmark.harness import BenchmarkError, Worker
+from experiments.benchmark.kernels_contenders import Case
+from experiments.benchmark.train_contenders import SIZES, Size, time_accelerator
+from lm.kernels.attention import View
+from lm.kernels.attention.reference import mask
 from lm.model import train_flops
 from lm.model.known import known_model
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+TINY_LLAMA = {"vocab_size": 128, "embed_dim": 32, "num_layers": 2, "num_heads": 4,
+              "num_kv_heads": 2, "hidden_dim": 64}  # fmt: skip
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "experiments.benchmark", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def test_ours_alone_as_json():
-    result = run(
-        "train", "--sizes=tiny", "--precisions=bfloat16", "--contenders=jax", "--rounds=2",
-        "--format=json",
+        cwd=pathlib.Path(__file__).resolve().parents[2], env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
+
+
+def test_train_alone_as_json():
+    result = run("train", "--sizes=tiny", "--precisions=bfloat16", "--contenders=jax",
+                 "--rounds=2", "--format=json")  # fmt: skip
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     (row,) = report["rows"]
-    assert row["tokens_per_second"] == pytest.approx(
-        SIZES["tiny"].num_tokens / row["seconds_per_step"]
-    )
+    rate = SIZES["tiny"].num_tokens / row["seconds_per_step"]
+    assert row["tokens_per_second"] == pytest.approx(rate)
     assert row["ratio"] is None
     assert row["peak_bytes"] > 50e6
     assert 0 < row["loss"] < 5
     assert report["environment"]["versions"]["jax"]
+    assert report["environment"]["command"].startswith("python -m experiments.benchmark train --s")
     assert "round 2/2" in result.stderr
 
 
@@ -56,7 +57,7 @@ def test_ours_alone_as_json():
     importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None,
     reason="needs the peers extra",
 )
-def test_against_torch():
+def test_train_against_torch():
     result = run("train", "--sizes=tiny", "--precisions=float32", "--contenders=jax,torch",
                  "--rounds=3")  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -68,52 +69,116 @@ def test_against_torch():
 
 
 def test_ratio_is_to_the_fastest_peer():
-    rows = [
-        {"contender": "jax", "seconds_per_step": 2.0},
-        {"contender": "torch", "seconds_per_step": 4.0},
-        {"contender": "torch_compile", "seconds_per_step": 3.0},
-    ]
-    benchmark.add_ratios(rows)
+    seconds = {"jax": 2.0, "torch": 4.0, "torch_compile": 3.0}
+    rows = [{"contender": name, "seconds_per_step": s} for name, s in seconds.items()]
+    train.add_ratios(rows)
     assert [row["ratio"] for row in rows] == [1.5, 0.75, 1.0]
 
 
-def test_a_worker_that_fails_is_told_of():
-    with pytest.raises(benchmark.BenchmarkError, match="num_kv_heads=3 does not divide"):
-        benchmark.Worker("jax", Size(32, 2, 4, 3, 64, 128, 2, 16), "float32", None)
-
-
 def test_accelerator_row_on_cpu():
-    row = benchmark.time_accelerator(
-        "llama3_2_1b", 2, 32, "full", None, 2, 1.0,
-        vocab_size=128, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=64,
-    )  # fmt: skip
-    config = known_model(
-        "llama3_2_1b", vocab_size=128, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2,
-        hidden_dim=64,
-    )  # fmt: skip
+    row = time_accelerator("llama3_2_1b", 2, 2, None, length=32, peak_tflops=1.0, **TINY_LLAMA)
+    config = known_model("llama3_2_1b", **TINY_LLAMA)
     assert row["tokens_per_second"] == pytest.approx(64 / row["seconds_per_step"])
     flops = row["tokens_per_second"] * train_flops(config, 32)
     assert row["mfu"] == pytest.approx(flops / 1e12)
 
 
 def test_missing_peers_leave_ours(monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
-    assert benchmark.available(["jax", "torch", "torch_compile"]) == ["jax"]
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    assert train.available(["jax", "torch", "torch_compile"]) == ["jax"]
     assert "lm-lifecycle[peers]" in capsys.readouterr().err
-    with pytest.raises(benchmark.BenchmarkError, match="no contender"):
-        benchmark.available(["torch"])
+    with pytest.raises(BenchmarkError, match="no contender"):
+        train.available(["torch"])
+
+
+def test_all_kernels_on_a_cpu(tmp_path):
+    path = tmp_path / "kernels.json"
+    result = run("kernels", "--sizes=tiny", "--rounds=1", f"--json={path}")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(path.read_text())
+    assert {row["contender"] for row in report["attention"]} == {"flash", "blocked"}
+    for row in report["attention"]:
+        assert "error" not in row
+        # bfloat16 keeps eight bits: its rounding shows, and nothing much larger.
+        assert all(1e-4 < error < 2e-2 for error in row["max_errors"].values()), row
+        case = Case(**{f.name: row[f.name] for f in dataclasses.fields(Case)})
+        assert row["both_tflops"] * row["both_seconds"] == pytest.approx(3.5e-12 * case.flops)
+    (paged,), (step,) = report["paged"], report["train"]
+    assert paged["max_error"] < 2e-2 and paged["of_copy"] > 0
+    assert step["tokens_per_second"] > 0
+    assert report["environment"]["versions"]["jax"]
+    lines = result.stdout.splitlines()
+    for row in (*report["attention"], paged):
+        assert (
+            sum(line.startswith(f"| {row['case']} | {row['contender']} |") for line in lines) == 1
+        )
+
+
+def test_work_is_that_of_the_mask():
+    case = Case(40, 2, 4, 2, 8, num_documents=3, window=7)
+    positions, segments = case.rows()
+    seen = mask(View(positions, positions, segments, segments), True, 7)
+    assert case.flops == 4 * 8 * 4 * int(np.sum(seen))
+    assert len(np.unique(segments)) == 3
+
+
+def test_a_wrong_kernel_shows(tmp_path):
+    case = dataclasses.replace(kernels.cases("tiny")[0], length=64)
+    path = str(tmp_path / "expected.npz")
+    kernels_contenders.expected(case, path)
+    right = kernels_contenders.JaxContender("reference", case).results(case.sample)
+    assert max(kernels_contenders.errors(case, right, path).values()) < 2e-2
+    wrong = [right[0], right[1], right[2][:, ::-1], right[3]]
+    found = kernels_contenders.errors(case, wrong, path)
+    assert found["dk"] > 0.1 and found["dv"] < 2e-2
+
+
+def test_others_go_on_without_a_contender_that_fails_or_hangs():
+    case = dataclasses.asdict(kernels.cases("tiny")[0])
+    with Worker("kernels", "cudnn", 200, harness.ON_CPU) as worker:
+        # There is no cuDNN on a CPU; the process lives on and says so.
+        failed = worker.ask("open", case=case)
+        assert "error" in failed and not worker.lost
+        taken = harness.interleaved([worker], 3, lambda w: w.ask("open", case=case))
+        assert taken == {"cudnn": [failed]}  # not asked again
+        worker.timeout = 0.01
+        hung = worker.ask("expect", case=case, path=os.devnull)
+        assert "no answer for" in hung["error"]
+        assert worker.ask("time", what="both", repeats=1) == hung
+    table = kernels.tables({"attention": [{"case": "x", "contender": "cudnn"} | hung]})
+    assert "| x | cudnn | no answer for" in table
+    size = dataclasses.asdict(Size(32, 2, 4, 3, 64, 128, 2, 16))
+    with (
+        Worker("train", "jax", None, harness.ON_CPU) as worker,
+        pytest.raises(BenchmarkError, match=r"jax failed: .*num_kv_heads=3 does not divide"),
+    ):
+        worker.demand("open", size=size, precision="float32", remat=None)
+
+
+def test_contenders_go_first_in_turn():
+    workers = [type("W", (), {"name": name})() for name in "abc"]
+    order = []
+    harness.interleaved(workers, 3, lambda w: order.append(w.name) or {})
+    assert "".join(order) == "abcbcacab"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "message"),
     [
-        (("train", "--sizes=huge", "--contenders=jax"), "huge.*tiny, small, large"),
-        (("train", "--precisions=int3"), "int3.*float32, bfloat16"),
-        (("evaluate",), "Known: train"),
+        ("train --sizes=huge --contenders=jax", "--sizes=huge: use some of tiny, small, large"),
+        ("train --precisions=int3", "--precisions=int3: use some of float32, bfloat16"),
+        ("train --parts=paged", "Unknown command line flag 'parts'.*"),
+        ("evaluate", "no benchmark 'evaluate'; use one of train, kernels, generate"),
+        ("kernels --sizes=large", "--sizes=large: kernels have tiny or full"),
+        ("kernels --sizes=full", "--sizes=full needs an accelerator, .*; use --sizes=tiny"),
+        ("kernels --parts=matmul", "--parts=matmul: use some of attention, paged, train"),
+        ("kernels --contenders=mosaic_gpu", "--contenders=mosaic_gpu: use some of flash, blocked"),
+        ("kernels --json=/nowhere/x.json", "--json=.*: there is no folder /nowhere.*"),
+        ("generate", "no model; give a .gguf file .*"),
     ],
 )
-def test_errors(arguments, message):
-    result = run(*arguments)
-    assert result.returncode != 0
-    assert re.search(message, result.stdout + result.stderr)
-    assert "Traceback" not in result.stderr
+def test_errors(command, message):
+    result = run(*command.split())
+    assert result.returncode == 2
+    assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+    assert not result.stdout

@@ -1,4 +1,4 @@
-"""Who takes part in the benchmark of the kernels; each is a process of its own.
+"""Contenders of the benchmark of the kernels.
 
 A kernel may hang or take its process down at its first run on a chip; the others go on. Neither JAX
 nor PyTorch is imported before its process has begun.
@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import json
+import statistics
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-CONTENDERS = {  # by JAX's name of the platform
+from experiments.benchmark.harness import Answer
+
+CONTENDERS = {  # of attention, by platform
     "cpu": ("flash", "blocked"),
     "gpu": ("mosaic_gpu", "cudnn", "blocked", "torch"),
     "tpu": ("flash", "splash", "blocked"),
 }
-GRADIENTS = ("dq", "dk", "dv")
+RESULTS = ("out", "dq", "dk", "dv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Case:
     """Causal attention of a batch of rows.
 
     Attributes:
-      num_documents: of a row, packed; 1 for whole rows.
+      num_documents: packed into each row; 1 for whole rows.
     """
 
     length: int
@@ -62,7 +64,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the forward pass, of the scores that are seen."""
+        """Operations of the forward pass, for the scores that are not masked."""
         window = self.window or self.length
         seen = sum(int(np.minimum(np.arange(1, n + 1), window).sum()) for n in self.documents)
         return 4 * self.batch_size * self.num_heads * self.head_dim * seen
@@ -91,7 +93,7 @@ class Case:
 
 
 def expected(case: Case, path: str) -> None:
-    """Writes what the sampled queries get and give, by the reference in float32."""
+    """Writes outputs and gradients of the sampled queries, by the reference in float32."""
     import jax
     import jax.numpy as jnp
 
@@ -113,12 +115,8 @@ def expected(case: Case, path: str) -> None:
 
     with jax.default_matmul_precision("highest"):
         results = run(q[:, part], k, v, dout[:, part], view)
-    names = ("out", *GRADIENTS)
-    arrays: dict[str, Any] = {n: np.asarray(x) for n, x in zip(names, results, strict=True)}
+    arrays: dict[str, Any] = {n: np.asarray(x) for n, x in zip(RESULTS, results, strict=True)}
     np.savez(path, **arrays)
-
-
-Run = Callable[[], Any]
 
 
 class JaxContender:
@@ -219,36 +217,87 @@ def errors(case: Case, results: list[np.ndarray], path: str) -> dict[str, float]
     """Largest differences, as shares of the largest value expected."""
     wanted = np.load(path)
     found = {}
-    for name, x in zip(("out", *GRADIENTS), results, strict=True):
+    for name, x in zip(RESULTS, results, strict=True):
         x = x[:, case.sample] if name in ("out", "dq") else x
         difference = np.abs(x - wanted[name]).max() / np.abs(wanted[name]).max()
         found[name] = float(difference)
     return found
 
 
-def work(name: str, commands: TextIO, answers: TextIO) -> None:
-    """A contender's process: does what each line asks for, and tells of what it cannot."""
-    contender: Any = None
-    case: Any = None
-    for line in commands:
-        ask = json.loads(line)
-        try:
-            if "case" in ask:
-                contender, case = None, Case(**ask["case"])
-            answer: dict[str, Any] = {}
-            if ask["do"] == "expect":
-                expected(case, ask["path"])
-            elif ask["do"] == "open":
-                before = time.perf_counter()
-                make = TorchContender if name == "torch" else JaxContender
-                contender = make(name, case)
-                answer["compile_seconds"] = time.perf_counter() - before
-            elif ask["do"] == "check":
-                answer = errors(case, contender.results(case.sample), ask["path"])
-            else:
-                answer["seconds"] = contender.seconds(ask["what"], ask["repeats"])
-        except Exception as error:  # told to the parent, which goes on with the others
-            text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            answer = {"error": text[:300]}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+def time_paged(name: str, size: str, rounds: int) -> Answer:
+    """Decoding over pages with one implementation, and a copy, as a row."""
+    import jax
+    import jax.numpy as jnp
+
+    from lm.kernels.attention import View, attention
+    from lm.kernels.paged_attention import make_pages, paged_attention
+
+    B, T, H, K, h, page = (4, 64, 4, 2, 64, 16) if size == "tiny" else (64, 8192, 32, 8, 128, 64)
+    keys = [jax.random.key(i) for i in range(3)]
+    empty = make_pages(B * T // page, page, K, h)
+    data = jax.random.normal(keys[0], empty.data.shape, empty.data.dtype)
+    table = jax.random.permutation(keys[1], B * T // page).reshape(B, -1).astype(jnp.int32)
+    q = jax.random.normal(keys[2], (B, H, h), jnp.bfloat16)
+    large = jnp.ones((1 << (23 if size == "tiny" else 29),), jnp.bfloat16)
+    copy = _median(jax.jit(lambda x: x + 1).lower(large).compile(), large, rounds=rounds)
+    # One sequence at a time, so that its keys side by side in float32 fit anywhere.
+    rows = data[table[0]].swapaxes(1, 2).reshape(T, K, -1).astype(jnp.float32)
+    wanted = attention(
+        q[:1, None].astype(jnp.float32), rows[None, ..., :h], rows[None, ..., h : 2 * h],
+        View(np.full((1, 1), T - 1), np.arange(T)[None]), scale=h**-0.5, implementation="reference",
+    )[0, 0]  # fmt: skip
+    call = functools.partial(paged_attention, scale=h**-0.5, max_q_len=1, implementation=name)
+    lens, starts = jnp.full((B,), T, jnp.int32), jnp.arange(B + 1, dtype=jnp.int32)
+    arguments = (q, dataclasses.replace(empty, data=data), table, lens, starts)
+    run = jax.jit(call).lower(*arguments).compile()
+    out = run(*arguments)[0].astype(jnp.float32)
+    seconds = _median(run, *arguments, rounds=rounds)
+    rate, copied = 2 * B * T * K * h * 2 / seconds / 1e9, 2 * large.nbytes / copy / 1e9
+    return {
+        "case": f"{B} sequences of {T}, {H}/{K} heads of {h}, pages of {page}",
+        "max_error": float(jnp.abs(out - wanted).max() / jnp.abs(wanted).max()),
+        "seconds": seconds, "gb_per_second": rate, "copy_gb_per_second": copied,
+        "of_copy": rate / copied,
+    }  # fmt: skip
+
+
+def _median(run: Any, *arguments: Any, rounds: int) -> float:
+    """Seconds of a call, of `rounds` times ten."""
+    import jax
+
+    jax.block_until_ready(run(*arguments))
+    taken = []
+    for _ in range(rounds):
+        before = time.perf_counter()
+        for _ in range(10):
+            result = run(*arguments)
+        jax.block_until_ready(result)
+        taken.append((time.perf_counter() - before) / 10)
+    return statistics.median(taken)
+
+
+def contender(name: str) -> dict[str, Callable[..., Answer]]:
+    """What a contender's process answers: `paged`, or `open` with a case, then `check`, `time`."""
+    opened: list[Any] = []
+
+    def open(case: dict[str, Any]) -> Answer:
+        opened.clear()
+        before = time.perf_counter()
+        make = TorchContender if name == "torch" else JaxContender
+        found = Case(**case)
+        opened.extend((make(name, found), found))
+        return {"compile_seconds": time.perf_counter() - before}
+
+    def expect(case: dict[str, Any], path: str) -> Answer:
+        expected(Case(**case), path)
+        return {}
+
+    def check(path: str) -> Answer:
+        made, case = opened
+        return errors(case, made.results(case.sample), path)
+
+    def time_(what: str, repeats: int) -> Answer:
+        return {"seconds": opened[0].seconds(what, repeats)}
+
+    paged = functools.partial(time_paged, name)
+    return {"open": open, "expect": expect, "check": check, "time": time_, "paged": paged}
