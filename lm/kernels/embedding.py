@@ -6,9 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lm.kernels.cross_entropy.fused import Placement, make_placement
-from lm.sharding import constrain, gather_weight
+from lm.sharding import constrain, gather_weight, map_devices
 
 
 @jax.custom_vjp
@@ -37,13 +38,8 @@ def _backward(saved, dx: jax.Array):
     table, ids = saved
     at = make_placement(dx.shape, table.shape, transposed=True)
     local = functools.partial(_local_gradient, at, table.shape[0], table.dtype)
-    if at.mesh is None:
-        return local(ids, dx), None
-    specs = (at.tokens, jax.sharding.PartitionSpec(*at.tokens, None))
-    summed = jax.shard_map(
-        local, mesh=at.mesh, in_specs=specs, out_specs=at.gradient, check_vma=False
-    )
-    return summed(ids, dx), None
+    specs = (at.tokens, PartitionSpec(*at.tokens, None))
+    return map_devices(local, specs, at.gradient, at.mesh)(ids, dx), None
 
 
 lookup.defvjp(_forward, _backward)

@@ -1,6 +1,6 @@
 """What devices exchange beyond what a constraint can say."""
 
-from lm.parallel.distribute import deal
+from lm.parallel.distribute import distribute_matrices
 from lm.parallel.ring import ring_attention
 from lm.parallel.strategies import WAYS, check_context, context_attention, in_order_of
 from lm.parallel.ulysses import ulysses_attention
@@ -11,7 +11,7 @@ __all__ = [
     "Zigzag",
     "check_context",
     "context_attention",
-    "deal",
+    "distribute_matrices",
     "in_order_of",
     "ring_attention",
     "ulysses_attention",

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.kernels.attention import View, attention, attention_backward
 from lm.kernels.attention.reference import NEGATIVE
 from lm.parallel.context import Context, current_context
+from lm.sharding import map_devices
 
 KERNELS = ("flash", "mosaic_gpu")
 LONGEST_PLAIN = 1024  # tokens of a part where plain JAX holds the scores of a pair of them
@@ -158,13 +159,8 @@ def _specs(static: Static, q: jax.Array, k: jax.Array) -> tuple[Any, ...]:
 def _over_mesh(local, static: Static, q, k, out_specs, more_specs=()):
     heads, keys, tokens, _ = _specs(static, q, k)
 
-    return jax.shard_map(
-        functools.partial(local, static),
-        mesh=static.context.mesh,
-        in_specs=(heads, keys, keys, *(tokens,) * 4, *more_specs),
-        out_specs=out_specs,
-        check_vma=False,
-    )
+    specs = (heads, keys, keys, *(tokens,) * 4, *more_specs)
+    return map_devices(functools.partial(local, static), specs, out_specs, static.context.mesh)
 
 
 def _forward(static: Static, q, k, v, q_positions, k_positions, q_segments, k_segments):

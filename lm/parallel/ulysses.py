@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lm.kernels.attention import View, attention
 from lm.parallel.context import Context, current_context, divisors
+from lm.sharding import map_devices
 
 
 def ulysses_attention(
@@ -58,14 +59,8 @@ def ulysses_attention(
         )
         return jax.lax.all_to_all(out, axes, split_axis=1, concat_axis=2, tiled=True)
 
-    over_mesh = jax.shard_map(
-        local,
-        mesh=context.mesh,
-        in_specs=(heads, kv_heads, kv_heads, *(tokens,) * 4),
-        out_specs=heads,
-        check_vma=False,
-    )
-    return over_mesh(
+    specs = (heads, kv_heads, kv_heads, *(tokens,) * 4)
+    return map_devices(local, specs, heads, context.mesh)(
         q, k, v, view.query_positions, view.key_positions, view.query_segments, view.key_segments
     )
 

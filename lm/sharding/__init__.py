@@ -7,12 +7,21 @@ from lm.sharding.layout import (
     constrain_both,
     current_layout,
     gather_weight,
+    is_local,
+    map_devices,
     named_sharding,
     reshard,
     use_layout,
 )
 from lm.sharding.mesh import AXES, MeshShape, make_mesh, pretend_cpu_devices
-from lm.sharding.rules import Rules, Sharding, check_divides, make_rules, partition_spec
+from lm.sharding.rules import (
+    Rules,
+    Sharding,
+    check_divides,
+    make_rules,
+    mesh_axes,
+    partition_spec,
+)
 
 __all__ = [
     "AXES",
@@ -25,8 +34,11 @@ __all__ = [
     "constrain_both",
     "current_layout",
     "gather_weight",
+    "is_local",
     "make_mesh",
     "make_rules",
+    "map_devices",
+    "mesh_axes",
     "named_sharding",
     "partition_spec",
     "pretend_cpu_devices",

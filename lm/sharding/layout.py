@@ -6,20 +6,37 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lm.sharding.rules import REPLICAS, Rules, Table, partition_spec, without
+from lm.sharding.rules import REPLICAS, Rules, Table, mesh_axes, partition_spec, without
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules that map logical axes onto it."""
+    """A mesh and the rules that map logical axes onto it.
+
+    Attributes:
+      mesh: the devices.
+      rules: which mesh axes split which logical axis.
+      mapped: mesh axes that an enclosing `jax.vmap(spmd_axis_name=...)` has taken.
+    """
 
     mesh: Mesh
     rules: Rules
+    mapped: tuple[str, ...] = ()
+
+    def inside_vmap(self, axis: str) -> Layout:
+        """The layout to use in a function under `jax.vmap(..., spmd_axis_name=axis)`.
+
+        JAX adds `axis` to every constraint and `shard_map` in there, so no rule may name it.
+        """
+        tables = dataclasses.asdict(self.rules)
+        rules = Rules(**{name: without(table, (axis,)) for name, table in tables.items()})
+        return Layout(self.mesh, rules, (*self.mapped, axis))
 
 
 _current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -45,6 +62,53 @@ def named_sharding(
 ) -> NamedSharding:
     """The NamedSharding of an array with these logical axes. Errors as `partition_spec`."""
     return NamedSharding(mesh, partition_spec(table, logical_axes, mesh, shape))
+
+
+def is_local(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether arrays are one device's already: a mesh of one, or the inside of a `shard_map`."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return all(size == 1 or axis in manual for axis, size in mesh.shape.items())
+
+
+def map_devices(
+    function: Callable[..., Any], in_specs: Any, out_specs: Any, mesh: Mesh | None
+) -> Callable[..., Any]:
+    """`function` of each device's own part of its arrays, as a function of the whole arrays.
+
+    Every `shard_map` of the library is made here. It may be called under
+    `jax.vmap(..., spmd_axis_name=axis)`, in the layout `Layout.inside_vmap(axis)`, and inside
+    another `shard_map`, whose axes the specs then lose.
+
+    Args:
+      function: of local arrays. It may use collectives over mesh axes of more than one device; what
+        it returns as replicated, it has to make so.
+      in_specs, out_specs: PartitionSpecs, a tree prefix of the arguments and of the result.
+      mesh: the layout's; None, or a mesh of one device, gives `function` itself.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    around, layout = jax.sharding.get_abstract_mesh(), current_layout()
+    taken = {*around.manual_axes, *(layout.mapped if layout else ())}
+    # Named as well, or JAX would sum gradients over them: a collective of one device each.
+    single = [axis for axis, size in mesh.shape.items() if size == 1 and axis not in taken]
+
+    def local(spec: PartitionSpec) -> PartitionSpec:
+        entries = [[a for a in mesh_axes(entry) if a not in taken] for entry in spec]
+        if entries:
+            entries[0] += [axis for axis in single if not any(axis in e for e in entries)]
+        return PartitionSpec(*(tuple(entry) or None for entry in entries))
+
+    specs = jax.tree.map(
+        local, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    return jax.shard_map(
+        function,
+        mesh=mesh if around.empty else around,
+        axis_names={axis for axis in mesh.axis_names if axis not in around.manual_axes},
+        in_specs=specs[0],
+        out_specs=specs[1],
+        check_vma=False,  # scans and platform_dependent inside do not pass it
+    )
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

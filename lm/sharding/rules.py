@@ -100,6 +100,13 @@ def without(table: Table, mesh_axes: Sequence[str]) -> Table:
     return {name: tuple(a for a in axes if a not in mesh_axes) for name, axes in table.items()}
 
 
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes of one entry of a PartitionSpec."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def partition_spec(
     table: Table, logical_axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None
 ) -> PartitionSpec:

@@ -14,7 +14,7 @@ from lm.kernels.attention.common import declared, kernel_flops, num_scores
 from lm.kernels.attention.flash import flash_attention, flash_attention_backward
 from lm.kernels.attention.flash_gpu import flash_attention_gpu
 from lm.kernels.attention.reference import View
-from lm.sharding import Layout, current_layout, partition_spec
+from lm.sharding import Layout, current_layout, is_local, map_devices, partition_spec
 
 HOPPER = ("H100", "H200", "GH200")
 
@@ -28,7 +28,7 @@ def target() -> Any:
     if layout is not None:
         return layout.mesh.devices.flat[0]
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.abstract_device if not mesh.empty and _is_local(mesh) else None
+    return mesh.abstract_device if not mesh.empty and is_local(mesh) else None
 
 
 def on_tpu() -> bool:
@@ -62,16 +62,14 @@ def _on_each_device(
 ) -> Any:
     layout = current_layout()
     kernel = functools.partial(kernel, return_lse=return_lse, **options)
-    if layout is None or _is_local(layout.mesh):
+    if layout is None or is_local(layout.mesh):
         return kernel(q, k, v, view, sinks=sinks)
     queries, keys, rows, lse = _specs(layout, q, k)
-    heads = PartitionSpec(queries[2])
-    return jax.shard_map(
+    return map_devices(
         lambda q, k, v, view, sinks: kernel(q, k, v, view, sinks=sinks),
-        mesh=layout.mesh,
-        in_specs=(queries, keys, keys, rows, heads),
-        out_specs=(queries, lse) if return_lse else queries,
-        check_vma=False,
+        (queries, keys, keys, rows, PartitionSpec(queries[2])),
+        (queries, lse) if return_lse else queries,
+        layout.mesh,
     )(q, k, v, view, sinks)
 
 
@@ -79,17 +77,14 @@ def sharded_flash_backward(q, k, v, view: View, out, lse, dout, *, dlse, **optio
     """`flash_attention_backward` of each device's part."""
     layout = current_layout()
     kernel = functools.partial(flash_attention_backward, **_where(), **options)
-    if layout is None or _is_local(layout.mesh):
+    if layout is None or is_local(layout.mesh):
         return kernel(q, k, v, view, out, lse, dout, dlse=dlse)
     queries, keys, rows, by_head = _specs(layout, q, k)
-    return jax.shard_map(
-        lambda q, k, v, view, out, lse, dout, dlse: kernel(
-            q, k, v, view, out, lse, dout, dlse=dlse
-        ),
-        mesh=layout.mesh,
-        in_specs=(queries, keys, keys, rows, queries, by_head, queries, by_head),
-        out_specs=(queries, keys, keys),
-        check_vma=False,
+    return map_devices(
+        lambda *arrays: kernel(*arrays[:-1], dlse=arrays[-1]),
+        (queries, keys, keys, rows, queries, by_head, queries, by_head),
+        (queries, keys, keys),
+        layout.mesh,
     )(q, k, v, view, out, lse, dout, dlse)
 
 
@@ -129,13 +124,10 @@ def sharded_splash(q, k, v, view: View, *, scale, causal, window, softcap) -> ja
             out: Any = jax.vmap(attend)(*heads_first, segments)
         return out.swapaxes(1, 2)
 
-    if layout is None or _is_local(layout.mesh):
+    if layout is None or is_local(layout.mesh):
         return kernel(q, k, v, view)
     queries, keys, rows, _ = _specs(layout, q, k)
-    return jax.shard_map(
-        kernel, mesh=layout.mesh, in_specs=(queries, keys, keys, rows), out_specs=queries,
-        check_vma=False,
-    )(q, k, v, view)  # fmt: skip
+    return map_devices(kernel, (queries, keys, keys, rows), queries, layout.mesh)(q, k, v, view)
 
 
 def _where() -> dict[str, Any]:
@@ -154,12 +146,6 @@ def _where() -> dict[str, Any]:
         )
     chip = chip_of(device.device_kind)
     return {"chip": chip.name if chip else None, "interpret": device.platform == "cpu"}
-
-
-def _is_local(mesh: Any) -> bool:
-    """Whether arrays are one device's already: a mesh of one, or the inside of a shard_map."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return all(size == 1 or axis in manual for axis, size in mesh.shape.items())
 
 
 def _specs(layout: Layout, q, k) -> tuple[PartitionSpec, ...]:
@@ -182,9 +168,5 @@ def _specs(layout: Layout, q, k) -> tuple[PartitionSpec, ...]:
             f"the rules split heads over {queries[2]!r} and kv_heads over {keys[2]!r}; "
             "they must be split alike"
         )
-    # Axes of size 1 are named too: gradients would be summed over those that are not.
-    named = queries[0] if isinstance(queries[0], tuple) else (queries[0],) if queries[0] else ()
-    batch = (*named, *(axis for axis, size in mesh.shape.items() if size == 1))
-    heads = queries[2]
-    split = PartitionSpec(batch, None, heads, None)
-    return split, split, PartitionSpec(batch, None), PartitionSpec(batch, None, heads)
+    batch, _, heads, _ = queries
+    return queries, keys, PartitionSpec(batch, None), PartitionSpec(batch, None, heads)

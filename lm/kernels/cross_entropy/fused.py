@@ -2,8 +2,8 @@
 
 The logits of one chunk live at a time, and the backward pass computes them again, as in
 arXiv:2411.09009; each device holds the columns of its part of the vocabulary, as in
-arXiv:1909.08053. Forward and backward are each one `shard_map`, and the `custom_vjp` lies around
-both: no transposition rule of a collective takes part in the gradient.
+arXiv:1909.08053. Forward and backward are each one `map_devices` inside one
+`custom_vjp`: no transposition rule of a collective takes part in the gradient.
 
 Shapes: N tokens of this device, C of one chunk, D hidden size, V columns of this device.
 """
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from lm.kernels.cross_entropy.reference import MASKED, token_axes, weight_axes
-from lm.sharding import current_layout, partition_spec
+from lm.sharding import current_layout, map_devices, mesh_axes, partition_spec
 
 # On CPU the logits of few tokens stay near the cores. Elsewhere every chunk reads and writes the
 # weight's whole float32 gradient, which fewer tokens do not hide.
@@ -100,9 +100,9 @@ def make_placement(hidden: Sequence[int], weight: Sequence[int], transposed: boo
     tokens = partition_spec(rules.activations, token_axes(num_dims, "sequence"), mesh, hidden[:-1])
     at_rest = partition_spec(rules.weights, axes, mesh, weight)
     gradient = partition_spec(rules.gradients, axes, mesh, weight)
-    of_tokens = tuple(axis for entry in tokens for axis in _axes(entry))
-    embed, vocab = axes.index("embed"), _axes(at_rest[axes.index("vocab")])
-    scatter = _axes(gradient[embed])
+    of_tokens = tuple(axis for entry in tokens for axis in mesh_axes(entry))
+    embed, vocab = axes.index("embed"), mesh_axes(at_rest[axes.index("vocab")])
+    scatter = mesh_axes(gradient[embed])
     if not set(scatter) <= set(of_tokens):  # nothing to sum there: leave the slicing to jit
         scatter = ()
     gradient_entries = [at_rest[0], at_rest[1]]
@@ -111,10 +111,10 @@ def make_placement(hidden: Sequence[int], weight: Sequence[int], transposed: boo
     split, residual = (), tokens
     if num_dims > 1:
         wanted = partition_spec(rules.activations, token_axes(num_dims, "residual_sequence"), mesh)
-        whole = _axes(tokens[1])
-        split = _axes(wanted[1])[len(whole) :]
-        parts = math.prod(mesh.shape[axis] for axis in _axes(wanted[1]))
-        follows = _axes(wanted[1])[: len(whole)] == whole and set(split) <= set(vocab)
+        whole = mesh_axes(tokens[1])
+        split = mesh_axes(wanted[1])[len(whole) :]
+        parts = math.prod(mesh.shape[axis] for axis in mesh_axes(wanted[1]))
+        follows = mesh_axes(wanted[1])[: len(whole)] == whole and set(split) <= set(vocab)
         if follows and hidden[1] % parts == 0:
             residual = wanted
         else:
@@ -126,18 +126,11 @@ def make_placement(hidden: Sequence[int], weight: Sequence[int], transposed: boo
         weight=at_rest,
         gradient=PartitionSpec(*gradient_entries),
         vocab=vocab,
-        embed=_axes(at_rest[embed]),
+        embed=mesh_axes(at_rest[embed]),
         scatter=scatter,
         reduce=tuple(axis for axis in of_tokens if axis not in scatter),
         sequence=split,
     )
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Mesh axes of one entry of a PartitionSpec."""
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +147,7 @@ class _Plan:
     def over_mesh(self, function, in_specs, out_specs) -> Callable[..., Any]:
         """`function` of local arrays as one of global arrays."""
         local = functools.partial(function, self)
-        if self.placement.mesh is None:
-            return local
-        # Replication is not checked: `psum` makes it, and nothing differentiates through here.
-        return jax.shard_map(
-            local,
-            mesh=self.placement.mesh,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            check_vma=False,
-        )
+        return map_devices(local, in_specs, out_specs, self.placement.mesh)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -21,7 +21,7 @@ from lm.kernels.paged_attention.reference import (
 )
 from lm.kernels.paged_attention.tpu import tpu_paged_attention
 from lm.kernels.paged_attention.tpu_write import tpu_write_pages
-from lm.sharding import Layout, check_divides, current_layout
+from lm.sharding import Layout, check_divides, current_layout, map_devices
 
 IMPLEMENTATIONS = ("reference", "tpu")
 MEGACORE = ("TPU v4", "TPU v5p")  # chips that show their two cores as one
@@ -233,8 +233,7 @@ def _sharded_attention(kernel: Callable[..., Any], layout: Layout, *tensors: Any
         heads, _page_specs(pages, kv_axes), *[whole] * len(tables),
         None if sinks is None else PartitionSpec(axes or None),
     )  # fmt: skip
-    run = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return run(q, pages, *tables, sinks)
+    return map_devices(kernel, specs, heads, mesh)(q, pages, *tables, sinks)
 
 
 def _sharded_write(kernel: Callable[..., Any], layout: Layout, *tensors: Any) -> Pages:
@@ -244,7 +243,4 @@ def _sharded_write(kernel: Callable[..., Any], layout: Layout, *tensors: Any) ->
     specs = (
         page_specs, heads, None if values is None else heads, *[PartitionSpec()] * len(tables),
     )  # fmt: skip
-    run = jax.shard_map(
-        kernel, mesh=layout.mesh, in_specs=specs, out_specs=page_specs, check_vma=False
-    )
-    return run(pages, keys, values, *tables)
+    return map_devices(kernel, specs, page_specs, layout.mesh)(pages, keys, values, *tables)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.parallel import deal
+from lm.parallel import distribute_matrices
 from lm.train.optimizers.adamw import AdamW
 from lm.train.optimizers.base import PathRule, Slots, is_hidden_matrix, refuse_rules
 from lm.weights import ParamSpec
@@ -58,7 +58,9 @@ class Muon:
         nesterov = self.momentum * momentum + (1 - self.momentum) * gradient
         scale = 0.2 * max(gradient.shape[-2:]) ** 0.5
         # Split within matrices, each of the iteration's products would gather its operands.
-        orthogonal = deal(lambda x: orthogonalize(x, self.steps, jnp.dtype(self.dtype)), nesterov)
+        orthogonal = distribute_matrices(
+            lambda x: orthogonalize(x, self.steps, jnp.dtype(self.dtype)), nesterov
+        )
         return scale * orthogonal.astype(jnp.float32), {"momentum": momentum}
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lm.parallel import deal
+from lm.parallel import distribute_matrices
 from lm.train.optimizers.adamw import AdamW, adam_direction
 from lm.train.optimizers.base import PathRule, Slots, is_hidden_matrix, refuse_rules
 from lm.weights import ParamSpec
@@ -82,7 +82,7 @@ class Soap:
     def update(
         self, gradient: jax.Array, slots: Slots, weight: jax.Array, count: jax.Array
     ) -> tuple[jax.Array, Slots]:
-        return deal(self._update, (gradient, slots), count)
+        return distribute_matrices(self._update, (gradient, slots), count)
 
     def _update(self, stacks: tuple[jax.Array, Slots], count: jax.Array) -> tuple[jax.Array, Slots]:
         """The update of whole matrices [*stack, in, out], from gradients and slots."""

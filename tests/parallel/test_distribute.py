@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.parallel import deal
+from lm.parallel import distribute_matrices
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 from tests.train.hlo import collectives
 
@@ -32,7 +32,7 @@ def case(shape, stack):
 
     def compute(stacks, shift):
         with use_layout(layout):
-            return deal(inverse_and_norm, stacks, shift)
+            return distribute_matrices(inverse_and_norm, stacks, shift)
 
     lies_in = {"square": lies, "other": lies}
     lies_out = {"inverse": lies, "scaled": lies}
