@@ -1,7 +1,7 @@
 """GGUF, written: version 3, little-endian, one tensor in memory at a time.
 
-Not with `gguf.GGUFWriter`: it refuses empty arrays and NumPy's, so a file's own metadata could not be
-written back, and opens its target itself, where a file here appears whole or not at all.
+Not with `gguf.GGUFWriter`: it refuses empty arrays and NumPy's, so a file's own metadata could not
+be written back, and opens its target itself, where a file here appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """safetensors, read and written: one file, or a directory of shards with their index.
 
-Opening reads the headers only; tensors are views of the mapped files. The reader is as strict as
-the format: names are unique, tensors lie one behind the other and fill the file. Source:
+Opening reads the headers only, which the `safetensors` package checks: names are unique, tensors
+are contiguous and fill the file. Tensors are views of the mapped files rather than the package's
+copies, so that any dtype can be read and pages released. Source:
 https://github.com/huggingface/safetensors (README, "Format").
 """
 
@@ -19,13 +20,14 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from lm.files.base import FileFormatError, Path, forget_pages, map_file, short
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# As in the reference implementation.
-MAX_HEADER = 100_000_000
+# As the package allows a header.
+MAX_INDEX = 100_000_000
 # As in numpy.
 MAX_DIMS = 64
 
@@ -125,9 +127,9 @@ def open_safetensors(path: Path) -> Safetensors:
     """Open a file, or a directory with `model.safetensors` or its shards and their index.
 
     Raises:
-      FileFormatError: a file is not as the format says, has numbers of less than a byte (F4, F6),
-        or the index names a file outside the directory, a tensor its file does not hold, or one
-        that two files hold.
+      FileFormatError: a file is not as the format says or packs several numbers into a byte (F4,
+        F6), or the index names a file outside the directory, a tensor its file does not hold, or
+        one that two files hold.
       OSError: a file cannot be opened.
     """
     place = pathlib.Path(path)
@@ -178,9 +180,24 @@ def _join(
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
     data = path.read_bytes()
-    if len(data) > MAX_HEADER:
-        raise FileFormatError(path, "size", len(data), f"expected {MAX_HEADER} at most")
-    content = _json(path, "index", data, floats=True)
+    if len(data) > MAX_INDEX:
+        raise FileFormatError(path, "size", len(data), f"expected {MAX_INDEX} at most")
+
+    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in items]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FileFormatError(path, "index key", twice, "expected it once")
+        return dict(items)
+
+    try:
+        content = json.loads(data, object_pairs_hook=once)
+    except FileFormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(
+            path, "index", data[:40], f"expected JSON in UTF-8: {error}"
+        ) from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
         raise FileFormatError(
@@ -220,109 +237,34 @@ def _read_header(
     path: Path, mapping: mmap.mmap, number: int
 ) -> tuple[list[TensorInfo], dict[str, str]]:
     """The tensors of a file in the order of their bytes, and its metadata."""
-    size = len(mapping)
-    if size < 8:
-        raise FileFormatError(path, "size", size, "expected 8 bytes at least, a header's length")
-    length = int.from_bytes(mapping[:8], "little")
-    most = min(size - 8, MAX_HEADER)
-    if not 2 <= length <= most:
-        raise FileFormatError(path, "header length", length, f"expected 2 to {most}")
-    header = _json(path, "header", mapping[8 : 8 + length])
-    if not isinstance(header, dict):
-        raise FileFormatError(path, "header", header, "expected an object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FileFormatError(path, "__metadata__", metadata, "expected an object of strings")
-    found = [_read_tensor(path, name, entry, number) for name, entry in header.items()]
-    found.sort(key=lambda info: (info.offset, info.nbytes))
-    end = 0
-    for info in found:
-        if info.offset != end:
+    try:
+        with safe_open(path, framework="np"):  # reads and checks the header, nothing else
+            pass
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise FileFormatError(
+            path, "header", mapping[8:48], f"{reason:.300} (fetch or convert the file again)"
+        ) from None
+    start = 8 + int.from_bytes(mapping[:8], "little")
+    header = json.loads(mapping[8:start])
+    metadata = header.pop("__metadata__", {}) or {}
+    found = []
+    for name, entry in header.items():
+        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        field = f"tensor {short(name)}"
+        if dtype not in DTYPES:
+            packed = "it packs several numbers into a byte; " if dtype in PACKED else ""
+            raise FileFormatError(
+                path, f"{field} dtype", dtype, f"{packed}expected one of {', '.join(DTYPES)}"
+            )
+        # NumPy multiplies the other dimensions even where one is 0.
+        nbytes = math.prod(d or 1 for d in shape) * DTYPES[dtype].itemsize
+        if len(shape) > MAX_DIMS or nbytes >= 1 << 63:
             raise FileFormatError(
                 path,
-                f"tensor {short(info.name)} data_offsets[0]",
-                info.offset,
-                f"expected {end}, the end of the tensor before it",
+                f"{field} shape",
+                shape,
+                f"expected {MAX_DIMS} dimensions at most and less than 2**63 bytes",
             )
-        end += info.nbytes
-    if end != size - 8 - length:
-        raise FileFormatError(
-            path,
-            "bytes of tensors",
-            size - 8 - length,
-            f"expected {end}, as the header says (is the file whole?)",
-        )
-    start = 8 + length
-    return [dataclasses.replace(info, offset=start + info.offset) for info in found], metadata
-
-
-def _read_tensor(path: Path, name: str, entry: Any, number: int) -> TensorInfo:
-    """One entry of a header; its offset is still the one behind the header."""
-
-    def wrong(field: str, value: Any, expected: str) -> FileFormatError:
-        return FileFormatError(path, f"tensor {short(name)}{field}", value, expected)
-
-    keys = {"dtype", "shape", "data_offsets"}
-    if not isinstance(entry, dict) or entry.keys() != keys:
-        raise wrong("", entry, f"expected an object of {', '.join(sorted(keys))}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        known = f"expected one of {', '.join(DTYPES)}"
-        raise wrong(
-            " dtype", dtype, f"numbers of less than a byte; {known}" if dtype in PACKED else known
-        )
-    for field, values in (("shape", shape), ("data_offsets", offsets)):
-        # A bool is an int to Python.
-        if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
-            raise wrong(f" {field}", values, "expected a list of whole numbers, none negative")
-    itemsize = DTYPES[dtype].itemsize
-    # Numpy multiplies the other dimensions even where one is 0.
-    if len(shape) > MAX_DIMS or math.prod(d or 1 for d in shape) * itemsize >= 1 << 63:
-        raise wrong(
-            " shape", shape, f"expected {MAX_DIMS} dimensions at most and less than 2**63 bytes"
-        )
-    nbytes = math.prod(shape) * itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
-        raise wrong(
-            " data_offsets", offsets, f"expected two, {nbytes} bytes apart ({dtype} {short(shape)})"
-        )
-    return TensorInfo(name, dtype, tuple(shape), offsets[0], nbytes, number)
-
-
-def _json(path: Path, field: str, data: bytes, floats: bool = False) -> Any:
-    """JSON without what readers disagree on: repeated keys, NaN, numbers beyond 64 bits."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            seen: set[str] = set()
-            twice = next(name for name, _ in items if name in seen or seen.add(name))
-            raise FileFormatError(path, f"{field} key", twice, "expected it once")
-        return result
-
-    def whole(text: str) -> int:
-        if len(text) > 20:
-            raise FileFormatError(path, f"{field} number", text, "expected 64 bits at most")
-        return int(text)
-
-    def refuse(text: str) -> float:
-        raise FileFormatError(path, f"{field} number", text, "expected a whole number")
-
-    hooks: dict[str, Any] = {"parse_constant": refuse}
-    if not floats:
-        hooks["parse_float"] = refuse
-    if data[:1] != b"{":
-        raise FileFormatError(path, f"{field} start", data[:1], "expected b'{'")
-    try:
-        text = data.decode()
-        result = json.loads(text, object_pairs_hook=pairs, parse_int=whole, **hooks)
-        # A lone surrogate is no text, but JSON can spell it.
-        if "\\u" in text:
-            json.dumps(result, ensure_ascii=False).encode()
-    except RecursionError:
-        raise FileFormatError(path, field, data[:40], "expected less nesting") from None
-    except FileFormatError:
-        raise
-    except ValueError as error:
-        raise FileFormatError(path, field, data[:40], f"expected JSON in UTF-8: {error}") from None
-    return result
+        found.append(TensorInfo(name, dtype, tuple(shape), start + first, last - first, number))
+    return sorted(found, key=lambda info: (info.offset, info.nbytes)), metadata

@@ -1,4 +1,7 @@
-"""safetensors, written: one tensor in memory at a time, one file or shards with their index."""
+"""safetensors, written: one tensor in memory at a time, one file or shards with their index.
+
+Not with the package's `serialize_file`, which wants all tensors in memory at once.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,7 @@ def write_sharded(
     Args:
       directory: that exists.
       tensors: by name; shards take them in this order.
-      max_shard_size: bytes of tensors a file; a larger tensor gets a file of its own.
+      max_shard_size: bytes of tensors per file; a larger tensor gets a file of its own.
       metadata: strings, in every file.
 
     Returns:
