@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments.assemble import Run, open_run
+from experiments.pretrain import open_run
 from lm.checkpoints import Checkpoints, open_checkpoint
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
+from lm.run.parts import Run
 from lm.train.state import TrainState
 from lm.weights import cast
 
@@ -84,7 +85,7 @@ def average(run: Run, steps: Sequence[int], output: str | pathlib.Path) -> Avera
         del weights
     mean = jax.tree.map(lambda x, dtype: x.astype(dtype), mean, dtypes)
     figures["average"] = run.evaluate(mean)
-    with Checkpoints(output, config=run.config.model) as checkpoints:
+    with Checkpoints(output, config=run.model) as checkpoints:
         nothing = jax.tree.map(lambda _: None, mean)
         state = TrainState(jnp.int32(steps[-1]), mean, nothing, ())
         metadata = {"averaged_steps": list(steps), "figures": figures}
@@ -92,7 +93,7 @@ def average(run: Run, steps: Sequence[int], output: str | pathlib.Path) -> Avera
         for failure in checkpoints.failures():
             raise ConfigError(f"the average could not be written: {failure.error}")
     del mean, state
-    if run.config.ema is not None:
+    if run.ema is not None:
         with input_errors():
             weights, _ = open_checkpoint(
                 run.checkpoints.directory / str(steps[-1]), run.layout, ema=True

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from experiments import report
-from experiments.assemble import Run, held_out_source
 from experiments.configs.pretrain import Pretrain
 from lm.data.corpus import Corpus
 from lm.data.ngram import ByteNgram
@@ -27,25 +26,28 @@ from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
 from lm.model import num_params, train_flops, unstack
 from lm.run import metrics as metrics_lib
+from lm.run.parts import Run
 from lm.tokenizers.base import Tokenizer
 
 Tree = Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def summarize(run: Run, params: Tree) -> None:
+def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
     """Write `summary.json` and `report.html`, and name every file the run made.
 
     Args:
       run: what was trained.
+      config: what it was assembled from.
+      corpus: the text it was trained on.
       params: the model, in arrays that this process can read.
     """
-    config, workdir, text = run.config, run.workdir, run.text
+    workdir = run.workdir
     rows = metrics_lib.read(workdir / "metrics.jsonl")
     last = [row for row in rows if "held_out_bits_per_byte" in row][-1]
-    documents = held_out_documents(config, text)
+    documents = held_out_documents(run, corpus)
     print_once("baselines on the same held-out text ...")
-    ngram = ByteNgram.fit((t.encode() for t in text.texts("train")), order=3)
+    ngram = ByteNgram.fit((t.encode() for t in corpus.texts("train")), order=3)
     num_bytes = sum(map(len, documents))
     held_out = {
         "bits_per_byte": last["held_out_bits_per_byte"],
@@ -68,9 +70,9 @@ def summarize(run: Run, params: Tree) -> None:
         },
         "train": training_totals(rows),
         "samples": samples,
-        "corpus": {k: v for k, v in text.summary.items() if not isinstance(v, dict)},
+        "corpus": {k: v for k, v in corpus.summary.items() if not isinstance(v, dict)},
         "environment": environment(),
-        "files": files_made(workdir, text),
+        "files": files_made(workdir, corpus),
     }
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for sample in samples:
@@ -87,7 +89,7 @@ def summarize(run: Run, params: Tree) -> None:
     print_once("\nfiles made:")
     for name in ("report.html", "summary.json", "metrics.jsonl", "config.json", "tensorboard",
                  "checkpoints", "data"):  # fmt: skip
-        path = text.directory if name == "data" else workdir / name
+        path = corpus.directory if name == "data" else workdir / name
         if path.exists():
             print_once(f"  {path}")
 
@@ -109,11 +111,11 @@ def held_out_figures(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found if len(found) > 1 else []
 
 
-def held_out_documents(config: Pretrain, text: Corpus) -> list[bytes]:
+def held_out_documents(run: Run, corpus: Corpus) -> list[bytes]:
     """The text of the first held-out set, as far as training was evaluated on it."""
-    name = text.validation_names[0]
-    count = len(held_out_source(config, text, name))
-    return [t.encode() for t in itertools.islice(text.texts("validation", name), count)]
+    name, held_out = next(iter(run.held_out.items()))
+    count = len(held_out.packed.source)
+    return [t.encode() for t in itertools.islice(corpus.texts("validation", name), count)]
 
 
 def draw_samples(config: Pretrain, params: Tree, tokenizer: Tokenizer) -> list[dict[str, str]]:
@@ -154,7 +156,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def files_made(workdir: pathlib.Path, text: Corpus) -> list[dict[str, Any]]:
+def files_made(workdir: pathlib.Path, corpus: Corpus) -> list[dict[str, Any]]:
     """The run's files, for the report."""
     what = {
         workdir / "metrics.jsonl": "one object a logged step",
@@ -162,8 +164,8 @@ def files_made(workdir: pathlib.Path, text: Corpus) -> list[dict[str, Any]]:
         workdir / "summary.json": "held-out figures, samples, environment",
         workdir / "tensorboard": "the same metrics for TensorBoard",
         workdir / "checkpoints": "weights and optimizer state",
-        text.tokenizer_path: "SentencePiece tokenizer",
-        text.dataset_path: "tokenized documents, TFDS in array_record files",
+        corpus.tokenizer_path: "SentencePiece tokenizer",
+        corpus.dataset_path: "tokenized documents, TFDS in array_record files",
     }
     return [
         {"path": str(path), "what": note, "num_bytes": size_of(path)} for path, note in what.items()

@@ -45,7 +45,7 @@ class Span:
 class Goodput:
     """Accounts for a process's wall time by kind: every moment belongs to exactly one of `KINDS`.
 
-    `with spend(kind):` may nest, and the inner one takes its time from the outer one. Time outside
+    `with timed(kind):` may nest, and the inner one takes its time from the outer one. Time outside
     is "start_up" before the first step and "other" after it. For one thread.
 
     Args:
@@ -65,7 +65,7 @@ class Goodput:
         self.num_starts = 1
 
     @contextlib.contextmanager
-    def spend(self, kind: str) -> Iterator[Span]:
+    def timed(self, kind: str) -> Iterator[Span]:
         """The time inside is of this kind. ValueError names the kinds there are."""
         if kind not in KINDS:
             raise ValueError(f"time of kind {kind!r} is unknown; use {', '.join(KINDS)}")
@@ -90,7 +90,7 @@ class Goodput:
         """
         iterator = iter(items)
         while True:
-            with self.spend("data_wait") as span:
+            with self.timed("data_wait") as span:
                 try:
                     item = next(iterator)
                 except StopIteration:

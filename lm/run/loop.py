@@ -16,6 +16,7 @@ from lm.run.profile import Profiler
 from lm.train.state import TrainState
 
 Values = dict[str, float]
+Kind = Literal["durable", "local"]  # of a checkpoint: on the shared disk, or on each host's own
 Metrics = Mapping[str, jax.Array]
 
 
@@ -37,6 +38,11 @@ class Intervals:
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 raise ValueError(f"every {name} interval must be at least 1 step, got {value}")
+
+    def fitted(self, num_steps: int) -> Intervals:
+        """These, shortened for a short run: 20 rows and 10 checkpoints at least."""
+        log, save = (max(1, num_steps // count) for count in (20, 10))
+        return dataclasses.replace(self, log=min(self.log, log), save=min(self.save, save))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +80,8 @@ class Rewind:
 
 
 @dataclasses.dataclass
-class Instruments:
-    """What watches a run.
+class RunLogger:
+    """Everything that records or shows a run.
 
     Attributes:
       writer: of metrics and events.
@@ -91,7 +97,7 @@ class Instruments:
     throughput: Throughput
     profiler: Profiler
 
-    def read(self, done: int, metrics: Metrics) -> Values:
+    def fetch(self, done: int, metrics: Metrics) -> Values:
         """The metrics of step `done`, once it has been taken.
 
         Raises:
@@ -107,7 +113,7 @@ class Instruments:
         self.goodput.done(done)
         return values
 
-    def tell(self, done: int, values: Values, row_is_due: bool, extra: Values) -> None:
+    def log_step(self, done: int, values: Values, row_is_due: bool, extra: Values) -> None:
         """Show a step's metrics, write a row of them if one is due, and an event if it was skipped.
 
         A row holds `step` (steps done), the step's metrics and `extra` in full precision, rates
@@ -156,11 +162,11 @@ def train(
     batches: Iterable[Any],
     num_steps: int,
     intervals: Intervals,
-    instruments: Instruments,
+    logger: RunLogger,
     *,
     evaluate: Callable[[TrainState], Values],
-    save: Callable[[TrainState, int, bool], None],
-    save_due: Callable[[int], bool],
+    save: Callable[[TrainState, int, Kind, bool], None],
+    save_due: Callable[[int], Kind | None],
     preempted: Callable[[int], bool] = lambda done: False,
     patience: int | None = None,
 ) -> Outcome:
@@ -176,58 +182,63 @@ def train(
       batches: from step `state.step` on.
       num_steps: when to stop.
       intervals: of rows and evaluations.
-      instruments: who is told.
+      logger: records and shows the steps.
       evaluate: state -> metrics to add to the row.
-      save: writes a checkpoint, given the state, the steps done, and whether training ends here.
-      save_due: whether a checkpoint is due, given the steps done. The last step makes one anyway.
+      save: writes a checkpoint, given the state, the steps done, the kind, and whether training
+        ends here.
+      save_due: the kind of checkpoint due after so many steps, asked each time; the last step makes
+        a durable one anyway.
       preempted: whether all hosts have agreed to stop here, given the steps done.
       patience: steps skipped in a row that end the loop; None for any number.
 
     Raises:
       FloatingPointError: the loss of a step that was not skipped is not finite.
     """
-    goodput, tell = instruments.goodput, instruments.tell
+    goodput, log_step = logger.goodput, logger.log_step
     done = int(state.step)
     if done >= num_steps:
         return Outcome(state, "finished", done)
     pending: tuple[int, Metrics] | None = None
-    save_is_late = False
+    late: Kind | None = None  # a checkpoint that steps skipped in a row have held up
 
     def is_busy() -> bool:
         return pending is not None and not is_ready(pending[1]["loss"])
 
     for batch in goodput.waiting(batches, busy=is_busy):
         values = None
-        with goodput.spend("step"):
-            with instruments.profiler.at(done, pending and pending[1]):
+        with goodput.timed("step"):
+            with logger.profiler.at(done, pending and pending[1]):
                 state, metrics = step(state, batch)
             if pending is not None:
-                values = instruments.read(*pending)
-                tell(done, values, done % intervals.log == 0, {})
+                values = logger.fetch(*pending)
+                log_step(done, values, done % intervals.log == 0, {})
         done += 1
         last, stopping = done == num_steps, preempted(done)
         evaluating = done % intervals.evaluate == 0 or last
-        saving = save_is_late or stopping or last or save_due(done)
+        kinds = {late, save_due(done), "durable" if stopping or last else None}
+        kind: Kind | None = (
+            "durable" if "durable" in kinds else "local" if "local" in kinds else None
+        )
         pending = (done, metrics)
-        if evaluating or saving:
-            with goodput.spend("step"):
-                values, pending = instruments.read(*pending), None
-            with goodput.spend("evaluation") if evaluating else contextlib.nullcontext():
+        if evaluating or kind:
+            with goodput.timed("step"):
+                values, pending = logger.fetch(*pending), None
+            with goodput.timed("evaluation") if evaluating else contextlib.nullcontext():
                 extra = dict(evaluate(state)) if evaluating else {}
-            tell(done, values, done % intervals.log == 0 or last or evaluating, extra)
+            log_step(done, values, done % intervals.log == 0 or last or evaluating, extra)
             spiking = bool(values.get("spikes_in_a_row"))
-            if saving and (stopping or last or not spiking):
-                instruments.writer.flush()
-                with goodput.spend("checkpoint"):
-                    save(state, done, stopping or last)
-                instruments.writer.event("goodput", done, **goodput.event())
-            save_is_late = saving and spiking
+            if kind and (stopping or last or not spiking):
+                logger.writer.flush()
+                with goodput.timed("checkpoint"):
+                    save(state, done, kind, stopping or last)
+                logger.writer.event("goodput", done, **goodput.event())
+            late = kind if spiking else None
         if patience and values is not None and values.get("spikes_in_a_row", 0) >= patience:
             return Outcome(state, "spikes", done)
         if stopping or last:
             return Outcome(state, "finished" if last else "preempted", done)
     if pending is not None:
-        with goodput.spend("step"):
-            values = instruments.read(*pending)
-        tell(done, values, True, {})
+        with goodput.timed("step"):
+            values = logger.fetch(*pending)
+        log_step(done, values, True, {})
     return Outcome(state, "finished", done)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import pretrain
-from experiments.assemble import Run, assemble
 from lm.config import command_line as config_lib
 from lm.data.batches import Batches
 from lm.run import metrics as metrics_lib
+from lm.run.parts import Run
 from tests.experiments.survival import SETTINGS
 
 SEED = 7  # of this run's data alone: other runs' batches stay what they are
@@ -75,4 +75,6 @@ def spiked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spiked]:
         patch.setattr(Batches, "host_batch", spoiled)
         pretrain.main(config, workdir)
         rows = metrics_lib.read(workdir / "metrics.jsonl")
-        yield Spiked(assemble(config, workdir), rows, {s: list(b) for s, b in read.items()})
+        yield Spiked(
+            pretrain.assemble(config, workdir)[0], rows, {s: list(b) for s, b in read.items()}
+        )

@@ -28,7 +28,7 @@ def test_it_is_the_mean_and_is_compared(spiked: Spiked, tmp_path: pathlib.Path) 
     assert made.steps == (16, 20, 24)
     each = [weights(spiked.workdir / "checkpoints" / str(step)) for step in made.steps]
     found = weights(tmp_path / "average")
-    assert sum(x.size for x in found) == num_params(spiked.run.config.model)
+    assert sum(x.size for x in found) == num_params(spiked.run.model)
     for x, *parts in zip(found, *each, strict=True):
         assert x.dtype == parts[0].dtype
         np.testing.assert_allclose(x, np.mean(np.float64(parts), axis=0), atol=1e-6)
@@ -37,7 +37,7 @@ def test_it_is_the_mean_and_is_compared(spiked: Spiked, tmp_path: pathlib.Path) 
         np.testing.assert_allclose(made.figures["last"][name], row[name], rtol=1e-5)
         np.testing.assert_allclose(made.figures["ema"][name], row[f"ema_{name}"], rtol=1e-5)
     opened, config = open_checkpoint(made.path, spiked.run.layout)
-    assert config == spiked.run.config.model
+    assert config == spiked.run.model
     assert spiked.run.evaluate(opened) == made.figures["average"]
     assert made.figures["average"] != made.figures["last"]
     lines = table(made.figures).splitlines()

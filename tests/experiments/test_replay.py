@@ -10,8 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.replay import attempts, replay, row_to_text, to_json, to_text
+from experiments.replay import row_to_text, to_json, to_text
 from lm.config.command_line import ConfigError
+from lm.data.corpus import open_corpus
+from lm.run.replay import attempts, replay
 from tests.experiments.conftest import FIRST_BAD, NUM_BAD, Spiked
 from tests.experiments.survival import ROOT
 
@@ -75,7 +77,7 @@ def test_losses_are_of_each_token(spiked: Spiked) -> None:
 
 
 def test_documents_are_the_corpus_text(spiked: Spiked) -> None:
-    documents = list(spiked.run.text.texts("train"))
+    documents = list(open_corpus(spiked.run.data).texts("train"))
     whole = [
         piece
         for row in replay(spiked.run, 3)["rows"]

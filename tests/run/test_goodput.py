@@ -45,7 +45,7 @@ def test_every_moment_belongs_to_the_innermost_span(tree, already):
             clock.now += node
             expected[kind or ("other" if stepped else "start_up")] += node
             return
-        with goodput.spend(node[0]):
+        with goodput.timed(node[0]):
             for child in node[1]:
                 run(child, node[0])
         stepped = stepped or node[0] == "step"
@@ -60,9 +60,9 @@ def test_time_is_known_while_it_is_being_spent():
     clock = Clock()
     goodput = Goodput(clock=clock)
     clock.now += 1.0
-    with goodput.spend("step"):
+    with goodput.timed("step"):
         clock.now += 3.0
-        with goodput.spend("evaluation"):
+        with goodput.timed("evaluation"):
             clock.now += 4.0
             assert goodput.share == pytest.approx(3 / 8)
             assert goodput.row() == {"seconds": 8.0, "step_seconds": 3.0}
@@ -71,7 +71,7 @@ def test_time_is_known_while_it_is_being_spent():
 def test_a_span_ends_when_its_block_raises():
     clock = Clock()
     goodput = Goodput(clock=clock)
-    with contextlib.suppress(KeyError), goodput.spend("step"), goodput.spend("checkpoint"):
+    with contextlib.suppress(KeyError), goodput.timed("step"), goodput.timed("checkpoint"):
         clock.now += 2.0
         raise KeyError
     clock.now += 5.0
@@ -82,7 +82,7 @@ def test_a_span_ends_when_its_block_raises():
 def test_an_unknown_kind_is_refused_with_the_known_ones():
     with (
         pytest.raises(ValueError, match=r"'eval' is unknown; use .*evaluation"),
-        Goodput().spend("eval"),
+        Goodput().timed("eval"),
     ):
         pass
 
@@ -98,7 +98,7 @@ def test_waiting_for_data_costs_only_an_idle_device():
         clock.now += 2.0
 
     busy = itertools.cycle([False, True])
-    with goodput.spend("step"):
+    with goodput.timed("step"):
         for _ in goodput.waiting(slow(), busy=lambda: next(busy)):
             clock.now += 7.0
     # Two of the four waits ended with the device at work; the one for the end found it idle.
@@ -112,7 +112,7 @@ def test_compilations_inside_compilations_count_once(events):
     clock = Clock()
     goodput = Goodput(clock=clock)
     ends, covered = [1000.0], []
-    with goodput.spend("step"):
+    with goodput.timed("step"):
         for passing, reach in events:
             clock.now += passing
             start = ends[-1 - min(reach, len(ends) - 1)]
@@ -131,13 +131,13 @@ def test_what_jax_compiles_counts_as_compiling_wherever_it_happens():
     goodput = Goodput()
     double = jax.jit(lambda x: x * 2)
     with goodput.watch_compilation():
-        with goodput.spend("step"):
+        with goodput.timed("step"):
             double(jnp.zeros(3)).block_until_ready()
         first = goodput.seconds["compile"]
-        with goodput.spend("step"):
+        with goodput.timed("step"):
             double(jnp.zeros(3)).block_until_ready()
         again = goodput.seconds["compile"]
-        with goodput.spend("evaluation"):
+        with goodput.timed("evaluation"):
             double(jnp.zeros(5)).block_until_ready()
         other_shape = goodput.seconds["compile"]
     assert 0 < first == again < other_shape
@@ -156,10 +156,10 @@ def test_steps_thrown_away_are_lost_and_count_as_throughput_all_the_same():
             goodput.done(step)
             throughput.add(100)
 
-    with goodput.spend("step"):
+    with goodput.timed("step"):
         steps(1, 10, 2.0)
         assert goodput.rewind(6) == pytest.approx(8.0)
-        with goodput.spend("restore"):
+        with goodput.timed("restore"):
             clock.now += 5.0
         steps(7, 12, 2.0)
         assert throughput.read()["tokens_per_second"] == pytest.approx(50.0)
@@ -181,13 +181,13 @@ def process(workdir, clock, start, stop, *, save=None, killed=False):
         redone = goodput.resume(read(writer.path), start)
         writer.truncate_after(start)
         writer.event("goodput", start, **goodput.event())
-        with goodput.spend("step"):
+        with goodput.timed("step"):
             for step in range(start + 1, stop + 1):
                 clock.now += 2.0
                 goodput.done(step)
                 writer.write(step, goodput.row())
                 if step == save:
-                    with goodput.spend("checkpoint"):
+                    with goodput.timed("checkpoint"):
                         clock.now += 1.0
                     writer.event("goodput", step, **goodput.event())
         if not killed:

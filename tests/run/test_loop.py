@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from lm.run.goodput import Goodput, Throughput
-from lm.run.loop import Instruments, Intervals, Rewind, train
+from lm.run.loop import Intervals, Rewind, RunLogger, train
 from lm.run.metrics import MetricsWriter, Progress, read
 from lm.run.profile import Profiler
 
@@ -17,11 +17,14 @@ from lm.run.profile import Profiler
 class Run:
     """A counting step, and a record of everything the loop asked for."""
 
-    def __init__(self, tmp_path, losses=None, seconds=0.0, skipped=(), stop_at=None, save_steps=()):
+    def __init__(
+        self, tmp_path, losses=None, seconds=0.0, skipped=(), stop_at=None, save_steps=(), due=None
+    ):
         self.path, self.losses, self.seconds = tmp_path, losses or {}, seconds
-        self.skipped, self.stop_at, self.save_steps = set(skipped), stop_at, set(save_steps)
+        self.skipped, self.stop_at = set(skipped), stop_at
+        self.due = dict.fromkeys(save_steps, "durable") | (due or {})
         self.in_a_row = 0
-        self.batches, self.evaluated, self.saved = [], [], []
+        self.batches, self.evaluated, self.saved, self.kinds = [], [], [], []
         self.goodput = Goodput()
 
     def step(self, state, batch):
@@ -40,26 +43,27 @@ class Run:
         time.sleep(self.seconds)
         return {"eval_loss": 100.0 + state.step}
 
-    def save(self, state, done, ends):
+    def save(self, state, done, kind, ends):
         assert state.step == done
         assert ends == (done in (self.num_steps, self.stop_at))
         self.saved.append(done)
+        self.kinds.append(kind)
 
     def __call__(self, num_steps, intervals, start=0, batches=None, patience=None):
         batches = itertools.count(start) if batches is None else batches
         self.num_steps = num_steps
-        clock = self.goodput.step_clock
+        clock, save = self.goodput.step_clock, intervals.save
         with (
             MetricsWriter(self.path, tensorboard=False) as writer,
             Progress(num_steps, start=start, enabled=False) as progress,
         ):
-            instruments = Instruments(
+            logger = RunLogger(
                 writer, progress, self.goodput, Throughput(clock), Profiler(self.path, None)
             )
             return train(
                 types.SimpleNamespace(step=start), self.step, batches, num_steps, intervals,
-                instruments, evaluate=self.evaluate, save=self.save, patience=patience,
-                save_due=lambda done: done % intervals.save == 0 or done in self.save_steps,
+                logger, evaluate=self.evaluate, save=self.save, patience=patience,
+                save_due=lambda done: self.due.get(done) or (done % save == 0 and "durable"),
                 preempted=lambda done: done == self.stop_at,
             )  # fmt: skip
 
@@ -147,6 +151,22 @@ def test_a_checkpoint_that_fell_due_among_skipped_steps_is_made_after_them(tmp_p
     run = Run(tmp_path, skipped=[4, 5], save_steps=[4])
     run(10, Intervals(log=1, evaluate=100, save=100), patience=3)
     assert run.saved == [6, 10]
+
+
+@pytest.mark.parametrize(
+    ("due", "kinds"),
+    [
+        ({4: "local"}, ["local", "durable"]),
+        ({4: "local", 6: "durable"}, ["durable", "durable"]),
+        ({4: "durable", 6: "local"}, ["durable", "durable"]),
+    ],
+)
+def test_a_late_checkpoint_is_of_the_kind_that_was_due_or_a_durable_one_due_now(
+    tmp_path, due, kinds
+):
+    run = Run(tmp_path, skipped=[4, 5], due=due)
+    run(10, Intervals(log=1, evaluate=100, save=100), patience=3)
+    assert run.saved == [6, 10] and run.kinds == kinds
 
 
 def test_a_machine_that_goes_away_saves_and_stops(tmp_path):

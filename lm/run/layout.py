@@ -1,0 +1,57 @@
+"""Mesh and rules of a run, with every size they must divide checked before anything is computed."""
+
+from __future__ import annotations
+
+import jax
+
+from lm.model import ModelConfig, check_mesh
+from lm.parallel import check_context
+from lm.sharding import (
+    Layout,
+    MeshShape,
+    Sharding,
+    check_divides,
+    make_mesh,
+    make_rules,
+    pretend_cpu_devices,
+)
+
+
+def make_layout(
+    model: ModelConfig,
+    shape: MeshShape,
+    sharding: Sharding,
+    *,
+    batch_size: int,
+    num_micro_batches: int,
+    sequence_length: int,
+) -> Layout:
+    """Mesh and rules to train `model` on batches of these sizes.
+
+    Raises:
+      ValueError: a mesh axis or the number of micro-batches does not divide a size, the devices do
+        not make up the mesh, or rows are longer than the model allows.
+    """
+    if not jax.distributed.is_initialized():
+        pretend_cpu_devices(shape)
+    mesh = make_mesh(shape)
+    rules = make_rules(sharding.zero, sharding.sequence_parallel, sharding.zero_axes)
+    check_mesh(model, mesh)
+    if num_micro_batches < 1 or batch_size % num_micro_batches:
+        raise ValueError(
+            f"train.num_micro_batches={num_micro_batches} does not divide "
+            f"train.batch_size={batch_size}"
+        )
+    per_micro_batch = batch_size // num_micro_batches
+    check_divides(
+        mesh, rules.activations["batch"], "batch_size / num_micro_batches", per_micro_batch
+    )
+    check_divides(mesh, rules.activations["residual_sequence"], "sequence_length", sequence_length)
+    heads = [(a.num_heads, a.num_kv_heads) for a in (x.attention for x in model.layers)]
+    check_context(sharding.context, Layout(mesh, rules), sequence_length, heads)
+    if sequence_length > model.max_length:
+        raise ValueError(
+            f"train.sequence_length={sequence_length} is beyond model.max_length="
+            f"{model.max_length}; shorten the rows or raise the model's length"
+        )
+    return Layout(mesh, rules)

@@ -1,0 +1,77 @@
+"""When a run is saved, and where to."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from lm.checkpoints import Checkpoints, Reference, SaveInterval
+from lm.data.batches import Batches
+from lm.run.loop import Kind
+from lm.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointing:
+    """Checkpoints beyond those that `intervals.save` asks for, and how long they stay.
+
+    Attributes:
+      keep: the last so many; none for all.
+      keep_every: one of a step divisible by this stays for ever; none for no such step.
+      save_minutes: one also where the last is this old; none for never.
+      local: folder on each host's own disk for more frequent ones; none for no such.
+      local_steps: how often, in steps.
+      keep_local: how many of those.
+    """
+
+    keep: int | None = None
+    keep_every: int | None = None
+    save_minutes: float | None = None
+    local: str = ""
+    local_steps: int = 10
+    keep_local: int = 2
+
+
+class Saving:
+    """Which checkpoint is due after a step, and the writing of it.
+
+    Args:
+      checkpoints: of the run.
+      stream: whose place in the data is stored beside the state.
+      config: minutes, and how often to the local disk.
+      every: steps between durable checkpoints.
+      frozen: where the frozen weights are, which are then not written again.
+      report_failures: called before each save, with earlier ones that failed still unreported.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        stream: Batches,
+        config: Checkpointing,
+        every: int,
+        frozen: Reference | None = None,
+        report_failures: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.checkpoints, self.stream, self.frozen = checkpoints, stream, frozen
+        self.report_failures = report_failures
+        self.interval = SaveInterval(every, config.save_minutes)
+        self.local_steps = config.local_steps if config.local else None
+        self.last = time.monotonic()
+
+    def due(self, done: int) -> Kind | None:
+        """The kind of checkpoint that is due after `done` steps. Equal on all hosts."""
+        if self.interval.due(done, time.monotonic(), self.last):
+            return "durable"
+        return "local" if self.local_steps and done % self.local_steps == 0 else None
+
+    def save(self, state: TrainState, done: int, kind: Kind, ends: bool) -> None:
+        """Write a checkpoint of that kind; at the end of training wait until it is written."""
+        self.report_failures()
+        metadata = {"data": self.stream.state(done)}
+        if kind == "local":
+            self.checkpoints.save_local(done, state, metadata)
+        else:
+            self.checkpoints.save(done, state, metadata, wait=ends, frozen=self.frozen)
+            self.last = time.monotonic()
