@@ -3,16 +3,17 @@
     python scripts/run_local.py --num_processes=2 --devices=4 -- \\
         python -m experiments.pretrain --config=quicktest --workdir=runs/two --config.mesh.fsdp=8
 
-What several hosts do, on one: each process is told of the others by LM_COORDINATOR,
-LM_NUM_PROCESSES and LM_PROCESS_ID (`lm.distributed.start`). Output is prefixed with the process's
-number. When a process fails, the others have `--grace` seconds to end by themselves. SIGTERM and
-Ctrl-C go to all. The exit status is that of the first process that failed.
+What several hosts do, on one: each process knows of the others by LM_COORDINATOR,
+LM_NUM_PROCESSES, LM_PROCESS_ID and LM_RUN_TOKEN (`lm.distributed.start`). Output is prefixed with
+the process's number. When a process fails, the others have `--grace` seconds to end by themselves.
+SIGTERM and Ctrl-C go to all. The exit status is that of the first process that failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -70,10 +71,11 @@ def run(command: list[str], num_processes: int, devices: int, grace: float) -> i
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     port, readers = free_port(), []
+    environ = {**os.environ, "LM_RUN_TOKEN": secrets.token_hex(16)}
     for i in range(num_processes):
         process = subprocess.Popen(
             command,
-            env=environment(i, num_processes, devices, port, os.environ),
+            env=environment(i, num_processes, devices, port, environ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,

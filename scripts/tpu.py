@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import pathlib
 import re
+import secrets
 import shlex
 import subprocess
 import sys
@@ -82,10 +83,13 @@ if [ -e logs/latest ]; then tail -c 2000 logs/latest | tr '\\r' '\\n' | grep . |
 """
 
 
-def run_script(command: Sequence[str]) -> str:
-    """What a worker does to start `command`: it outlives the connection, and leaves its status."""
+def run_script(command: Sequence[str], token: str) -> str:
+    """What a worker does to start `command`: it outlives the connection, and leaves its status.
+
+    `token` is what the processes of the run know each other by (lm.distributed.watchdog).
+    """
     inner = (
-        'echo $$ > run.pid; export PATH="$PWD/.venv/bin:$PATH"; '
+        f'echo $$ > run.pid; export PATH="$PWD/.venv/bin:$PATH" LM_RUN_TOKEN={token}; '
         f"{shlex.join(command)}; echo $? > run.status"
     )
     return (
@@ -235,7 +239,7 @@ class Job:
         self.shell.run(self.tpu.ssh(SETUP))
 
     def run(self, command: Sequence[str]) -> None:
-        self.shell.run(self.tpu.ssh(run_script(command)))
+        self.shell.run(self.tpu.ssh(run_script(command, secrets.token_hex(16))))
 
     def probe(self) -> tuple[str, str]:
         """(`running`, `ended STATUS` or `none`; the log's last line) of the first worker."""

@@ -1,17 +1,14 @@
-"""Which processes make up a run: from settings, Slurm or a TPU VM's own description."""
+"""Which processes make up a run: from settings, or as JAX's own cluster detection finds them."""
 
 from __future__ import annotations
 
 import dataclasses
-import glob
 import os
 import re
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-TPU_PORT = 8482
+from jax._src import clusters
+
 SETTINGS = {
     "coordinator": "LM_COORDINATOR",
     "num_processes": "LM_NUM_PROCESSES",
@@ -50,25 +47,24 @@ def find_cluster(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    environ: Mapping[str, str] = os.environ,
+    timeout: float = 300.0,
 ) -> Cluster | None:
     """The cluster this process belongs to, or None where it is alone.
 
-    Looked for in this order: the arguments; LM_COORDINATOR, LM_NUM_PROCESSES and LM_PROCESS_ID;
-    the variables of a Slurm step; those of a TPU pod on Kubernetes; a TPU VM's metadata.
+    Found in this order: the arguments; LM_COORDINATOR, LM_NUM_PROCESSES and LM_PROCESS_ID; what
+    JAX detects (Open MPI, Slurm, TPU pods on Kubernetes and on Google Cloud, Kubernetes jobs).
 
     Raises:
-      ClusterError: some settings without the others, or values that cannot be.
+      ClusterError: some settings without the others, values that cannot be, or a detection that
+        fails: a host of several must not take itself for the only one.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    cluster = _from_settings(given, environ) or _from_slurm(environ)
-    if cluster is None and _has_tpu(environ):
-        cluster = _from_tpu_variables(environ) or _from_tpu_metadata(environ)
+    cluster = _from_settings(given) or _detected(timeout)
     return cluster if cluster is not None and cluster.num_processes > 1 else None
 
 
-def _from_settings(given: Mapping[str, object], environ: Mapping[str, str]) -> Cluster | None:
-    values = {k: environ.get(SETTINGS[k]) if v in (None, "") else v for k, v in given.items()}
+def _from_settings(given: Mapping[str, object]) -> Cluster | None:
+    values = {k: os.environ.get(SETTINGS[k]) if v in (None, "") else v for k, v in given.items()}
     missing = [name for name, value in values.items() if value in (None, "")]
     if len(missing) == len(values):
         return None
@@ -76,8 +72,7 @@ def _from_settings(given: Mapping[str, object], environ: Mapping[str, str]) -> C
         have = ", ".join(f"{k}={v}" for k, v in values.items() if k not in missing)
         lack = " and ".join(f"{k} (--{k} or {SETTINGS[k]})" for k in missing)
         raise ClusterError(f"{have} is set, but not {lack}; set all three, or none for one process")
-    n = _number("num_processes", SETTINGS["num_processes"], values["num_processes"])
-    i = _number("process_id", SETTINGS["process_id"], values["process_id"])
+    n, i = (_number(name, values[name]) for name in ("num_processes", "process_id"))
     if n < 1:
         raise ClusterError(f"num_processes={n}; use 1 or more")
     if not 0 <= i < n:
@@ -90,93 +85,42 @@ def _from_settings(given: Mapping[str, object], environ: Mapping[str, str]) -> C
     return Cluster(address, n, i)
 
 
-def _number(name: str, variable: str, value: object) -> int:
+def _number(name: str, value: object) -> int:
     try:
         return int(str(value))
     except ValueError:
         raise ClusterError(
-            f"{name}={value!r} is not a whole number; correct --{name} or {variable}"
+            f"{name}={value!r} is not a whole number; correct --{name} or {SETTINGS[name]}"
         ) from None
 
 
-def _from_slurm(environ: Mapping[str, str]) -> Cluster | None:
-    """A step of srun: the first node is the coordinator, its port follows from the job's number."""
-    needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
-    if any(name not in environ for name in needed):
-        return None
-    job, nodes, n, i = (environ[name] for name in needed)
-    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
-    if first is None:
-        raise ClusterError(f"SLURM_STEP_NODELIST={nodes!r} names no node")
-    port = 65535 - 2**12 + 1 + int(job) % 2**12
-    shared = int(n) > int(environ.get("SLURM_STEP_NUM_NODES", n))
-    local = (int(environ["SLURM_LOCALID"]),) if shared and "SLURM_LOCALID" in environ else None
-    return Cluster(f"{first[1]}{first[2] or ''}:{port}", int(n), int(i), local)
+def _kinds() -> Iterator[type[clusters.ClusterEnv]]:
+    """JAX's detections that may apply here, in JAX's order."""
+    yield from (clusters.OmpiCluster, clusters.SlurmCluster)
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if not platforms or "tpu" in platforms.split(","):
+        yield from (clusters.GkeTpuCluster, clusters.GceTpuCluster)
+    if "JOB_COMPLETION_INDEX" in os.environ:  # other pods are alone, and may not ask Kubernetes
+        yield clusters.K8sCluster
 
 
-def _has_tpu(environ: Mapping[str, str]) -> bool:
-    """Whether this machine has TPU chips that JAX may use."""
-    platforms = environ.get("JAX_PLATFORMS", "")
-    if platforms and "tpu" not in platforms.split(","):
-        return False
-    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
-
-
-def _from_tpu_variables(environ: Mapping[str, str]) -> Cluster | None:
-    """A TPU pod on Kubernetes, which sets variables in every container."""
-    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
-    if not hosts:
-        return None
-    workers = hosts.split(",")
-    slices = environ.get("MEGASCALE_NUM_SLICES", "1")
-    if len(workers) * int(slices) > 1 and "TPU_WORKER_ID" not in environ:
+def _detected(timeout: float) -> Cluster | None:
+    kind = None
+    try:
+        kind = next((kind for kind in _kinds() if kind.is_env_present()), None)
+        if kind is None or (n := kind.get_process_count()) == 1:
+            return None
+        port = os.environ.get("JAX_COORDINATOR_PORT")
+        address = kind.get_coordinator_address(int(timeout), port)
+        i, local = kind.get_process_id(), kind.get_local_process_id()
+        # A task that has its host for itself takes all its GPUs; JAX would give it but one.
+        if kind is clusters.SlurmCluster:
+            shares = int(os.environ.get("SLURM_STEP_NUM_NODES", n)) < n
+        else:
+            shares = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1") != "1"
+    except Exception as error:
+        name = "a cluster" if kind is None else kind.__name__
         raise ClusterError(
-            f"TPU_WORKER_HOSTNAMES names {len(workers)} hosts, but TPU_WORKER_ID is not set; set "
-            "it to this host's place among them, from 0"
-        )
-    return _of_tpu(workers, int(environ.get("TPU_WORKER_ID", "0")), environ)
-
-
-def _from_tpu_metadata(environ: Mapping[str, str]) -> Cluster | None:
-    """A TPU VM: its metadata server knows the workers; `tpu-env` the slices, if several."""
-    if "TPU_SKIP_MDS_QUERY" in environ:
-        return None
-    worker = _metadata("agent-worker-number", environ)
-    endpoints = _metadata("worker-network-endpoints", environ)
-    if worker is None or endpoints is None:
-        return None
-    # An endpoint is a host, or name:id:address.
-    workers = [endpoint.split(":")[-1] for endpoint in endpoints.split(",")]
-    lines = (line.split(":", 1) for line in (_metadata("tpu-env", environ) or "").splitlines())
-    described = {key.strip(): value[0].strip().strip("'") for key, *value in lines if value}
-    return _of_tpu(workers, int(worker), described | dict(environ))
-
-
-def _of_tpu(workers: list[str], worker: int, variables: Mapping[str, str]) -> Cluster:
-    num_slices = int(variables.get("MEGASCALE_NUM_SLICES") or 1)
-    slice_id = int(variables.get("MEGASCALE_SLICE_ID") or 0)
-    coordinator = (variables.get("MEGASCALE_COORDINATOR_ADDRESS") or workers[0]).split(":")[0]
-    return Cluster(
-        f"{coordinator}:{TPU_PORT}", len(workers) * num_slices, slice_id * len(workers) + worker
-    )
-
-
-def _metadata(key: str, environ: Mapping[str, str]) -> str | None:
-    """An attribute of this Google Cloud machine; None where there is none, or no such machine."""
-    host = environ.get("GCE_METADATA_IP", "metadata.google.internal")
-    request = urllib.request.Request(
-        f"http://{host}/computeMetadata/v1/instance/attributes/{key}",
-        headers={"Metadata-Flavor": "Google"},
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for _ in range(4):  # the server is known to fail now and then
-        try:
-            with opener.open(request, timeout=5) as response:
-                return response.read().decode()
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return None
-        except OSError:
-            pass
-        time.sleep(0.5)
-    return None
+            f"JAX's detection of {name} fails: {error!r}; set {', '.join(SETTINGS.values())}"
+        ) from error
+    return Cluster(address, n, i, (local,) if shares and local is not None else None)

@@ -3,15 +3,16 @@
     with distributed.start():
         ...  # the program, the same on every host
 
-One process is simply run. For several, `start` finds the others (`find_cluster`), meets them at the
-rendezvous, starts JAX's distributed runtime and a watchdog. Whatever ends one host ends all
-within `timeout`, with a line that names the host, so that the same command can be started again.
+One process is simply run. Of several, each starts a watchdog (`lm.distributed.watchdog`), which
+finds the others, and JAX's distributed runtime. Whatever ends one host ends all within `timeout`,
+with a line that names the host, so that the same command can be started again.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -28,14 +29,13 @@ from typing import IO, Any
 import jax
 
 from lm.distributed import watchdog
-from lm.distributed.cluster import Cluster, find_cluster
-from lm.distributed.rendezvous import rendezvous
+from lm.distributed.cluster import Cluster, ClusterError, find_cluster
 
 PEER_FAILED = 75  # exit status: another host failed, try again (EX_TEMPFAIL of sysexits.h)
 _GRACE_SECONDS = 2.0
 # How long hosts that have finished wait for those still at work, such as writing a report.
 _FINISH_SECONDS = 4 * 3600
-# How much later than a broken collective the word of its cause may come.
+# How much later than a broken collective the report of its cause may come.
 _CONSEQUENCE_SECONDS = 5.0
 _RUNTIME_ERROR = re.compile(
     "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
@@ -64,54 +64,60 @@ def start(
     Raises:
       ClusterError: the settings do not fit together, or not every host came.
     """
-    cluster = find_cluster(coordinator, num_processes, process_id)
+    cluster = find_cluster(coordinator, num_processes, process_id, start_timeout)
     if cluster is None:
         yield
         return
-    watcher = _initialize(cluster, timeout, start_timeout)
+    guard = _initialize(cluster, timeout, start_timeout)
     try:
         yield
     except BaseException as error:
         code = _exit_code(error)
         if code:
-            watcher.end_if_consequence(error)
-            watcher.fail(error)
+            guard.end_if_consequence(error)
+            guard.fail(error)
             # Else JAX would wait at exit for hosts that have no reason to come.
             atexit.register(_exit_at_once, code)
         else:
-            _finish(watcher)
+            guard.finish()
         raise
-    _finish(watcher)
+    guard.finish()
 
 
-def _initialize(cluster: Cluster, timeout: float, start_timeout: float) -> _Watcher:
-    hub = _hub_socket() if cluster.process_id == 0 else None
-    names, port = rendezvous(cluster, hub.getsockname()[1] if hub else None, start_timeout)
-    watcher = _Watcher(cluster, names, port, hub, timeout)
-    jax.distributed.initialize(
-        cluster.coordinator,
-        cluster.num_processes,
-        cluster.process_id,
-        cluster.local_device_ids,
-        cluster_detection_method="deactivate",
-        initialization_timeout=int(start_timeout),
-        # The watch speaks first; the runtime is there for what it cannot see.
-        heartbeat_timeout_seconds=max(10, int(1.5 * timeout)),
-        shutdown_timeout_seconds=_FINISH_SECONDS,
-    )
-    return watcher
-
-
-def _hub_socket() -> socket.socket:
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    return socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=1024)
-
-
-def _finish(watcher: _Watcher) -> None:
-    """Wait until every host has finished."""
-    jax.distributed.shutdown()
-    watcher.close()
+def _initialize(cluster: Cluster, timeout: float, start_timeout: float) -> _Guard:
+    host, port = cluster.address
+    bound = watchdog.bind_address(host)
+    with socket.socket(socket.AF_INET6 if ":" in bound else socket.AF_INET) as placeholder:
+        # Keeps a port free for the runtime of process 0, which may take one that is shared so.
+        placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        placeholder.bind((bound, 0))
+        settings = watchdog.Settings(
+            id=cluster.process_id,
+            num=cluster.num_processes,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            token=os.environ.get("LM_RUN_TOKEN", ""),
+            coordinator=(host, port),
+            port=placeholder.getsockname()[1],
+            timeout=timeout,
+            start_timeout=start_timeout,
+        )
+        guard = _Guard(settings)
+        port = guard.meet()
+        address, own = (f"[{name}]" if ":" in name else name for name in (host, bound))
+        jax.distributed.initialize(
+            f"{address}:{port}",
+            cluster.num_processes,
+            cluster.process_id,
+            cluster.local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(start_timeout),
+            coordinator_bind_address=f"{own}:{port}" if own else None,
+            # The watchdog speaks first; the runtime is there for what it cannot see.
+            heartbeat_timeout_seconds=max(10, int(1.5 * timeout)),
+            shutdown_timeout_seconds=_FINISH_SECONDS,
+        )
+    return guard
 
 
 def _exit_code(error: BaseException) -> int:
@@ -132,61 +138,57 @@ def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-class _Watcher:
-    """This process's end of its watch (`lm.distributed.watchdog`)."""
+class _Guard:
+    """This process's end of its watchdog."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        names: list[str],
-        port: int,
-        hub: socket.socket | None,
-        timeout: float,
-    ) -> None:
-        settings = {
-            "id": cluster.process_id,
-            "names": names,
-            "pid": os.getpid(),
-            "timeout": timeout,
-            "hub": [cluster.address[0], port],
-            "server": hub.fileno() if hub else None,
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", str(pathlib.Path(watchdog.__file__)), json.dumps(settings)],
+    def __init__(self, settings: watchdog.Settings) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(pathlib.Path(watchdog.__file__))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=[hub.fileno()] if hub else [],
             start_new_session=True,  # a signal to the run's group is not meant for it
         )
-        if hub:
-            hub.close()
-        assert self.process.stdin and self.process.stdout
-        self.stdin = self.process.stdin
-        self.told = threading.Event()
+        assert process.stdin and process.stdout
+        self.stdin, self.stdout = process.stdin, process.stdout
+        self.process, self.settings = process, settings
+        self.informed = threading.Event()
         self.leaving = False
-        self.verdict: str | None = None
+        self.failure: str | None = None
+        self._send(**dataclasses.asdict(settings))
+
+    def meet(self) -> int:
+        """Wait for all hosts; the port of the runtime.
+
+        Raises:
+          ClusterError: not all came, or they do not fit together.
+        """
+        answer = json.loads(self.stdout.readline() or '{"error": "the watchdog ended"}')
+        if "error" in answer:
+            raise ClusterError(answer["error"])
         threading.Thread(
-            target=self._listen, args=(self.process.stdout,), name="watch", daemon=True
+            target=self._listen, args=(self.stdout,), name="watchdog", daemon=True
         ).start()
+        return answer["port"]
 
     def end_if_consequence(self, error: BaseException) -> None:
         """End this process if the error is but what the fault of another host looks like here."""
         # Broken collectives are a JaxRuntimeError or a ValueError, as it happens.
-        if _RUNTIME_ERROR.match(str(error)) and self.told.wait(_CONSEQUENCE_SECONDS):
-            assert self.verdict is not None
-            self._end(self.verdict, f"{_summary(error)}\n")
+        if _RUNTIME_ERROR.match(str(error)) and self.informed.wait(_CONSEQUENCE_SECONDS):
+            assert self.failure is not None
+            self._end(self.failure, f"{_summary(error)}\n")
 
     def fail(self, error: BaseException) -> None:
-        """Let the others know why this process ends; returns when they do."""
+        """Report to the others why this process ends; returns when they know."""
         self.leaving = True
-        self._send(failed=_summary(error))
-        self.told.wait(3.0)
-        if jax.process_index() == 0:
+        self._send(raised=_summary(error))
+        self.informed.wait(3.0)
+        if self.settings.id == 0:
             # The runtime's service goes with this process, and would abort those still reading.
             time.sleep(_GRACE_SECONDS + 1.0)
 
-    def close(self) -> None:
-        """This process has done its part."""
+    def finish(self) -> None:
+        """Wait until every host has finished."""
+        jax.distributed.shutdown()
         self.leaving = True
         self._send(done=True)
 
@@ -197,15 +199,14 @@ class _Watcher:
 
     def _listen(self, stream: IO[bytes]) -> None:
         for line in stream:
-            verdict = json.loads(line)["verdict"]
-            self.verdict = verdict
-            self.told.set()
+            self.failure = json.loads(line)["failure"]
+            self.informed.set()
             # A host that failed for the same reason prints its own traceback first.
             time.sleep(_GRACE_SECONDS)
             if not self.leaving:
-                self._end(verdict)
+                self._end(self.failure)
 
-    def _end(self, verdict: str, before: str = "") -> None:
+    def _end(self, failure: str | None, before: str = "") -> None:
         self._send(ends=True)
-        print(before + watchdog.sentence(verdict), file=sys.stderr, flush=True)
+        print(before + watchdog.sentence(failure or ""), file=sys.stderr, flush=True)
         _exit_at_once(PEER_FAILED)

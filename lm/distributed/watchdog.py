@@ -1,18 +1,34 @@
-"""A small process beside each process of a run: it notices when one dies, hangs or fails.
+"""A small process beside each process of a run: it finds the others, and notices when one fails.
 
-JAX's runtime notices too, but names no host, prints a stack dump, and does not hear of an ordinary
-exception at all: the others would wait in a collective for ever. The watch of process 0 is the
-hub; the others' report to it every few seconds as long as the process they belong to is alive and
-not stopped. The first fault becomes the verdict, told to all; each watch hands it to its process,
-kills that if it does not end by itself, and prints the verdict if it is dead already.
+Rendezvous: the watchdog of process 0 listens on the coordinator's port until every other one has
+reported. All then receive the hosts' names and the port of JAX's runtime, or the reason why the run
+cannot start. The port is closed before the run begins, so that nobody can reach it later.
+
+Watch: the connections stay. Every watchdog reports a few times per timeout, as long as its process
+is alive and not stopped. The first fault is the run's failure, sent to all; each watchdog passes it
+to its process, kills that if it does not end by itself, and prints it if that is dead already.
+
+JAX's own runtime cannot take its place (jax 0.10.2, two processes on CPU): where one is missing at
+the start or dies, it aborts the others with a stack dump and no host's name; numbers of processes
+that differ start all the same; and a process that raised leaves the others waiting for ever.
+
+Whom it trusts: while the run starts, whoever knows LM_RUN_TOKEN, which a launcher sets to the same
+random value on all hosts; without it, whoever reaches the port in that time. Anything else that
+connects is ignored and reported once. Nothing is encrypted: this keeps out strangers, scanners
+and other runs, not those who can read the network or the environment of a process.
 
 Run as a program (standard library alone, so that it costs little and shares no lock with JAX):
-standard input and output are pipes to the process it belongs to, with one JSON object a line: from
-it `done`, `failed` (with an exception) and `ends` (it prints the verdict itself), to it `verdict`.
+standard input and output are pipes to the process it belongs to, with one JSON object per line.
+Into it: the settings; `done`; `raised`, an exception; `ends`, if the process prints the failure
+itself. Out of it: `names` and `port`, or `error`; then `failure`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hmac
+import ipaddress
 import json
 import os
 import selectors
@@ -22,17 +38,64 @@ import sys
 import time
 from typing import Any
 
-CONNECT_SECONDS = 20.0
+RETRY_SECONDS = 0.5
 KILL_SECONDS = 6.0
 REPLY_SECONDS = 3.0
+MAX_LINE = 1 << 22  # thousands of hosts' names
+REPORT = {"id": int, "num": int, "host": str, "pid": int, "token": str}
+
+
+class StartError(Exception):
+    """Why the run cannot start."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of one watchdog.
+
+    Attributes:
+      id, num: number of its process, and of processes.
+      host, pid: where its process runs.
+      token: LM_RUN_TOKEN; empty if it is not set.
+      coordinator: host and port of the rendezvous.
+      port: of JAX's runtime, on process 0.
+      timeout: seconds of silence after which a host counts as dead.
+      start_timeout: seconds to wait for all hosts at the start.
+    """
+
+    id: int
+    num: int
+    host: str
+    pid: int
+    token: str
+    coordinator: tuple[str, int]
+    port: int
+    timeout: float
+    start_timeout: float
+
+    @property
+    def address(self) -> str:
+        return ":".join(map(str, self.coordinator))
 
 
 class Link:
-    """Lines of JSON over a socket or a pair of pipes."""
+    """Lines of JSON objects over a socket or a pair of pipes.
 
-    def __init__(self, readable: Any, write: Any, id: int | None = None) -> None:
-        self.fd, self.readable, self.write, self.id = readable.fileno(), readable, write, id
+    Attributes:
+      report: what the process at the other end said of itself; None until it is admitted.
+      open: False once the other end is gone or has sent anything else.
+    """
+
+    def __init__(self, readable: Any, write: Any) -> None:
+        self.readable, self.write = readable, write
+        self.report: dict[str, Any] | None = None
         self.data, self.open, self.heard = b"", True, time.monotonic()
+
+    @classmethod
+    def of_socket(cls, connection: socket.socket) -> Link:
+        connection.settimeout(2.0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return cls(connection, connection.sendall)
 
     def send(self, **message: Any) -> None:
         try:
@@ -41,91 +104,176 @@ class Link:
             self.open = False
 
     def receive(self) -> list[dict[str, Any]]:
-        """Messages that have come; `open` turns False at the end."""
         try:
-            more = os.read(self.fd, 65536)
+            more = os.read(self.readable.fileno(), 65536)
         except OSError:
             more = b""
         self.open = self.open and bool(more)
         self.heard = time.monotonic()
         *lines, self.data = (self.data + more).split(b"\n")
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            messages, self.open = [], False
+        messages = []
+        for line in [*lines, *([self.data] if len(self.data) > MAX_LINE else [])]:
+            message = None
+            with contextlib.suppress(ValueError, RecursionError):
+                message = json.loads(line)
+            if not isinstance(message, dict):
+                self.open = False
+                break
+            messages.append(message)
         return messages
 
 
-class Watch:
-    """The state of one watch; `run` returns when there is nothing left to watch.
+class Watchdog:
+    """`meet` the others, then `watch` until there is nothing left to watch."""
 
-    Args:
-      id, names: of the process this belongs to, and the hosts of all.
-      pid: of that process.
-      timeout: seconds of silence after which a host counts as dead.
-      hub: the hub's address.
-      server: on process 0, the socket the others connect to.
-    """
-
-    def __init__(
-        self,
-        id: int,
-        names: list[str],
-        pid: int,
-        timeout: float,
-        hub: tuple[str, int],
-        server: socket.socket | None,
-    ) -> None:
-        self.id, self.names, self.pid, self.timeout = id, names, pid, timeout
-        self.server, self.interval = server, max(0.2, timeout / 6)
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.id = settings, settings.id
+        self.interval = max(0.2, settings.timeout / 6)
+        self.names: list[str] = []
         self.selector = selectors.DefaultSelector()
         self.main = Link(sys.stdin.buffer.raw, sys.stdout.buffer.raw.write)  # type: ignore[attr-defined]
-        self.selector.register(self.main.fd, selectors.EVENT_READ, self.main)
-        self.members: dict[int, Link] = {}
+        self.register(self.main)
+        self.members: dict[int, Link] = {}  # of process 0: the others
+        self.first: Link | None = None  # of the others: process 0
+        self.warned = False
         self.finished: set[int] = set()
-        self.verdict: str | None = None
-        self.verdict_time = self.last_alive = time.monotonic()
+        self.failure: str | None = None
+        self.failed_at = self.last_alive = time.monotonic()
         self.main_gone, self.main_knows = 0.0, False
-        self.hub: Link | None = None
-        if server is not None:
-            self.selector.register(server, selectors.EVENT_READ)
-        else:
-            self.hub = self.connect(hub)
 
-    def connect(self, hub: tuple[str, int]) -> Link | None:
-        deadline = time.monotonic() + CONNECT_SECONDS
+    def register(self, link: Link) -> None:
+        self.selector.register(link.readable, selectors.EVENT_READ, link)
+
+    def close(self, link: Link) -> None:
+        self.selector.unregister(link.readable)
+        if link is not self.main:
+            link.readable.close()
+
+    # Rendezvous.
+
+    def meet(self) -> None:
+        """Raises StartError if not all came or they do not fit together."""
+        deadline = time.monotonic() + self.settings.start_timeout
+        if self.id:
+            answer = self.join(deadline)
+        else:
+            answer = self.gather(deadline)
+        self.names = answer["names"]
+        self.main.send(**answer)
+
+    def gather(self, deadline: float) -> dict[str, Any]:
+        """Process 0: wait until all are there, and answer them."""
+        with listen(self.settings) as server:
+            self.selector.register(server, selectors.EVENT_READ)
+            try:
+                self.admit_all(server, deadline)
+                hosts = {0: self.settings.host}
+                hosts |= {i: link.report["host"] for i, link in self.members.items() if link.report}
+                answer = {"names": [hosts[i] for i in sorted(hosts)], "port": self.settings.port}
+            except StartError as error:
+                answer = {"error": str(error)}
+                raise
+            finally:
+                self.selector.unregister(server)
+                for key in [*self.selector.get_map().values()]:
+                    if key.data is not self.main:
+                        key.data.send(**answer) if key.data.report else self.close(key.data)
+        return answer
+
+    def admit_all(self, server: socket.socket, deadline: float) -> None:
+        while True:
+            complete = len(self.members) == self.settings.num - 1
+            remaining = deadline - time.monotonic()
+            if remaining < 0 and not complete:
+                raise StartError(missing(self.settings, self.members.keys()))
+            events = self.selector.select(0.0 if complete else remaining)
+            if complete and not events:
+                return
+            # Members first: the place of one that has ended is free for one started again.
+            for key, _ in sorted(events, key=lambda e: getattr(e[0].data, "report", None) is None):
+                if key.data is None:
+                    self.register(Link.of_socket(server.accept()[0]))
+                elif key.data is self.main:
+                    raise SystemExit
+                else:
+                    self.hear_of(key.data)
+
+    def hear_of(self, link: Link) -> None:
+        """Admit a process that reports; drop one that is gone, and strangers."""
+        for report in link.receive():
+            if link.report is not None:
+                continue
+            if not is_report(report):
+                link.open = False
+            elif not hmac.compare_digest(report["token"].encode(), self.settings.token.encode()):
+                link.send(error="LM_RUN_TOKEN is not that of process 0; set it to the same value")
+                link.open = False
+            else:
+                link.report = report
+                check(self.settings, report, self.members.get(report["id"]))
+                self.members[report["id"]] = link
+        if link.open:
+            return
+        if link.report is not None:
+            del self.members[link.report["id"]]
+        elif not self.warned:
+            self.warned = True
+            with contextlib.suppress(OSError):
+                print(
+                    f"{link.readable.getpeername()[0]} connected to coordinator="
+                    f"{self.settings.address} without a report of this run or without its "
+                    "LM_RUN_TOKEN; it and any other such is ignored",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+        self.close(link)
+
+    def join(self, deadline: float) -> dict[str, Any]:
+        """The others: report to process 0 until it answers."""
+        settings, reason = self.settings, "nothing answers there"
         while time.monotonic() < deadline:
             try:
-                return self.link(socket.create_connection(hub, timeout=5.0))
-            except OSError:
-                time.sleep(0.2)
-        print(
-            f"{self.name(self.id)} cannot reach port {hub[1]} of {hub[0]}; a host that dies will "
-            "be noticed by the runtime alone",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        return None
+                link = Link.of_socket(socket.create_connection(settings.coordinator, timeout=5.0))
+            except OSError as error:
+                reason = error.strerror or str(error)
+                self.wait(RETRY_SECONDS)
+                continue
+            link.send(**{name: getattr(settings, name) for name in REPORT})
+            self.register(link)
+            while link.open and time.monotonic() < deadline + 5.0:
+                if not self.wait(deadline + 5.0 - time.monotonic()):
+                    continue
+                for answer in link.receive():
+                    if "error" in answer:
+                        raise StartError(str(answer["error"]))
+                    if {"names", "port"} <= answer.keys():
+                        self.first = link
+                        return answer
+            self.close(link)
+            reason = "something else answers there, perhaps an earlier run"
+            self.wait(RETRY_SECONDS)
+        raise StartError(
+            f"process {settings.id} of {settings.num} found no process 0 at coordinator="
+            f"{settings.address} within {settings.start_timeout:.0f} s: {reason}. Start process 0, "
+            "check the address as other hosts reach it, and that the port is open between hosts"
+        )
 
-    def link(self, connection: socket.socket) -> Link:
-        connection.settimeout(2.0)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        link = Link(connection, connection.sendall)
-        self.selector.register(connection, selectors.EVENT_READ, link)
-        link.send(id=self.id)
-        return link
+    def wait(self, seconds: float) -> bool:
+        """Whether anything came; ends this program if its process has ended."""
+        events = self.selector.select(max(0.0, seconds))
+        if any(key.data is self.main for key, _ in events):
+            raise SystemExit
+        return bool(events)
+
+    # Watch.
 
     def name(self, id: int) -> str:
         return f"host {id} of {len(self.names)} ({self.names[id]})"
 
-    def run(self) -> None:
+    def watch(self) -> None:
         next_beat = 0.0
         while not self.is_over():
             for key, _ in self.selector.select(self.interval / 2):
-                if key.data is None:
-                    assert self.server is not None
-                    self.link(self.server.accept()[0])
-                else:
-                    self.read(key.data)
+                self.read(key.data)
             now = time.monotonic()
             if now >= next_beat:
                 next_beat = now + self.interval
@@ -133,126 +281,171 @@ class Watch:
             self.enforce(now)
 
     def is_over(self) -> bool:
-        """Whether the process is gone, or done, and no other depends on this watch."""
+        """Whether the process is gone or done, and no other depends on this watchdog."""
         mine = not self.main.open or self.id in self.finished
-        if self.server is None:
-            hub_done = self.hub is None or not self.hub.open
+        if self.first is not None:
             waiting = self.main_gone and time.monotonic() < self.main_gone + REPLY_SECONDS
-            return mine and (hub_done or not waiting)
+            return mine and (not self.first.open or not waiting)
         others = any(link.open and i not in self.finished for i, link in self.members.items())
-        late = self.verdict and time.monotonic() > self.verdict_time + KILL_SECONDS + REPLY_SECONDS
+        late = self.failure and time.monotonic() > self.failed_at + KILL_SECONDS + REPLY_SECONDS
         return mine and (not others or bool(late))
 
     def read(self, link: Link) -> None:
-        messages = link.receive()
-        for message in messages:
+        id = 0 if link is self.first else link.report["id"] if link.report else self.id
+        for message in link.receive():
             if link is self.main:
-                self.on_main(message)
-            elif link is self.hub:
-                if "verdict" in message:
-                    self.decide(message["verdict"])
-            else:
-                self.on_member(link, message)
+                self.main_knows = True
+                if "done" in message:
+                    self.report(done=True)
+                elif "raised" in message:
+                    self.report(fault=f"ended with {message['raised']}")
+            elif link is not self.first:
+                self.judge(id, message)
+            elif "failure" in message:
+                self.fail(message["failure"])
         if link.open:
             return
-        self.selector.unregister(link.readable if link is not self.main else link.fd)
+        self.close(link)
         if link is self.main:
             self.on_main_gone()
-        elif link is self.hub:
-            if self.id not in self.finished:
-                self.decide(f"{self.name(0)} stopped answering")
-        elif link.id is not None and link.id not in self.finished:
-            self.decide(f"{self.name(link.id)} stopped answering")
-
-    def on_main(self, message: dict[str, Any]) -> None:
-        self.main_knows = True
-        if "done" in message:
-            self.report(done=True)
-        elif "failed" in message:
-            self.report(fault=f"ended with {message['failed']}")
+        elif (self.id if link is self.first else id) not in self.finished:
+            self.fail(f"{self.name(id)} stopped answering")
 
     def on_main_gone(self) -> None:
         self.main_gone = time.monotonic()
         if self.main_knows:
             return
-        if self.verdict is None:
+        if self.failure is None:
             self.report(fault="was killed or crashed")
         else:  # the runtime was faster
-            print(sentence(self.verdict), file=sys.stderr, flush=True)
-
-    def on_member(self, link: Link, message: dict[str, Any]) -> None:
-        if "id" in message:
-            link.id = int(message["id"])
-            self.members[link.id] = link
-            if self.verdict is not None:
-                link.send(verdict=self.verdict)
-        if link.id is not None:
-            self.hear(link.id, message)
+            print(sentence(self.failure), file=sys.stderr, flush=True)
 
     def report(self, **message: Any) -> None:
-        """Tell the hub of this watch's own process."""
+        """Report on this watchdog's own process."""
         if "done" in message:
             self.finished.add(self.id)
-        if self.server is not None:
-            self.hear(self.id, message)
-        elif self.hub is not None and self.hub.open:
-            self.hub.send(**message)
+        if self.first is None:
+            self.judge(self.id, message)
+        elif self.first.open:
+            self.first.send(**message)
         elif "fault" in message:
-            self.decide(f"{self.name(self.id)} {message['fault']}")
+            self.fail(f"{self.name(self.id)} {message['fault']}")
 
-    def hear(self, id: int, message: dict[str, Any]) -> None:
-        """What the hub makes of a report."""
+    def judge(self, id: int, message: dict[str, Any]) -> None:
+        """Process 0: a report on a process."""
         if "done" in message:
             self.finished.add(id)
         if "fault" in message and id not in self.finished:
-            self.decide(f"{self.name(id)} {message['fault']}")
+            self.fail(f"{self.name(id)} {message['fault']}")
 
     def beat(self, now: float) -> None:
-        """Tell the others that this host is alive; on the hub, look who is not."""
-        stopped = self.main.open and is_stopped(self.pid)
-        if not stopped:
+        """Report that this host is alive, and look which others are."""
+        if not (self.main.open and is_stopped(self.settings.pid)):
             self.last_alive = now
-            for link in [*self.members.values(), self.hub]:
+            for link in [*self.members.values(), self.first]:
                 if link is not None and link.open:
                     link.send(beat=True)
-        if self.verdict is not None or self.id in self.finished:
+        if self.failure is not None or self.id in self.finished:
             return
-        if self.server is None:
-            if self.hub is not None and now - self.hub.heard > self.timeout:
-                self.decide(f"{self.name(0)} stopped answering")
-            return
-        if now - self.last_alive > self.timeout:
-            self.decide(f"{self.name(0)} stopped answering")
-        for i, link in self.members.items():
-            if i not in self.finished and now - link.heard > self.timeout:
-                self.decide(f"{self.name(i)} stopped answering")
+        if self.first is not None:
+            heard = {0: self.first.heard}
+        else:
+            heard = {0: self.last_alive} | {i: link.heard for i, link in self.members.items()}
+        for i, last in heard.items():
+            if i not in self.finished and now - last > self.settings.timeout:
+                self.fail(f"{self.name(i)} stopped answering")
 
-    def decide(self, verdict: str) -> None:
-        """The first fault is what all are told."""
-        if self.verdict is not None:
+    def fail(self, failure: str) -> None:
+        """The first failure is what all report."""
+        if self.failure is not None:
             return
-        self.verdict, self.verdict_time = verdict, time.monotonic()
+        self.failure, self.failed_at = failure, time.monotonic()
         for link in self.members.values():
-            link.send(verdict=verdict)
+            link.send(failure=failure)
         if self.main.open:
-            self.main.send(verdict=verdict)
+            self.main.send(failure=failure)
         elif not self.main_knows:
-            print(sentence(verdict), file=sys.stderr, flush=True)
+            print(sentence(failure), file=sys.stderr, flush=True)
 
     def enforce(self, now: float) -> None:
-        """Kill a process that has been told to end and did not."""
-        if self.verdict is None or not self.main.open or self.id in self.finished:
+        """Kill a process that knows of the failure and did not end."""
+        if self.failure is None or not self.main.open or self.id in self.finished:
             return
-        if now - self.verdict_time > KILL_SECONDS:
-            print(sentence(self.verdict), file=sys.stderr, flush=True)
-            os.kill(self.pid, signal.SIGKILL)
+        if now - self.failed_at > KILL_SECONDS:
+            print(sentence(self.failure), file=sys.stderr, flush=True)
+            os.kill(self.settings.pid, signal.SIGKILL)
             self.main.open = False
 
 
-def sentence(verdict: str) -> str:
+def check(settings: Settings, report: dict[str, Any], earlier: Link | None) -> None:
+    """Raises StartError if a process does not fit those that are there."""
+    i, n, where = report["id"], settings.num, f"pid {report['pid']} on {report['host']}"
+    if report["num"] != n:
+        raise StartError(
+            f"process {i} on {report['host']} was started with num_processes={report['num']}, "
+            f"process 0 with {n}; give all the same"
+        )
+    if i == 0 or (earlier is not None and earlier.report):
+        other = earlier.report if earlier and earlier.report else dataclasses.asdict(settings)
+        raise StartError(
+            f"process_id={i} was given twice: to pid {other['pid']} on {other['host']} and "
+            f"{where}; number processes from 0 to {n - 1}, and end those of an earlier run"
+        )
+
+
+def is_report(message: dict[str, Any]) -> bool:
+    kinds = {name: type(value) for name, value in message.items()}
+    return kinds == REPORT and 0 <= message["id"] < message["num"]
+
+
+def missing(settings: Settings, present: Any) -> str:
+    absent = sorted(set(range(1, settings.num)) - set(present))
+    shown = ", ".join(map(str, absent[:20])) + (", ..." if len(absent) > 20 else "")
+    return (
+        f"{'process' if len(absent) == 1 else 'processes'} {shown} of {settings.num} did not come "
+        f"to coordinator={settings.address} within {settings.start_timeout:.0f} s; start the "
+        "program on every host, and look at what the missing ones printed"
+    )
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket on the coordinator's port; one held by a run that is just ending is waited for."""
+    host, port = settings.coordinator
+    bound, dual = bind_address(host), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if (":" in bound if bound else dual) else socket.AF_INET
+    deadline = time.monotonic() + min(settings.start_timeout, 20.0)
+    while True:
+        try:
+            return socket.create_server(
+                (bound, port), family=family, dualstack_ipv6=dual and not bound, backlog=1024
+            )
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise StartError(
+                    f"process 0 cannot listen on port {port} of {host}: {error.strerror}; end the "
+                    "earlier run that holds it, or choose another port for coordinator"
+                ) from error
+            time.sleep(RETRY_SECONDS)
+
+
+def bind_address(host: str) -> str:
+    """The interface to listen on: `host` if it is a number and of this machine; all ("") else.
+
+    Other hosts may resolve a name to another interface than this one does.
+    """
+    try:
+        six = ipaddress.ip_address(host).version == 6
+        with socket.socket(socket.AF_INET6 if six else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    except (ValueError, OSError):
+        return ""
+    return host
+
+
+def sentence(failure: str) -> str:
     """The line a host prints."""
     return (
-        f"{verdict}; the run ends. Start the same command again on all hosts to go on from the "
+        f"{failure}; the run ends. Start the same command again on all hosts to go on from the "
         "last checkpoint"
     )
 
@@ -269,10 +462,15 @@ def is_stopped(pid: int) -> bool:
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    settings = json.loads(sys.argv[1])
-    fd = settings.pop("server")
-    server = None if fd is None else socket.socket(fileno=fd)
-    Watch(server=server, **settings).run()
+    values = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]
+    settings = Settings(**values | {"coordinator": tuple(values["coordinator"])})
+    watchdog = Watchdog(settings)
+    try:
+        watchdog.meet()
+    except StartError as error:
+        watchdog.main.send(error=str(error))
+        return
+    watchdog.watch()
 
 
 if __name__ == "__main__":

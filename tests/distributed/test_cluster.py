@@ -1,171 +1,154 @@
-"""Who belongs to a run, against JAX's own detection; and the rendezvous, with what can go wrong."""
+"""Who belongs to a run; how the processes meet, and what happens to strangers who come along."""
 
 from __future__ import annotations
 
-import http.server
+import contextlib
+import dataclasses
 import json
 import socket
-import threading
+import subprocess
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
-from lm.distributed import cluster as cluster_lib
+from lm.distributed import watchdog
 from lm.distributed.cluster import Cluster, ClusterError, find_cluster
-from lm.distributed.rendezvous import rendezvous
 from scripts.run_local import free_port
 
+LM = {"LM_COORDINATOR": "a:1", "LM_NUM_PROCESSES": "3", "LM_PROCESS_ID": "0"}
 SLURM = {
-    "SLURM_JOB_ID": "4711",
-    "SLURM_NTASKS": "4",
-    "SLURM_PROCID": "2",
-    "SLURM_LOCALID": "0",
-    "SLURM_STEP_NUM_NODES": "4",
-}
+    "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NODELIST": "node[001,007-015],host2",
+}  # fmt: skip
+SHARED = {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "2"}
+GKE = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,t1,t2,t3", "TPU_WORKER_ID": "3"}
+SLICES = {
+    "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1:8080", "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}  # fmt: skip
+VM = {"agent-worker-number": "1", "worker-network-endpoints": "a:1:127.0.0.1,b:2:10.0.0.2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "metadata", "expected"),
+    [
+        ({}, {}, None),
+        (SLURM, {}, Cluster("node001:62055", 4, 2)),
+        (SLURM | SHARED, {}, Cluster("n1:62055", 4, 2, (2,))),
+        (SLURM | {"SLURM_NTASKS": "1"}, {}, None),
+        (GKE, VM, Cluster("127.0.0.1:8482", 4, 3)),
+        (GKE | SLICES, VM, Cluster("127.0.0.1:8482", 8, 7)),
+        ({}, VM, Cluster("127.0.0.1:8482", 2, 1)),
+        (SLICES, VM, Cluster("127.0.0.1:8482", 4, 3)),
+        ({"JAX_PLATFORMS": "cpu"}, VM, None),
+        (SLURM | LM, {}, Cluster("a:1", 3, 0)),
+        (LM | {"LM_NUM_PROCESSES": "1"}, VM, None),
+    ],
+)
+def test_where_a_cluster_is_found(monkeypatch, variables, metadata, expected):
+    for name in (*LM, *SLURM, *GKE, *SLICES, "TPU_SKIP_MDS_QUERY", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", bool(metadata))
+    monkeypatch.setattr(
+        cloud_tpu_cluster, "get_metadata", lambda k: (metadata.get(k, ""), 200 if k in VM else 404)
+    )
+    assert find_cluster() == expected
+    assert find_cluster("b:2", 5, 0) == Cluster("b:2", 5, 0)
+    if variables.keys() >= LM.keys() and expected:
+        assert find_cluster(process_id=2) == Cluster("a:1", 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LM_PROCESS_ID": "1"}, r"process_id=1 is set, but not coordinator .*LM_COORDINATOR.*all"),
+        (LM | {"LM_PROCESS_ID": "3"}, r"process_id=3 is out of .* num_processes=3 use 0 to 2"),
+        (LM | {"LM_NUM_PROCESSES": "two"}, r"'two' is not a whole .* LM_NUM_PROCESSES"),
+        (LM | {"LM_COORDINATOR": "host"}, r"coordinator='host' is not host:port; for example"),
+        (SLURM | {"SLURM_NTASKS": "x"}, r"detection of SlurmCluster fails.*set LM_COORDINATOR"),
+    ],
+)
+def test_settings_that_do_not_fit(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ClusterError, match=message):
+        find_cluster()
+
+
+class Process:
+    """A watchdog and the pipe of the process it belongs to."""
+
+    def __init__(
+        self, port: int, id: int, num: int, timeout: float = 60.0, token: str = "", host: str = "h"
+    ) -> None:
+        self.settings = watchdog.Settings(
+            id, num, host, 1, token, ("127.0.0.1", port), 4000 + id, 60.0, timeout
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", watchdog.__file__],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.send(**dataclasses.asdict(self.settings))
+
+    def send(self, **message) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> dict:
+        assert self.process.stdout
+        return json.loads(self.process.stdout.readline())
+
+    def end(self) -> str:
+        """Its process ends well; what the watchdog printed."""
+        self.send(done=True)
+        return self.process.communicate(timeout=60)[1].decode()
 
 
 @pytest.fixture
-def on_tpu(monkeypatch):
-    from jax._src.clusters import cloud_tpu_cluster
+def launch():
+    started: list[Process] = []
 
-    monkeypatch.setattr(cluster_lib, "_has_tpu", lambda environ: True)
-    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
-    return cloud_tpu_cluster
+    def launch(*args, **kwargs) -> Process:
+        started.append(Process(*args, **kwargs))
+        return started[-1]
 
-
-def detected(kind) -> Cluster:
-    """What JAX's detection makes of the environment."""
-    assert kind.is_env_present()
-    address = kind.get_coordinator_address(timeout_secs=5, override_coordinator_port=None)
-    return Cluster(address, kind.get_process_count(), kind.get_process_id())
+    yield launch
+    for process in started:
+        process.process.kill()
+        process.process.communicate()
 
 
-def set_variables(monkeypatch, variables: dict[str, str]) -> dict[str, str]:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    return variables
-
-
-@pytest.mark.parametrize(
-    "nodes", ["node001", "node001,host2", "node[001-0015],host2", "node[001,007-015],host2"]
-)
-def test_slurm_as_jax_sees_it(monkeypatch, nodes):
-    from jax._src.clusters.slurm_cluster import SlurmCluster
-
-    variables = set_variables(monkeypatch, {**SLURM, "SLURM_STEP_NODELIST": nodes})
-    assert find_cluster(environ=variables) == detected(SlurmCluster)
-
-
-def test_slurm_tasks_that_share_a_node_take_a_gpu_each():
-    variables = {**SLURM, "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_NODES": "1"}
-    found = find_cluster(environ={**variables, "SLURM_LOCALID": "2"})
-    assert found is not None and found.local_device_ids == (2,)
-    assert find_cluster(environ={**variables, "SLURM_NTASKS": "1"}) is None
-
-
-@pytest.mark.parametrize("slices", [{}, {
-    "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1:8080", "MEGASCALE_NUM_SLICES": "2",
-    "MEGASCALE_SLICE_ID": "1",
-}])  # fmt: skip
-def test_tpu_pod_on_kubernetes_as_jax_sees_it(monkeypatch, on_tpu, slices):
-    monkeypatch.setattr(on_tpu, "get_tpu_env_value_from_metadata", lambda key: None)
-    variables = {"TPU_WORKER_HOSTNAMES": "localhost,t1,t2,t3", "TPU_WORKER_ID": "3"}
-    variables = set_variables(monkeypatch, variables | slices)
-    assert find_cluster(environ=variables) == detected(on_tpu.GkeTpuCluster)
-
-
-@pytest.mark.parametrize("endpoints", ["127.0.0.1,10.0.0.2", "a:1:127.0.0.1,b:2:10.0.0.2"])
-@pytest.mark.parametrize("slices", ["", "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"])
-def test_tpu_vm_as_jax_sees_it(monkeypatch, on_tpu, endpoints, slices):
-    pytest.importorskip("requests", reason="JAX's own detection needs it")
-    attributes = {
-        "agent-worker-number": "1",
-        "worker-network-endpoints": endpoints,
-        "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-8'\n" + slices,
-    }
-
-    class Metadata(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            value = attributes.get(self.path.rpartition("/")[2])
-            known = self.headers["Metadata-Flavor"] == "Google" and value is not None
-            self.send_response(200 if known else 404)
-            self.end_headers()
-            self.wfile.write((value or "").encode())
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+def connect(port: int, data: bytes) -> socket.socket:
+    """A connection that has sent `data`, as soon as something listens."""
+    while True:
         try:
-            address = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}", "NO_PROXY": "*"}
-            variables = set_variables(monkeypatch, address)
-            found = find_cluster(environ=variables)
-            assert found == detected(on_tpu.GceTpuCluster)
-            assert found is not None and found.num_processes == (4 if slices else 2)
-            attributes.clear()
-            assert find_cluster(environ=variables) is None  # a TPU VM of no pod
-        finally:
-            server.shutdown()
+            connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+            break
+        except OSError:
+            time.sleep(0.01)
+    connection.sendall(data)
+    return connection
 
 
-def test_arguments_come_before_variables():
-    variables = {**SLURM, "SLURM_STEP_NODELIST": "n1", "LM_COORDINATOR": "a:1"}
-    variables |= {"LM_NUM_PROCESSES": "3", "LM_PROCESS_ID": "0"}
-    assert find_cluster(environ=variables) == Cluster("a:1", 3, 0)
-    assert find_cluster("b:2", 5, 0, environ=variables) == Cluster("b:2", 5, 0)
-    assert find_cluster(process_id=2, environ=variables) == Cluster("a:1", 3, 2)
-    assert find_cluster("b:2", 1, 0, environ={}) is None
-    assert find_cluster(environ={}) is None
+def report(id: int, token: str = "") -> bytes:
+    return json.dumps({"id": id, "num": 3, "host": "x", "pid": 1, "token": token}).encode() + b"\n"
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"LM_PROCESS_ID": "1"}, r"process_id=1 is set, but not coordinator .*LM_COORDINATOR.*all"),
-        (
-            {"LM_COORDINATOR": "a:1", "LM_NUM_PROCESSES": "2"},
-            r"not process_id \(--process_id or LM_PROCESS_ID\)",
-        ),
-        (
-            {"LM_COORDINATOR": "a:1", "LM_NUM_PROCESSES": "2", "LM_PROCESS_ID": "2"},
-            r"process_id=2 is out of range; with num_processes=2 use 0 to 1",
-        ),
-        (
-            {"LM_COORDINATOR": "a:1", "LM_NUM_PROCESSES": "two", "LM_PROCESS_ID": "0"},
-            r"num_processes='two' is not a whole number; correct .* LM_NUM_PROCESSES",
-        ),
-        (
-            {"LM_COORDINATOR": "host", "LM_NUM_PROCESSES": "2", "LM_PROCESS_ID": "0"},
-            r"coordinator='host' is not host:port; for example",
-        ),
-    ],
-)
-def test_settings_that_do_not_fit(settings, message):
-    with pytest.raises(ClusterError, match=message):
-        find_cluster(environ=settings)
-
-
-def call(*places: tuple[int, int], port: int | None = None, timeout: float = 2.0) -> list:
-    """The rendezvous of processes (id, num_processes) as threads: results or errors."""
-    port = port or free_port()
-
-    def one(place: tuple[int, int]):
-        cluster = Cluster(f"127.0.0.1:{port}", place[1], place[0])
-        try:
-            return rendezvous(cluster, 999 if place[0] == 0 else None, timeout)
-        except ClusterError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(len(places)) as pool:
-        return list(pool.map(one, places))
-
-
-def test_rendezvous_of_all():
-    results = call((2, 3), (0, 3), (1, 3), timeout=30.0)
-    assert results == [([socket.gethostname()] * 3, 999)] * 3
+def test_all_meet_and_hear_of_a_failure(launch):
+    port = free_port()
+    run = [launch(port, i, 3, host=f"h{i}") for i in (2, 0, 1)]
+    assert [p.answer() for p in run] == [{"names": ["h0", "h1", "h2"], "port": 4000}] * 3
+    with pytest.raises(OSError, match="refused"):  # a run under way can be reached by nobody
+        socket.create_connection(("127.0.0.1", port))
+    run[0].send(raised="KeyError: 'x'")
+    assert [p.answer() for p in run] == [
+        {"failure": "host 2 of 3 (h2) ended with KeyError: 'x'"}
+    ] * 3
 
 
 @pytest.mark.parametrize(
@@ -177,62 +160,68 @@ def test_rendezvous_of_all():
         (((0, 2), (1, 3)), "was started with num_processes=3, process 0 with 2; give all the same"),
     ],
 )
-def test_rendezvous_says_who_is_missing(places, message):
-    results = call(*places)
-    assert all(isinstance(result, str) and message in result for result in results), results
-
-
-def test_rendezvous_where_something_else_listens():
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-
-        def answer():
-            while True:
-                try:
-                    connection, _ = other.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.sendall(b"\x00\x00\x12\x04 not JSON\n")
-
-        threading.Thread(target=answer, daemon=True).start()
-        (result,) = call((1, 2), port=port)
-        assert "something else answers there, perhaps an earlier run" in result
-        other.shutdown(socket.SHUT_RDWR)
-
-
-def report(port: int, process_id: int) -> socket.socket:
-    """A connection on which a process of three, on a host named x, has reported."""
-    while True:
-        try:
-            connection = socket.create_connection(("127.0.0.1", port), timeout=5)
-            break
-        except OSError:
-            time.sleep(0.01)
-    message = {"word": "rendezvous", "id": process_id, "num": 3, "host": "x", "pid": 1}
-    connection.sendall(json.dumps(message).encode() + b"\n")
-    return connection
-
-
-def test_a_process_started_again_takes_its_place():
-    port, here = free_port(), socket.gethostname()
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(rendezvous, Cluster(f"127.0.0.1:{port}", 3, 0), 999, 120.0)
-        report(port, 1).close()
-        with report(port, 2) as other:
-            other.settimeout(1.0)
-            with pytest.raises(TimeoutError):  # all reported, but one is gone: nobody starts
-                other.recv(1)
-            (again,) = call((1, 3), port=port, timeout=120.0)
-            assert again == ([here, here, "x"], 999)
-            assert json.loads(other.recv(1000)) == {"hosts": again[0], "watch": 999}
-        assert first.result(120) == again
-
-
-def test_rendezvous_counts_no_process_that_is_gone():
+def test_those_that_came_hear_what_is_wrong(launch, places, message):
     port = free_port()
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(rendezvous, Cluster(f"127.0.0.1:{port}", 3, 0), 999, 2.0)
-        report(port, 1).close()
-        with report(port, 2), pytest.raises(ClusterError, match="process 1 of 3 did not come"):
-            first.result(120)
+    errors = [p.answer()["error"] for p in [launch(port, *place, 3.0) for place in places]]
+    assert all(message in error for error in errors), errors
+
+
+def test_something_else_that_listens_is_not_process_0(launch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        process = launch(other.getsockname()[1], 1, 2, 2.0)
+        other.settimeout(2.0)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                with other.accept()[0] as connection:
+                    connection.sendall(b"\x00\x00\x12\x04 not JSON\n")
+        assert "something else answers there, perhaps" in process.answer()["error"]
+
+
+def test_a_process_that_reported_and_ended_is_not_there(launch):
+    """Nobody starts without it; started again, it takes its place."""
+    port = free_port()
+    first = launch(port, 0, 3)
+    connect(port, report(1)).close()
+    with connect(port, report(2)) as other:
+        other.settimeout(1.0)
+        with pytest.raises(TimeoutError):
+            other.recv(1)
+        again = launch(port, 1, 3)
+        expected = {"names": ["h", "h", "x"], "port": 4000}
+        assert again.answer() == expected == first.answer() == json.loads(other.recv(1000))
+
+
+STRANGERS = [
+    b'{"fault": "x"}\n', b'{"failure": "x"}\n', b"GET / HTTP/1.1\r\n\r\n", b"\x00\xff\n", b"[1]\n",
+    b"7\n", b"[" * 10**5 + b"\n", report(9), report(-1), report(1, "guess"), report(1, "\u00e9"),
+    b'{"id": 1}\n', b"",
+]  # fmt: skip
+
+
+def test_strangers_change_nothing_and_are_reported_once(launch):
+    port = free_port()
+    first = launch(port, 0, 3, token="secret")
+    silent = connect(port, b"")
+    for data in STRANGERS:
+        with connect(port, data) as stranger:
+            if data:
+                while stranger.recv(1000):  # it is hung up on
+                    pass
+    others = [launch(port, i, 3, token="secret") for i in (1, 2)]
+    assert [p.answer()["names"] for p in (first, *others)] == [["h"] * 3] * 3
+    silent.close()
+    printed = [p.end() for p in (*others, first)]
+    assert printed[:2] == ["", ""]
+    assert printed[2].count("\n") == 1 and "it and any other such is ignored" in printed[2]
+
+
+def test_another_token_is_named(launch):
+    port = free_port()
+    first, other = launch(port, 0, 2, 3.0, token="one"), launch(port, 1, 2, 3.0, token="two")
+    assert "LM_RUN_TOKEN is not that of process 0" in other.answer()["error"]
+    assert "process 1 of 2 did not come" in first.answer()["error"]
+
+
+def test_the_interface_is_known_where_the_address_is():
+    assert watchdog.bind_address("127.0.0.1") == "127.0.0.1"
+    assert [watchdog.bind_address(host) for host in ("localhost", "192.0.2.1")] == ["", ""]
