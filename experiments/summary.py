@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import report
 from experiments.configs.pretrain import Pretrain
 from lm.data.corpus import Corpus
 from lm.data.ngram import ByteNgram
@@ -26,6 +25,7 @@ from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
 from lm.model import num_params, train_flops, unstack
 from lm.run import metrics as metrics_lib
+from lm.run import report
 from lm.run.parts import Run
 from lm.tokenizers.base import Tokenizer
 

@@ -1,7 +1,7 @@
-"""Lines over steps as SVG for a page, and what of a run's metrics they show.
+"""Lines over steps as SVG inside a page, and numbers for reading.
 
-Figures need matplotlib: `pip install 'lm-lifecycle[report]'`. They take the colours of the page
-they lie in, so that they follow light and dark.
+Figures need matplotlib: `pip install 'lm-lifecycle[report]'`. They take their colours from the page
+around them, so that they follow light and dark.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import markupsafe
 import numpy as np
 
-Rows = Sequence[Mapping[str, Any]]
 Points = list[tuple[float, float]]
 
 NUM_COLORS = 8
@@ -48,7 +45,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 
-# Events that are marked on the lines: name -> (matplotlib's marker, what the legend says).
+# Events marked on the lines: name -> (matplotlib's marker, text of the legend).
 MARKS = {
     "resumed": ("o", "resumed"),
     "rewound": ("<", "rewound"),
@@ -62,11 +59,11 @@ class Line:
     """A line of a figure.
 
     Attributes:
-      name: for the legend; none for a line that is not listed.
+      name: shown in the legend.
       points: (x, y), x ascending.
-      color: index of the page's series colours.
+      color: index of the page's series colours; from `NUM_COLORS` on they repeat, dashed.
       raw: drawn faintly underneath, as logged.
-      dotted: points joined by dots: what was measured only now and then.
+      dotted: points joined by dots, for what is measured only now and then.
       marks: (x, event), drawn on the line.
     """
 
@@ -78,57 +75,17 @@ class Line:
     marks: Sequence[tuple[float, str]] = ()
 
 
-def series(rows: Iterable[Mapping[str, Any]], name: str) -> Points:
-    """(step, value) by step; where a step was logged twice, the later row counts."""
-    points = {row["step"]: row[name] for row in rows if "event" not in row and name in row}
-    return sorted(points.items())
-
-
-def held_out_sets(rows: Rows, name: str) -> dict[str, str]:
-    """Title -> key of the held-out metric `name`, "held_out_loss" or one of each validation set.
-
-    "held_out_loss" is "held-out", "held_out_loss/wiki" is "held-out: wiki", and with averaged
-    weights "ema_held_out_loss" is "held-out, EMA".
-    """
-    found = {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        measure, slash, held_out = key.partition("/")
-        if measure.removeprefix("ema_") == name:
-            averaged = ", EMA" if measure.startswith("ema_") else ""
-            found["held-out" + f": {held_out}" * bool(slash) + averaged] = key
-    return found
-
-
-def events(rows: Rows, metric: str = "loss") -> list[tuple[int, str]]:
-    """(step, event) of what is marked on a curve: events whose steps have not been thrown away.
-
-    Steps skipped are marked where they show, in loss and gradient norm.
-    """
-    hidden = set() if metric in ("loss", "grad_norm") else {"skipped", "save_failed"}
-    found = {
-        (row["step"], row["event"])
-        for row in rows
-        if row.get("event") in MARKS.keys() - hidden and not row.get("undone")
-    }
-    return sorted(found)
-
-
-def goodput(rows: Rows) -> Mapping[str, Any] | None:
-    """The last "goodput" event, the account over all of the run's processes."""
-    return next((row for row in reversed(rows) if row.get("event") == "goodput"), None)
-
-
 def smooth(points: Points, weight: float) -> Points:
-    """Means around each point in which the k-th neighbour counts `weight` ** k; nothing lags.
+    """Means around each point in which the k-th neighbour counts `weight` ** k, without a lag.
 
-    Points that are not finite are left out and do not spoil those beside them. Towards the ends
-    the mean reaches less far, equally on both sides, so that a straight line stays what it is.
+    Points that are not finite are left out, and leave their neighbours intact. Towards the ends the
+    mean reaches less far, equally on both sides, so that a straight line stays straight.
 
     Raises:
       ValueError: a weight outside [0, 1).
     """
     if not 0 <= weight < 1:
-        raise ValueError(f"smooth={weight} must lie in [0, 1): 0 for none, 0.9 for a steady line")
+        raise ValueError(f"smooth={weight} must be in [0, 1): 0 for none, 0.9 for a steady line")
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     ys = np.array([y for _, y in finite], np.float64)
     furthest = min(math.ceil(5 / (1 - weight)), len(ys)) if weight else 0
@@ -142,7 +99,7 @@ def smooth(points: Points, weight: float) -> Points:
 
 
 def thin(points: Points, limit: int = 1000) -> Points:
-    """At most about `limit` points: of each stretch the lowest and the highest, spikes and all."""
+    """At most about `limit` points: the lowest and the highest of each stretch, so spikes stay."""
     if len(points) <= limit:
         return points
     kept = []
@@ -151,11 +108,6 @@ def thin(points: Points, limit: int = 1000) -> Points:
         finite = [v for v in values if math.isfinite(v[0])] or values
         kept += sorted({min(finite)[1], max(finite)[1]})
     return [points[i] for i in kept]
-
-
-def interpolate(x: Any, xs: Sequence[float], ys: Sequence[float]) -> Any:
-    """y at x on the line through (xs, ys), xs ascending."""
-    return np.interp(x, xs, ys)
 
 
 def plot(
@@ -170,19 +122,22 @@ def plot(
     legend: bool = False,
     marks: bool = True,
 ) -> markupsafe.Markup:
-    """The lines as the SVG of a page.
+    """The lines as SVG for a page.
 
     Args:
-      name: for what the SVG refers to within itself; one figure of the page has it.
+      name: unique on the page; prefixes the names inside the SVG.
       title: what the y axis shows.
       lines: drawn in order.
       x_label: what the x axis shows.
       size: in inches of 72 points.
       from_zero: the y axis begins at 0.
-      focus: the y axis shows the lines from this fraction of the x axis on; what was logged, and
-        spikes, and a steep beginning, may leave the figure.
+      focus: the y axis is scaled to the lines from this fraction of the x axis on, so raw values,
+        spikes, and a steep beginning may be cut off.
       legend: name the lines.
       marks: name the marks.
+
+    Raises:
+      ModuleNotFoundError: matplotlib, of the `report` extra, is missing.
     """
     try:
         import matplotlib
@@ -226,7 +181,7 @@ def _draw(axes: Any, line: Line) -> None:
     for event, (marker, _) in MARKS.items():
         at = [x for x, found in line.marks if found == event and finite]
         if at:
-            heights = interpolate(at, [x for x, _ in finite], [y for _, y in finite])
+            heights = np.interp(at, [x for x, _ in finite], [y for _, y in finite])
             axes.plot(at, heights, **_mark(marker, color), zorder=5)
 
 
@@ -260,12 +215,11 @@ def _late(lines: Sequence[Line], focus: float) -> list[float]:
 
 
 def _legend(axes: Any, named: Sequence[Line], marked: Sequence[Line]) -> list[Any]:
-    """Handles of the lines to be named, and of the marks there are on those `marked`."""
+    """Handles of the lines to name, and of the marks found on `marked`."""
     handles = []
     for line in named:
-        if line.name:
-            color = SERIES[line.color % NUM_COLORS]
-            handles += axes.plot([], [], color=color, label=line.name, **_dashes(line))
+        color = SERIES[line.color % NUM_COLORS]
+        handles += axes.plot([], [], color=color, label=line.name, **_dashes(line))
     used = {event for line in marked for _, event in line.marks}
     for event, (marker, text) in MARKS.items():
         if event in used:
@@ -274,7 +228,7 @@ def _legend(axes: Any, named: Sequence[Line], marked: Sequence[Line]) -> list[An
 
 
 def _inline(svg: str, name: str, description: str) -> markupsafe.Markup:
-    """Makes a matplotlib SVG part of a page: the page's colours, names that meet no others."""
+    """Makes a matplotlib SVG part of a page: the page's colours, unique names."""
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
@@ -284,17 +238,6 @@ def _inline(svg: str, name: str, description: str) -> markupsafe.Markup:
     for color, variable in _COLORS.items():
         svg = svg.replace(color, variable)
     return markupsafe.Markup(svg)
-
-
-def page(template: str, **values: Any) -> str:
-    """The HTML of a template in this folder."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters |= {"quantity": quantity, "words": words, "size": size_of}
-    environment.tests["table"] = lambda value: isinstance(value, Mapping)
-    return environment.get_template(template).render(values)
 
 
 def quantity(value: Any) -> str:
