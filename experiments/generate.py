@@ -13,16 +13,17 @@ A row of `--prompts` is {"prompt": TEXT} or {"messages": [{"role": ..., "content
 `--adapter=NAME=DIRECTORY`, once for each of several, a row that has "adapter": NAME gets that one,
 and any other the model alone; rows of all kinds run in one batch.
 
-`--format=json` prints an object a prompt, in order: `prompt_token_ids`, `token_ids` (the one that
-ended it included), `text` (without it), `finish_reason` ("stop", or "length" at `--max_new_tokens`
-or the end of the context), and with `--logprobs=K` `logprobs`: for each token its `token_id`, its
-`logprob` under the model at temperature 1, and `top`, the K likeliest.
+`--format=json` prints one object per prompt, in order: `prompt_token_ids`, `token_ids` (including
+the one that ended it), `text` (without it), `finish_reason` ("stop", or "length" at
+`--max_new_tokens` or the end of the context), and with `--logprobs=K` `logprobs`: for each token
+its `token_id`, its `logprob` under the model at temperature 1, and `top`, the K likeliest. A prompt
+that fails has the `finish_reason` "error" and says why in `error`; the command then ends with it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -31,10 +32,10 @@ from experiments import model_flags as commands
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
 from lm.formats import Pretrained
-from lm.infer import Request, Sample
+from lm.infer import Messages, Request, Sample
 from lm.infer.generate import LocalSampler
 from lm.infer.serving import serving_form
-from lm.tokenizers import ChatTemplate, Tokenizer
+from lm.infer.tokenized import encode_prompt
 
 FLAGS = flags.FLAGS
 KEYS = ("prompt", "messages", "adapter")  # of a row of --prompts
@@ -57,7 +58,7 @@ def main() -> None:
         ids = encode(opened, row, where, FLAGS.chat)
         seed = (FLAGS.seed + i) % 2**32
         own = {"seed": seed, "adapter": adapter_of(row, adapters, where)}
-        requests.append(Request(prompt_token_ids=ids, **settings | own))
+        requests.append(Request(prompt=ids, **settings | own))
     with input_errors():
         sampler = LocalSampler(
             serving_form(opened.params, commands.dtype(), donate=True),
@@ -68,18 +69,28 @@ def main() -> None:
         )
     if FLAGS.format == "text" and len(requests) == 1:
         with input_errors():
-            sampler.sample(requests, lambda _, text: print(text, end="", flush=True))
+            samples = sampler.sample(requests, lambda _, text: print(text, end="", flush=True))
         print()
+        check_samples(rows, samples)
         return
+    samples = []
     for start in range(0, len(requests), GROUP * FLAGS.batch_size):
         group = requests[start : start + GROUP * FLAGS.batch_size]
         with input_errors():
-            samples = sampler.sample(group)
-        for i, sample in enumerate(samples, start):
+            samples += sampler.sample(group)
+        for i, sample in enumerate(samples[start:], start):
             if FLAGS.format == "json":
                 print(json.dumps(to_json(sample)), flush=True)
             else:
-                print(f"--- {rows[i][0]} ---\n{sample.text}\n", flush=True)
+                print(f"--- {rows[i][0]} ---\n{sample.text or ''}\n", flush=True)
+    check_samples(rows, samples)
+
+
+def check_samples(rows: Sequence[tuple[str, Any]], samples: Sequence[Sample]) -> None:
+    """Raises ConfigError with the first failure of the samples, if any."""
+    for (where, _), sample in zip(rows, samples, strict=True):
+        if sample.error is not None:
+            raise ConfigError(f"{where}: {sample.error}")
 
 
 def read_settings() -> dict[str, Any]:
@@ -94,7 +105,7 @@ def read_settings() -> dict[str, Any]:
         "logprobs": FLAGS.logprobs is not None,
         "top_logprobs": FLAGS.logprobs or 0,
     }
-    Request(prompt_token_ids=[0], **settings)
+    Request(prompt=[0], **settings)
     return settings
 
 
@@ -102,7 +113,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of a JSONL file of prompts, each with `file:line`; empty lines are passed over.
 
     Raises:
-      ConfigError: there are none, or one is no prompt.
+      ConfigError: there are none, or one is not a prompt.
     """
     found = False
     # Not `splitlines`: JSON strings may hold U+2028.
@@ -156,25 +167,23 @@ def adapter_of(row: Mapping[str, Any], adapters: Mapping[str, int], where: str) 
     return None if name is None else adapters[name]
 
 
-def encode(opened: Pretrained, row: Mapping[str, Any], where: str, chat: bool = False) -> list[int]:
+def encode(
+    opened: Pretrained, row: Mapping[str, Any], where: str, chat: bool = False
+) -> Sequence[int]:
     """Token ids of a row; with `chat` a prompt is a user's turn.
 
     Raises:
       ConfigError: they are none, or too many for the model.
     """
-    tokenizer, most = opened.tokenizer, opened.config.max_length
-    messages = row.get("messages")
-    if messages is None and chat:
-        messages = [{"role": "user", "content": row["prompt"]}]
+    most = opened.config.max_length
     try:
-        text = row["prompt"] if messages is None else render(tokenizer, messages)
-        ids = tokenizer.encode_prompt(text)
+        messages = row.get("messages")
+        if messages is None and chat:
+            messages = [{"role": "user", "content": row["prompt"]}]
+        prompt = row["prompt"] if messages is None else Messages(messages)
+        ids = encode_prompt(opened.tokenizer, prompt)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
-    if not ids:
-        raise ConfigError(
-            f"{where}: the prompt is empty, and this model puts no BOS token in front; give text"
-        )
     if len(ids) >= most:
         raise ConfigError(
             f"{where}: the prompt's {len(ids)} tokens leave no room for a new one in the model's "
@@ -183,43 +192,42 @@ def encode(opened: Pretrained, row: Mapping[str, Any], where: str, chat: bool = 
     return ids
 
 
-def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
-    return ChatTemplate.of(tokenizer).render(messages, add_generation_prompt=True)
-
-
 def to_json(sample: Sample) -> dict[str, Any]:
     """The object `--format=json` prints."""
     found: dict[str, Any] = {
-        "prompt_token_ids": list(sample.prompt_token_ids),
-        "token_ids": list(sample.token_ids),
+        "prompt_token_ids": list(sample.prompt_token_ids or ()),
+        "token_ids": list(sample.token_ids or ()),
         "text": sample.text,
         "finish_reason": sample.finish_reason,
     }
+    if sample.error is not None:
+        return found | {"error": sample.error}
     if sample.logprobs is not None:
-        tops = sample.top_logprobs or [()] * len(sample.token_ids)
+        ids = sample.token_ids or ()
+        tops = sample.top_logprobs or [()] * len(ids)
         found["logprobs"] = [
             {
                 "token_id": token_id,
                 "logprob": logprob,
                 "top": [{"token_id": i, "logprob": value} for i, value in top],
             }
-            for token_id, logprob, top in zip(sample.token_ids, sample.logprobs, tops, strict=True)
+            for token_id, logprob, top in zip(ids, sample.logprobs, tops, strict=True)
         ]
     return found
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("prompt", None, "Text to continue.")
-    flags.DEFINE_string("prompts", None, "File of prompts, a JSON object a line.")
+    flags.DEFINE_string("prompts", None, "File of prompts, one JSON object per line.")
     flags.DEFINE_bool("chat", False, "Put prompts into the model's chat template.")
     flags.DEFINE_integer("max_new_tokens", 64, "Most tokens to generate.")
     flags.DEFINE_float("temperature", 0.0, "Divides the logits; 0 is greedy.")
-    flags.DEFINE_integer("top_k", 0, "Draw among so many likeliest tokens; 0 for all.")
+    flags.DEFINE_integer("top_k", 0, "Draw among this many likeliest tokens; 0 for all.")
     flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest of this probability; 1 for all.")
-    flags.DEFINE_integer("seed", 0, "Of the first prompt; the next has the next seed.")
+    flags.DEFINE_integer("seed", 0, "Seed of the first prompt; prompt i uses seed + i.")
     flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be repeated.")
     flags.DEFINE_integer(
-        "logprobs", None, "With log-probabilities, and so many likeliest tokens.", lower_bound=0
+        "logprobs", None, "With log-probabilities, and this many likeliest tokens.", lower_bound=0
     )
     flags.DEFINE_integer("batch_size", 8, "Most prompts at once.", lower_bound=1)
     flags.DEFINE_enum("format", "text", ["text", "json"], "What is printed.")

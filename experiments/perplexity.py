@@ -26,7 +26,7 @@ from absl import flags
 from experiments import model_flags as commands
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
-from lm.infer.generate import WIDER
+from lm.infer.generate import WIDER_DTYPE_HINT
 from lm.infer.score import Scorer, perplexity
 
 FLAGS = flags.FLAGS
@@ -52,7 +52,9 @@ def main() -> None:
             ids = ids[: FLAGS.max_tokens]
         found = perplexity(scorer, tokenizer, ids, window, stride, FLAGS.convention)
     if not math.isfinite(found.nats_per_token):
-        raise ConfigError(f"log-probabilities are not finite in {commands.dtype()}; {WIDER}")
+        raise ConfigError(
+            f"log-probabilities are not finite in {commands.dtype()}; {WIDER_DTYPE_HINT}"
+        )
     result = dataclasses.asdict(found) | {
         "window": window,
         "stride": window if stride is None else stride,
@@ -64,16 +66,18 @@ def main() -> None:
         print(json.dumps(result))
         return
     print(
-        f"perplexity {found.perplexity:.4f} ({found.nats_per_token:.5f} nats a token, "
-        f"{found.bits_per_byte:.5f} bits a byte) of {found.tokens:,} tokens in {found.windows:,} "
+        f"perplexity {found.perplexity:.4f} ({found.nats_per_token:.5f} nats per token, "
+        f"{found.bits_per_byte:.5f} bits per byte) of {found.tokens:,} tokens in {found.windows:,} "
         f"windows of {window}, stride {result['stride']}, convention of {FLAGS.convention}"
     )
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("text", None, "File of text, in UTF-8.")
-    flags.DEFINE_integer("max_tokens", None, "Take so many tokens of the text.", lower_bound=2)
-    flags.DEFINE_integer("window", None, "Tokens read at a time; by default 2048, or 512.")
+    flags.DEFINE_integer("max_tokens", None, "Most tokens of the text to read.", lower_bound=2)
+    flags.DEFINE_integer(
+        "window", None, "Tokens read at a time; by default 2048, or 512 for llama.cpp."
+    )
     flags.DEFINE_integer("stride", None, "Tokens between windows; by default the window.")
     flags.DEFINE_enum("convention", "transformers", ["transformers", "llama.cpp"], "See above.")
     flags.DEFINE_integer("batch_size", 1, "Windows at once.", lower_bound=1)

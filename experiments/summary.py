@@ -126,7 +126,7 @@ def draw_samples(config: Pretrain, params: Tree, tokenizer: Tokenizer) -> list[d
     sampler = LocalSampler(params, config.model, tokenizer=tokenizer, dtype=jnp.float32)
     requests = [
         Request(
-            prompt_token_ids=tokenizer.encode(prompt, bos=True),
+            prompt=tokenizer.encode(prompt, bos=True),
             max_new_tokens=config.sampling.max_new_tokens,
             temperature=config.sampling.temperature,
             seed=i,
@@ -134,7 +134,9 @@ def draw_samples(config: Pretrain, params: Tree, tokenizer: Tokenizer) -> list[d
         for i, prompt in enumerate(config.sampling.prompts)
     ]
     pairs = zip(config.sampling.prompts, sampler.sample(requests), strict=True)
-    return [{"prompt": prompt, "text": sample.text or ""} for prompt, sample in pairs]
+    return [
+        {"prompt": prompt, "text": sample.text or sample.error or ""} for prompt, sample in pairs
+    ]
 
 
 def training_totals(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -126,5 +126,5 @@ print(f"held-out bits per byte: {before:.2f} before, {after:.2f} after")
 # %%
 sampler = LocalSampler(state.params, config, tokenizer=tokenizer)
 prompt = tokenizer.encode("def main(", bos=True)
-request = Request(prompt_token_ids=prompt, max_new_tokens=48, temperature=0.7)
+request = Request(prompt=prompt, max_new_tokens=48, temperature=0.7)
 print("def main(" + (sampler.sample([request])[0].text or ""))

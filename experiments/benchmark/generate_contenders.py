@@ -49,7 +49,7 @@ def ours(path: pathlib.Path, dtype: str, keep_quantized: bool = False) -> tuple[
                 dtype=jnp.dtype(dtype),
             )  # fmt: skip
         rows = prompts(batch, opened.config.vocab_size)
-        requests = [Request(prompt_token_ids=row, max_new_tokens=new) for row in rows]
+        requests = [Request(prompt=row, max_new_tokens=new) for row in rows]
         samplers[batch].sample(requests)
 
     return generate, {"weight_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params))}

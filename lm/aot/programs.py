@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 import re
 import time
@@ -21,13 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.aot.question import Aot
 from lm.hardware import topologies
 from lm.hardware.hlo_cost import ProgramCost, program_cost
-from lm.infer import generate
+from lm.infer import programs as infer
 from lm.infer.cache import make_cache
+from lm.infer.generate import MIN_STOPS
 from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import check_mesh, param_specs
 from lm.model.params import unstacked_specs
 from lm.parallel import check_context, context_attention, in_order_of
-from lm.sharding import Layout, check_divides, make_mesh, make_rules, named_sharding, use_layout
+from lm.sharding import Layout, check_divides, make_mesh, make_rules, named_sharding
 from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken
 from lm.train.optimizers import make_optimizer
@@ -247,52 +247,34 @@ def _serve(name: Name, config: Aot, topology: str, mesh: Any, rows: int) -> Prog
         abstract(unstacked_specs(model), layout.rules, mesh),
     )
     f32 = functools.partial(by_row, kind=jnp.float32)
-    controls = generate.Controls(
-        by_row(kind=jnp.uint32), f32(), by_row(), f32(), by_row(generate.MIN_STOPS), by_row()
+    sampling = infer.SamplingParams(
+        by_row(kind=jnp.uint32), f32(), by_row(), f32(), f32(), by_row(MIN_STOPS), by_row()
     )
+    cache_config = infer.CacheConfig("sliding", dtype)
 
     def cached(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         rest = (None, "kv_heads", None) if len(x.shape) == 4 else (None,) * (len(x.shape) - 1)
         return struct(x.shape, x.dtype, "batch", *rest)  # latents have no heads
 
-    cache = jax.tree.map(
-        cached, jax.eval_shape(lambda: make_cache(model, rows, config.cache_length, dtype))
-    )
     S = config.cache_length
-    state = generate.State(
-        cache,
-        by_row(S),
-        f32(S),
-        by_row(S, 0),
-        f32(S, 0),
-        by_row(),
-        by_row(),
+    empty = jax.eval_shape(lambda: make_cache(model, rows, S, dtype, kind=cache_config.kind))
+    cache = jax.tree.map(cached, empty)
+    state = infer.DecodeState(
+        cache, by_row(S), f32(S), f32(S), by_row(S, 0), f32(S, 0), f32(0), by_row(), by_row(),
         by_row(kind=jnp.bool_),
-    )
-    result = jax.tree.map(lambda x: x.sharding, state)
-    # The functions themselves, not their jits: what was traced for another layout must not be used.
-    prefill, decode = (inspect.unwrap(f) for f in (generate.prefill, generate.decode))
-
-    def run_prefill(params: Tree, ids: Any, lengths: Any, controls: Any) -> Any:
-        with use_layout(layout):
-            return prefill(params, ids, lengths, controls, model, S, 0, dtype)
-
-    def run_decode(params: Tree, state: Any, controls: Any, steps: Any) -> Any:
-        with use_layout(layout):
-            return decode(params, state, controls, steps, model, dtype)
-
+    )  # fmt: skip
     if name == "prefill":
-        prompt = by_row(config.prompt_length), by_row(), controls
-        function = jax.jit(run_prefill, out_shardings=result)
+        prompt = by_row(config.prompt_length), by_row(), sampling
         arguments = {"weights": params, "batch": prompt}
-        tokens, call = rows * config.prompt_length, (params, *prompt)
+        call = (params, *prompt, model, layout, S, dtype, cache_config)
+        function, tokens = infer.prefill, rows * config.prompt_length
     else:
-        function = jax.jit(run_decode, donate_argnums=1, out_shardings=result)
         replicated = NamedSharding(mesh, PartitionSpec())
         steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
         rest = dataclasses.replace(state, cache=None)
-        arguments = {"weights": params, "cache": cache, "batch": (rest, controls, steps)}
-        tokens, call = rows, (params, state, controls, steps)
+        arguments = {"weights": params, "cache": cache, "batch": (rest, sampling, steps)}
+        call = params, state, sampling, steps, model, layout, dtype
+        function, tokens = infer.decode, rows
     return Program(name, config, topology, layout, function, arguments, call, rows, tokens)
 
 

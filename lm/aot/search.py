@@ -224,7 +224,9 @@ class _Sizes:
         rows = s.rows_per_device * self.num_devices
         split = self.tensor * (self.mesh["fsdp"] if s.zero == 3 else 1)
         caches = jax.eval_shape(
-            lambda: make_cache(model, 1, self.config.cache_length, jnp.dtype(s.dtype))
+            lambda: make_cache(
+                model, 1, self.config.cache_length, jnp.dtype(s.dtype), kind="sliding"
+            )
         )
         cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
         prefill = self.name == "prefill"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -11,15 +13,32 @@ def token_keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:
     return jax.vmap(lambda seed, p: jax.random.fold_in(jax.random.key(seed), p))(seeds, positions)
 
 
+class Drawn(NamedTuple):
+    """The next token of each row.
+
+    Attributes:
+      tokens: int32 [B].
+      logprobs: float32 [B], of the model itself: temperature 1, no bias, all tokens.
+      sampling_logprobs: float32 [B], of the distribution drawn from; 0 where greedy.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    sampling_logprobs: jax.Array
+
+
 def sample_tokens(
     logits: jax.Array,
     keys: jax.Array,
     temperatures: jax.Array,
     vocab_size: int,
+    *,
     top_ks: jax.Array | None = None,
     top_ps: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Draw one token a row from softmax(logits / temperature); the largest logit at temperature 0.
+    min_ps: jax.Array | None = None,
+    bias: tuple[jax.Array, jax.Array] | None = None,
+) -> Drawn:
+    """Draw one token per row from softmax(logits / temperature); the largest at temperature 0.
 
     Args:
       logits: float32 [B, V]; columns from `vocab_size` on are padding and are never drawn.
@@ -27,28 +46,39 @@ def sample_tokens(
       temperatures: float32 [B].
       vocab_size: tokens of the tokenizer.
       top_ks: int32 [B], see `Request`; None for all tokens.
-      top_ps: float32 [B], see `Request`; None for all tokens.
-
-    Returns:
-      tokens int32 [B], and their log-probabilities at temperature 1, float32 [B].
+      top_ps, min_ps: float32 [B], see `Request`; None for all tokens.
+      bias: token ids int32 [B, M], outside the vocabulary for none, and what is added to their
+        logits, float32 [B, M].
     """
     logits = logits[:, :vocab_size].astype(jnp.float32)  # draws do not depend on the padding
     greedy = temperatures <= 0
+    biased = logits
+    if bias is not None:
+        rows = jnp.arange(len(logits))[:, None]
+        biased = logits.at[rows, bias[0]].add(bias[1], mode="drop")
 
-    def draw(_: None) -> jax.Array:
-        scaled = logits / jnp.where(greedy, 1.0, temperatures)[:, None]
+    def draw(_: None) -> tuple[jax.Array, jax.Array]:
+        scaled = biased / jnp.where(greedy, 1.0, temperatures)[:, None]
         if top_ks is not None:
             scaled = _where_any(top_ks > 0, keep_top_k, scaled, top_ks)
         if top_ps is not None:
             scaled = _where_any(top_ps < 1, keep_top_p, scaled, top_ps)
-        return jax.vmap(jax.random.categorical)(keys, scaled)
+        if min_ps is not None:
+            scaled = _where_any(min_ps > 0, keep_min_p, scaled, min_ps)
+        tokens = jax.vmap(jax.random.categorical)(keys, scaled)
+        return tokens, _logprobs(scaled, tokens)
 
-    best = _argmax(logits)
+    best = _argmax(biased)
     # Noise for a whole vocabulary costs more than the rest: none is made where all are greedy.
-    drawn = jax.lax.cond(jnp.all(greedy), lambda _: best, draw, None)
-    tokens = jnp.where(greedy, best, drawn)
+    none = jnp.zeros(len(best), jnp.float32)
+    drawn, sampling = jax.lax.cond(jnp.all(greedy), lambda _: (best, none), draw, None)
+    tokens = jnp.where(greedy, best, drawn).astype(jnp.int32)
+    return Drawn(tokens, _logprobs(logits, tokens), jnp.where(greedy, 0.0, sampling))
+
+
+def _logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _argmax(logits: jax.Array) -> jax.Array:
@@ -78,6 +108,12 @@ def keep_top_k(logits: jax.Array, top_ks: jax.Array) -> jax.Array:
 def keep_top_p(logits: jax.Array, top_ps: jax.Array) -> jax.Array:
     """The fewest of each row whose probabilities add up to `top_ps` [B] (arXiv:1904.09751)."""
     return _keep(logits, jax.nn.softmax(logits, axis=-1), top_ps)
+
+
+def keep_min_p(logits: jax.Array, min_ps: jax.Array) -> jax.Array:
+    """Those of each row at least `min_ps` [B] times as probable as its likeliest token."""
+    least = jnp.max(logits, axis=-1) + jnp.log(min_ps)
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
 def _keep(logits: jax.Array, weights: jax.Array, least: jax.Array) -> jax.Array:

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.infer.generate import MIN_PROMPT, bucket
+from lm.infer.serving import layout_of, row_multiple
 from lm.model import ModelConfig, ModelWeights, Tokens, forward, make_head
+from lm.sharding import Layout, use_layout
 from lm.tokenizers import Tokenizer
 from lm.weights import cast
 
@@ -34,12 +36,18 @@ class Scorer:
         *,
         batch_size: int = 1,
         dtype: Any = jnp.float32,
+        layout: Layout | None = None,
     ) -> None:
-        """Raises ValueError where `batch_size` is not positive."""
+        """Computes under `layout`; None for that of the weights (`lm.infer.serving.layout_of`).
+
+        Raises:
+          ValueError: `batch_size` is not positive, or the weights are not on the layout's devices.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; use 1 or more")
         self.params, self.config = cast(params, dtype), config
         self.batch_size, self.dtype = batch_size, dtype
+        self.layout = layout_of(self.params, layout)
 
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """For each row of n token ids float32 [n - 1], of its second token and on.
@@ -58,20 +66,25 @@ class Scorer:
         longest = max(map(len, rows))
         if longest > most:
             raise ValueError(f"{longest} tokens do not fit the model's context of {most}")
-        ids = np.zeros((self.batch_size, bucket(longest, MIN_PROMPT, most)), np.int32)
+        multiple = row_multiple(self.layout)
+        num_rows = -(-self.batch_size // multiple) * multiple
+        ids = np.zeros((num_rows, bucket(longest, MIN_PROMPT, most)), np.int32)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
         if ids.min() < 0 or ids.max() >= vocab_size:
             raise ValueError(f"token ids {ids.min()} to {ids.max()}; vocab_size is {vocab_size}")
-        values = np.asarray(_logprobs(self.params, ids, self.config, self.dtype))
+        values = np.asarray(logprobs(self.params, ids, self.config, self.layout, self.dtype))
         return [values[i, : max(len(row) - 1, 0)] for i, row in enumerate(rows)]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _logprobs(params: ModelWeights, ids: jax.Array, config: ModelConfig, dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "layout", "dtype"))
+def logprobs(
+    params: ModelWeights, ids: jax.Array, config: ModelConfig, layout: Layout, dtype: Any
+) -> jax.Array:
     """ids [B, T] -> float32 [B, T - 1]. Padding on the right is seen by padding alone."""
-    hidden = forward(params, Tokens.of(ids), config, dtype=dtype).hidden
-    return make_head(params, config).logprobs(hidden[:, :-1], ids[:, 1:])[0]
+    with use_layout(layout):
+        hidden = forward(params, Tokens.of(ids), config, dtype=dtype).hidden
+        return make_head(params, config).logprobs(hidden[:, :-1], ids[:, 1:])[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lm.model.config import (
     make_stacks,
 )
 from lm.model.count import forward_flops, num_bytes, num_params, train_flops
-from lm.model.forward import LayerCache, Output, Tokens, forward
+from lm.model.decoder import LayerCache, Output, Tokens, forward
 from lm.model.head import Head, make_head
 from lm.model.params import (
     ModelWeights,

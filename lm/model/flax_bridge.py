@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.model.config import ModelConfig
-from lm.model.forward import Tokens, forward
+from lm.model.decoder import Tokens, forward
 from lm.model.head import make_head
 from lm.model.params import ModelWeights, param_specs
 from lm.weights import initialize

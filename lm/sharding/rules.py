@@ -35,6 +35,10 @@ class Rules:
     gradients: Table
     optimizer: Table
 
+    def __hash__(self) -> int:
+        tables = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return hash(tuple(tuple(sorted(table.items())) for table in tables))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:

@@ -160,7 +160,8 @@ def product(x: jax.Array, leaf: Blocked, transpose: bool, out_dtype: Any) -> jax
         return _by_tiles(x, leaf, transpose, wide)
 
     # Elsewhere the compiler reads blocks as it multiplies; split over devices, tiles would move.
-    if current_layout() is None:
+    layout = current_layout()
+    if layout is None or layout.mesh.size == 1:
         y = jax.lax.platform_dependent(x, leaf, cpu=tiles, default=whole)
     else:
         y = whole(x, leaf)

@@ -106,9 +106,7 @@ def placed(params, where: Layout):
 
 def generate(params) -> list[tuple[int, ...]]:
     sampler = LocalSampler(params, CONFIG, max_length=32)
-    requests = [
-        Request(prompt_token_ids=p, max_new_tokens=12, temperature=0.0) for p in ((5, 9, 2), (77,))
-    ]
+    requests = [Request(prompt=p, max_new_tokens=12, temperature=0.0) for p in ((5, 9, 2), (77,))]
     return [sample.token_ids for sample in sampler.sample(requests)]
 
 

@@ -221,7 +221,7 @@ def test_greedy_tokens_are_llama_cpps(name, file, chosen_atol, top_atol):
         assert ids == result["prompt_ids"]
         requests.append(
             Request(
-                prompt_token_ids=ids,
+                prompt=ids,
                 max_new_tokens=len(result["output_ids"]),
                 logprobs=True,
                 top_logprobs=5,
@@ -255,7 +255,7 @@ def test_transformers_computes_the_same_from_the_same_file(real):
     prompts = ["The capital of France is", "def fibonacci(n):\n", "In 1842 the"]
     requests = [
         Request(
-            prompt_token_ids=opened.tokenizer.encode_prompt(prompt),
+            prompt=opened.tokenizer.encode_prompt(prompt),
             max_new_tokens=24,
             logprobs=True,
         )

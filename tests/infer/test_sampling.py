@@ -24,7 +24,8 @@ def test_greedy_is_the_argmax_of_the_real_vocabulary():
     logits = drawn_logits(64, 16)
     logits[:, 11:] = 50.0  # padding, as if it had not been masked
     keys = token_keys(jnp.arange(64, dtype=jnp.uint32), jnp.zeros(64, jnp.int32))
-    tokens, logprobs = sample(logits, keys, jnp.zeros(64), 11)
+    tokens, logprobs, sampling = sample(logits, keys, jnp.zeros(64), 11)
+    assert not np.any(sampling)
     np.testing.assert_array_equal(tokens, logits[:, :11].argmax(-1))
     np.testing.assert_allclose(logprobs, log_softmax(logits[:, :11]).max(-1), atol=1e-5)
 
@@ -35,7 +36,7 @@ def test_the_first_of_equals():
     logits[2, :] = -np.inf
     logits[2, 6:8] = -1
     keys = token_keys(jnp.arange(3, dtype=jnp.uint32), jnp.zeros(3, jnp.int32))
-    tokens, _ = sample(logits, keys, jnp.zeros(3), 9)
+    tokens = sample(logits, keys, jnp.zeros(3), 9).tokens
     np.testing.assert_array_equal(tokens, [0, 2, 6])
 
 
@@ -46,33 +47,34 @@ def test_frequencies_and_logprobs(temperature):
     row = drawn_logits(1, V)[0]
     logits = np.broadcast_to(np.append(row, [30.0]), (N, V + 1))
     keys = token_keys(jnp.arange(N, dtype=jnp.uint32), jnp.full(N, 5))
-    tokens, logprobs = sample(logits, keys, jnp.full(N, temperature), V)
+    tokens, logprobs, sampling = sample(logits, keys, jnp.full(N, temperature), V)
     expected = N * np.exp(log_softmax(row / temperature))
     counts = np.bincount(tokens, minlength=V)
     assert len(counts) == V
     chi_square = np.sum((counts - expected) ** 2 / expected)
     assert chi_square < 22.5  # 6 degrees of freedom: one in a thousand
     np.testing.assert_allclose(logprobs, log_softmax(row)[tokens], atol=1e-5)
+    np.testing.assert_allclose(sampling, log_softmax(row / temperature)[tokens], atol=1e-5)
 
 
 def test_a_draw_depends_on_its_row_alone():
     logits = drawn_logits(6, 40)
     seeds, positions = jnp.arange(6, dtype=jnp.uint32), jnp.arange(10, 16)
     temperatures = jnp.array([0.0, 1.0, 1.5, 0.0, 3.0, 1.0])
-    tokens, logprobs = sample(logits, token_keys(seeds, positions), temperatures, 40)
+    all_rows = sample(logits, token_keys(seeds, positions), temperatures, 40)
     order = np.array([4, 2, 0])
-    again, logprobs_again = sample(
+    again = sample(
         logits[order], token_keys(seeds[order], positions[order]), temperatures[order], 40
     )
-    np.testing.assert_array_equal(again, tokens[order])
-    np.testing.assert_allclose(logprobs_again, logprobs[order], rtol=1e-6)
+    for alone, together in zip(again, all_rows, strict=True):
+        np.testing.assert_allclose(alone, together[order], rtol=1e-6)
 
 
 def test_a_draw_does_not_depend_on_the_padding():
     logits = drawn_logits(50, 20)
     keys = token_keys(jnp.arange(50, dtype=jnp.uint32), jnp.zeros(50, jnp.int32))
     wide = np.pad(logits, [(0, 0), (0, 12)], constant_values=-1e30)
-    tokens, _ = sample(logits, keys, jnp.full(50, 2.0), 20)
+    tokens = sample(logits, keys, jnp.full(50, 2.0), 20)[0]
     np.testing.assert_array_equal(sample(wide, keys, jnp.full(50, 2.0), 20)[0], tokens)
 
 
@@ -110,19 +112,40 @@ def test_the_fewest_of_enough_probability_are_kept():
 
 
 def test_filters_are_applied_in_turn_and_by_row():
-    """Top-p is of what top-k left; rows without filters draw as before."""
-    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]] * 3000))
-    keys = token_keys(jnp.arange(3000, dtype=jnp.uint32), jnp.zeros(3000, jnp.int32))
-    which = jnp.arange(3000) % 3  # no filter, top_k=2, top_k=2 and then top_p=0.5
-    draw = jax.jit(sample_tokens, static_argnames="vocab_size")
-    tokens, logprobs = draw(
-        logits, keys, jnp.ones(3000), 4, jnp.where(which > 0, 2, 0), jnp.where(which == 2, 0.5, 1.0)
-    )
-    plain, _ = draw(logits, keys, jnp.ones(3000), 4)
-    np.testing.assert_array_equal(tokens[::3], plain[::3])
-    assert set(np.asarray(tokens[::3]).tolist()) == {0, 1, 2, 3}
-    assert set(np.asarray(tokens[1::3]).tolist()) == {0, 1}
-    assert set(np.asarray(tokens[2::3]).tolist()) == {0}  # 0.4 / 0.7 is enough
-    share = np.mean(np.asarray(tokens[1::3]) == 0)
-    assert abs(share - 4 / 7) < 0.06
-    np.testing.assert_allclose(logprobs[2], np.log(0.4), atol=1e-6)
+    """Top-p is of what top-k left, min-p of what top-p left; rows without filters draw as before.
+    Each sampling log-probability is that of the truncated distribution."""
+    row = np.array([0.4, 0.3, 0.2, 0.1], np.float32)
+    logits = jnp.log(jnp.tile(row, (4000, 1)))
+    keys = token_keys(jnp.arange(4000, dtype=jnp.uint32), jnp.zeros(4000, jnp.int32))
+    which = jnp.arange(4000) % 4  # no filter, top_k=2, top_k=2 and then top_p=0.5, min_p=0.5
+    tokens, logprobs, sampling = map(np.asarray, sample(
+        logits, keys, jnp.ones(4000), 4,
+        top_ks=jnp.where((which == 1) | (which == 2), 2, 0),
+        top_ps=jnp.where(which == 2, 0.5, 1.0), min_ps=jnp.where(which == 3, 0.5, 0.0),
+    ))  # fmt: skip
+    plain = sample(logits, keys, jnp.ones(4000), 4).tokens
+    np.testing.assert_array_equal(tokens[::4], plain[::4])
+    np.testing.assert_allclose(logprobs, np.log(row)[tokens], atol=1e-6)
+    for i, kept in enumerate((4, 2, 1, 3)):  # 0.4 / 0.7 is enough of top-p, 0.2 / 0.4 of min-p
+        probabilities = row[:kept] / row[:kept].sum()
+        drawn = tokens[i::4]
+        assert set(drawn.tolist()) == set(range(kept))
+        np.testing.assert_allclose(np.bincount(drawn) / 1000, probabilities, atol=0.06)
+        np.testing.assert_allclose(sampling[i::4], np.log(probabilities)[drawn], atol=1e-5)
+
+
+def test_biases_move_draws_and_not_the_models_log_probabilities():
+    """By -inf in effect, for greedy rows too; ids outside the vocabulary move nothing."""
+    logits = drawn_logits(8, 12)
+    keys = token_keys(jnp.arange(8, dtype=jnp.uint32), jnp.zeros(8, jnp.int32))
+    temperatures = jnp.where(jnp.arange(8) % 2 == 0, 0.0, 1.0)
+    best = logits.argmax(-1)
+    ids, values = np.stack([best, np.full(8, 12)], 1), np.full((8, 2), -1e9, np.float32)
+    tokens, logprobs, sampling = sample(logits, keys, temperatures, 12, bias=(ids, values))
+    assert not np.any(tokens == best)
+    np.testing.assert_allclose(logprobs, log_softmax(logits)[np.arange(8), tokens], atol=1e-5)
+    banned = np.where(np.arange(12) == best[:, None], -1e9, logits)
+    drawn = np.arange(1, 8, 2)
+    np.testing.assert_array_equal(tokens[::2], banned[::2].argmax(-1))
+    expected = log_softmax(banned)[drawn, tokens[drawn]]
+    np.testing.assert_allclose(sampling[drawn], expected, atol=1e-5)

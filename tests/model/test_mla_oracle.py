@@ -107,7 +107,7 @@ def test_greedy_generation_equals_transformers(case):
     assert {expands(n, attention) for n in (4, 32)} == {True, False}
     # One at a time, so that a short prompt is not padded to a long one's form.
     for prompt in prompts:
-        (sample,) = sampler.sample([Request(prompt_token_ids=prompt, max_new_tokens=20)])
+        (sample,) = sampler.sample([Request(prompt=prompt, max_new_tokens=20)])
         row = torch.tensor([prompt])
         with torch.no_grad():
             out = oracle.model.generate(

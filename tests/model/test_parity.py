@@ -12,7 +12,7 @@ import pytest
 
 from lm.formats import from_huggingface, from_tensors, to_tensors
 from lm.model import Tokens, forward, make_head, num_params
-from lm.model.forward import embed
+from lm.model.decoder import embed
 from tests.model.huggingface_oracle import CASES, make_oracle
 
 pytestmark = pytest.mark.oracle

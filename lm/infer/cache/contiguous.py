@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from lm.kernels.attention import View, attention
 from lm.kernels.paged_attention import QUANTIZED, quantize
 from lm.model import Attention, Tokens
-from lm.model.forward import attention_scale
+from lm.model.decoder import attention_scale
 from lm.sharding import constrain
 
-NEVER = jnp.iinfo(jnp.int32).max  # the position of a key that no query sees
+UNUSED_POSITION = jnp.iinfo(jnp.int32).max  # the position of a key that no query sees
 
 
 @flax.struct.dataclass
@@ -109,7 +109,7 @@ class SlidingCache:
 
     Attributes:
       keys, values: [B, S, K, h].
-      positions: int32 [B, S], of what is in the slots; `NEVER` where there is nothing.
+      positions: int32 [B, S], of what is in the slots; `UNUSED_POSITION` where there is nothing.
       key_scales, value_scales: float32 [B, S, K], of int8 and float8_e4m3fn ones, else None.
       implementation: of attention; None for the default.
     """
@@ -138,7 +138,7 @@ class SlidingCache:
         live = jnp.ones(tokens.positions.shape, bool)
         if tokens.segment_ids is not None:
             live = tokens.segment_ids != 0
-        new = jnp.where(live, tokens.positions, NEVER)
+        new = jnp.where(live, tokens.positions, UNUSED_POSITION)
         last = jnp.max(jnp.where(live, tokens.positions, -1), axis=1, keepdims=True)
         slots = jnp.where(live & (new > last - S), new % S, S)  # of several of a slot, the newest
         rows = jnp.arange(B, dtype=slots.dtype)[:, None]
@@ -158,7 +158,7 @@ class SlidingCache:
             )
             # What is not before the chunk was left behind by another document.
             first = jnp.min(new, axis=1, keepdims=True)
-            old = jnp.where(self.positions < first, self.positions, NEVER)
+            old = jnp.where(self.positions < first, self.positions, UNUSED_POSITION)
             key_positions = jnp.concatenate([old, new], axis=1)
         out = attention(
             q, all_keys, all_values, View(tokens.positions, key_positions),

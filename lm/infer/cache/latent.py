@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lm.kernels.attention import View, attention
 from lm.model import Attention, Tokens
-from lm.model.forward import attention_scale
+from lm.model.decoder import attention_scale
 from lm.sharding import constrain
 
 
@@ -50,7 +50,7 @@ class LatentCache:
         tokens: Tokens,
         spec: Attention,
     ) -> tuple[jax.Array, LatentCache]:
-        """See `lm.model.forward.LatentLayerCache`."""
+        """See `lm.model.decoder.LatentLayerCache`."""
         cache = self.write(latents, tokens)
         k, v = expand(cache.latents.astype(q.dtype))
         return cache.read(q, k, v, tokens, spec, self.implementation), cache

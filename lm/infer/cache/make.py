@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lm.infer.cache.contiguous import NEVER, ContiguousCache, SlidingCache, Slots
+from lm.infer.cache.contiguous import UNUSED_POSITION, ContiguousCache, SlidingCache, Slots
 from lm.infer.cache.latent import LatentCache, make_latent_cache
 from lm.infer.cache.paged import PagedCache
 from lm.kernels.paged_attention import QUANTIZED, make_pages
@@ -63,7 +63,7 @@ def make_cache(
             Slots.empty((batch, size, a.num_kv_heads, a.head_dim), dtype) for _ in range(2)
         )
         if size < length:
-            positions = jnp.full((batch, size), NEVER, jnp.int32)
+            positions = jnp.full((batch, size), UNUSED_POSITION, jnp.int32)
             return SlidingCache(keys.values, values.values, positions, keys.scales, values.scales)
         return ContiguousCache(keys.values, values.values, keys.scales, values.scales)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lm.kernels.paged_attention import Pages, paged_attention, write_pages
 from lm.model import Attention, Tokens
-from lm.model.forward import attention_scale
+from lm.model.decoder import attention_scale
 from lm.sharding import constrain
 
 

@@ -238,14 +238,14 @@ class Block:
         """Attention over x [B, T, D], already normalized -> [B, T, D]."""
         a = layer.attention
         B, T, _ = x.shape
-        x = whole_rows(x)
+        x = gather_sequence(x)
         if isinstance(w, LatentAttentionWeights):
             out, cache = self.latent_heads(x, w, a, cache)
         else:
             out, cache = self.heads(x, w, layer, cache)
         out = checkpoint_name(constrain(out, "batch", "sequence", "heads", None), "attention")
         out = linear(out.reshape(B, T, a.num_heads * a.value_dim), w.out, w.out_bias)
-        return split_rows(out), cache
+        return scatter_sequence(out), cache
 
     def heads(
         self, x: jax.Array, w: AttentionWeights, layer: Layer, cache: LayerCache | None
@@ -309,7 +309,7 @@ def attention_scale(a: Attention) -> float:
     return (a.head_dim**-0.5 if a.scale is None else a.scale) * score_factor(a.rope)
 
 
-def whole_rows(x: jax.Array) -> jax.Array:
+def gather_sequence(x: jax.Array) -> jax.Array:
     """x [B, T, D] with its sequence gathered over `tensor`, where sequence parallelism splits it.
 
     Stated before and after, so that it is gathered in its own dtype, not in the float32 of the norm
@@ -319,8 +319,8 @@ def whole_rows(x: jax.Array) -> jax.Array:
     return constrain(x, "batch", "sequence", None)
 
 
-def split_rows(x: jax.Array) -> jax.Array:
-    """x [B, T, D] with its sequence split as between blocks: `whole_rows` the other way around.
+def scatter_sequence(x: jax.Array) -> jax.Array:
+    """x [B, T, D] with its sequence split as between blocks: the inverse of `gather_sequence`.
 
     Its gradient is gathered over `tensor` here, once for both products that read it: left to itself
     XLA gathers whole rows over `context` as well.
@@ -332,7 +332,7 @@ def split_rows(x: jax.Array) -> jax.Array:
 def feed_forward(x: jax.Array, w: FeedForwardWeights, config: FeedForward) -> jax.Array:
     """x [B, T, D], already normalized -> [B, T, D]."""
     activation = ACTIVATIONS[config.activation]
-    x = whole_rows(x)
+    x = gather_sequence(x)
     up = checkpoint_name(linear(x, w.up, w.up_bias), "up")
     if w.gate is None:
         inner = elementwise(_activated, activation)(up)
@@ -340,7 +340,7 @@ def feed_forward(x: jax.Array, w: FeedForwardWeights, config: FeedForward) -> ja
         gate = checkpoint_name(linear(x, w.gate, w.gate_bias), "gate")
         inner = elementwise(_gated, activation)(gate, up)
     inner = constrain(inner, "batch", "sequence", "ffn")
-    return split_rows(linear(inner, w.down, w.down_bias))
+    return scatter_sequence(linear(inner, w.down, w.down_bias))
 
 
 def _gated(activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array):
