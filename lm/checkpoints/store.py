@@ -4,6 +4,10 @@
 `metadata.json` (what the caller wants kept: its place in the data) and `checksums`. A directory
 appears under its step's name once complete; arrays are read straight into the shardings of the
 tree asked for, so a run may go on with another mesh, ZeRO stage or number of processes.
+
+Not with `ocp.CheckpointManager`: it gives a checkpoint its final name before anything of ours could
+add checksums to it (a kill between the two would leave one that cannot be checked), counts damaged
+ones among those to keep, and raises a storage's errors on the path of the next save.
 """
 
 from __future__ import annotations
@@ -12,8 +16,8 @@ import contextlib
 import dataclasses
 import json
 import threading
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -26,8 +30,10 @@ from lm.checkpoints.checksums import CheckpointError, DamagedError
 from lm.checkpoints.local import LocalTier, to_host
 from lm.checkpoints.names import check_fit, describe, flatten, matches, unflatten
 from lm.checkpoints.reference import Reference
+from lm.distributed.collectives import broadcast
 from lm.model import ModelConfig
 
+T = TypeVar("T")
 Tree = Any
 PROBE_BYTES = 1 << 16
 
@@ -67,7 +73,7 @@ class SaveInterval:
         late = now - last >= 60 * self.minutes
         if jax.process_count() == 1:
             return late
-        return step % self.ask_every == 0 and bool(_of_first(int(late)))
+        return step % self.ask_every == 0 and broadcast(late)
 
 
 class Failure(NamedTuple):
@@ -95,18 +101,23 @@ class Restored(NamedTuple):
     source: str
 
 
-def _of_first(value: int) -> int:
-    """Process 0's value, on every process."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
 def _by_all(value: bool) -> bool:
     """Whether it holds on every process."""
     if jax.process_count() == 1:
         return value
     return bool(np.all(multihost_utils.process_allgather(np.int32(value))))
+
+
+def _agreed(call: Callable[[], T], otherwise: str) -> T:
+    """The result of `call` once it has worked on every process; else DamagedError on all."""
+    result, fault = None, None
+    try:
+        result = call()
+    except (CheckpointError, OSError) as error:
+        fault = error if isinstance(error, DamagedError) else DamagedError(str(error))
+    if not _by_all(fault is None):
+        raise fault or DamagedError(otherwise)
+    return cast(T, result)
 
 
 def _arrays(state: Tree) -> dict[str, Any]:
@@ -146,8 +157,7 @@ class Checkpoints:
         self.local = None if local is None else LocalTier(local, str(self.directory), keep_local)
         self._handler = arrays.Handler(timeout)
         self._writer = arrays.make_writer(self._handler)
-        self._thread: threading.Thread | None = None
-        self._local_thread: threading.Thread | None = None
+        self._threads: dict[str, threading.Thread] = {}  # what is being written
         self._failures: list[Failure] = []
         self._current: set[int] = set()  # steps this run has written or gone on from
         self._damaged: set[int] = set()
@@ -202,8 +212,7 @@ class Checkpoints:
                 self._writer.wait_until_finished()
             self._fail(step, error)
             return
-        self._thread = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
-        self._thread.start()
+        self._start("checkpoint", self._finish, step)
         if wait:
             self.wait()
 
@@ -211,15 +220,12 @@ class Checkpoints:
         """Write this process's shards to its own disk, in the background; as `save` otherwise."""
         if self.local is None:
             raise ValueError("Checkpoints was made without a `local` directory")
-        self._wait_local()
+        self._join("local checkpoint")
         leaves = _arrays(state)
         described = {name: describe(leaf) for name, leaf in leaves.items()}
         index = {"version": model_json.VERSION, "metadata": metadata, "arrays": described}
         arrays.to_json(index)
-        self._local_thread = threading.Thread(
-            target=self._write_local, args=(step, to_host(leaves), index), name="local checkpoint"
-        )
-        self._local_thread.start()
+        self._start("local checkpoint", self._write_local, step, to_host(leaves), index)
 
     def _write_local(self, step: int, shards: Any, index: dict[str, Any]) -> None:
         assert self.local is not None
@@ -228,17 +234,18 @@ class Checkpoints:
         except Exception as error:
             self._fail(step, error, str(self.local.root))
 
+    def _start(self, name: str, call: Callable[..., None], *args: Any) -> None:
+        self._threads[name] = threading.Thread(target=call, args=args, name=name)
+        self._threads[name].start()
+
+    def _join(self, *names: str) -> None:
+        for name in names:
+            if (thread := self._threads.pop(name, None)) is not None:
+                thread.join()
+
     def wait(self) -> None:
         """Return when nothing is being written any more."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._wait_local()
-
-    def _wait_local(self) -> None:
-        if self._local_thread is not None:
-            self._local_thread.join()
-            self._local_thread = None
+        self._join(*self._threads)
 
     def failures(self) -> list[Failure]:
         """Saves that have failed since the last call. Older checkpoints are as they were."""
@@ -267,10 +274,8 @@ class Checkpoints:
         weights = getattr(state, "params", None) if self.config is not None else None
         reference = None if frozen is None else dataclasses.asdict(frozen)
         model = model_json.to_dict(self.config, weights, leaves, reference)
-        return {
-            model_json.FILE: arrays.to_json(model),
-            "metadata.json": arrays.to_json(metadata),
-        }
+        contents = zip(opening.SIDECARS, (model, metadata), strict=True)
+        return {name: arrays.to_json(content) for name, content in contents}
 
     def _prepare(self, step: int) -> None:
         """Process 0 makes room for `step`; all learn whether the disk takes anything at all."""
@@ -289,7 +294,7 @@ class Checkpoints:
                     probe.unlink(missing_ok=True)
             except Exception as caught:
                 error = caught
-        if not _of_first(int(error is None)):
+        if not broadcast(error is None):
             raise error or OSError("process 0 cannot write there")
         self._clean = True
         self._damaged.discard(step)
@@ -390,7 +395,11 @@ class Checkpoints:
         """
         self.wait()
         directory = self._directory(step)
-        self._verify(directory)
+        share = jax.process_index(), jax.process_count()
+        _agreed(
+            lambda: checksums.verify(directory, share),
+            f"{directory}: another process found a damaged file",
+        )
         state = self._read(directory, like, tuple(ignore), frozen)
         self._current = {s for s in self._current if s < step} | {step}
         return state
@@ -434,19 +443,8 @@ class Checkpoints:
         """Step, and whether local, of the next candidate, as process 0 sees it."""
         durable = [(step, False) for step in opening.all_steps(self.directory)]
         local = [(step, True) for step in self.local.steps()] if self.local is not None else []
-        step, is_local = max(set(durable + local) - tried, default=(-1, False))
-        code = _of_first(2 * step + int(is_local))
-        return None if code < 0 else (code // 2, bool(code % 2))
-
-    def _verify(self, directory: epath.Path) -> None:
-        """Each process reads its share of the files; all raise if one finds a fault."""
-        fault: DamagedError | None = None
-        try:
-            checksums.verify(directory, (jax.process_index(), jax.process_count()))
-        except DamagedError as error:
-            fault = error
-        if not _by_all(fault is None):
-            raise fault or DamagedError(f"{directory}: another process found a damaged file")
+        newest = broadcast(max(set(durable + local) - tried, default=None))
+        return None if newest is None else (newest[0], newest[1])
 
     def _read(
         self, directory: epath.Path, like: Tree, ignore: tuple[str, ...], frozen: Any
@@ -469,18 +467,15 @@ class Checkpoints:
         self, step: int, like: Tree, ignore: tuple[str, ...], skipped: Sequence[str]
     ) -> tuple[Tree, dict[str, Any], tuple[str, ...], str]:
         """The other fields of `Restored`, once every process has read its own shards."""
-        assert self.local is not None
-        leaves, index, fault = flatten(like), {}, None
-        try:
-            read, index = self.local.read(step, leaves, ignore)
-            leaves |= read
-        except (CheckpointError, OSError) as error:
-            fault = DamagedError(str(error))
-        if not _by_all(fault is None):
-            raise fault or DamagedError(f"another process has no sound local copy of step {step}")
+        tier, leaves = self.local, flatten(like)
+        assert tier is not None
+        read, index = _agreed(
+            lambda: tier.read(step, leaves, ignore),
+            f"another process has no sound local copy of step {step}",
+        )
         self._current = {step}
-        where = str(self.local.root / str(step))
-        return unflatten(leaves, like), index["metadata"], tuple(skipped), where
+        where = str(tier.root / str(step))
+        return unflatten(leaves | read, like), index["metadata"], tuple(skipped), where
 
     def _directory(self, step: int) -> epath.Path:
         steps = opening.all_steps(self.directory)
