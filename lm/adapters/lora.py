@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lm.model import ModelConfig, ModelWeights
 from lm.model.params import Stacked, specs_for
 from lm.sharding import Layout
-from lm.weights import Leaf, LoRA, MultiLoRA, ParamSpec, is_spec, path_name, shardings
+from lm.weights import LoRA, MultiLoRA, ParamSpec, StructuredWeight, is_spec, path_name, shardings
 
 Tree = Any
 _LATENT = "query_down|query_up|key_value_down|key_value_up"
@@ -37,7 +37,7 @@ def trains(path: str) -> bool:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, Leaf)
+    return isinstance(x, StructuredWeight)
 
 
 def _map(f: Callable[..., Any], params: Tree, *others: Tree) -> Tree:
@@ -130,7 +130,7 @@ def _parts(
         a = jax.random.uniform(key, a_shape, dtype, -(rows**-0.5), rows**-0.5)
     magnitude = None
     if dora:
-        dense = weight.dequantize(jnp.float32) if isinstance(weight, Leaf) else weight
+        dense = weight.dequantize(jnp.float32) if isinstance(weight, StructuredWeight) else weight
         magnitude = jnp.linalg.norm(dense.astype(jnp.float32), axis=-2)
     return LoRA(None, a, b, jnp.full(tuple(stack), scale, jnp.float32), magnitude)
 
@@ -164,7 +164,7 @@ def merge(params: ModelWeights, dtype: Any = None, base: Tree = None) -> ModelWe
             raise ValueError(f"{path} has {weight.num_adapters} adapters; select one first")
         if not isinstance(weight, LoRA):
             return beneath
-        own = jnp.float32 if isinstance(beneath, Leaf) else beneath.dtype
+        own = jnp.float32 if isinstance(beneath, StructuredWeight) else beneath.dtype
         return dataclasses.replace(weight, base=beneath).dequantize(own if dtype is None else dtype)
 
     return _map(leaf, params, remove(params) if base is None else base)

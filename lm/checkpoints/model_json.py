@@ -17,7 +17,7 @@ from lm.checkpoints.checksums import CheckpointError
 from lm.checkpoints.names import describe, parse
 from lm.config import codec
 from lm.model import ModelConfig
-from lm.weights import Leaf
+from lm.weights import StructuredWeight
 
 FILE = "model.json"
 VERSION = 2
@@ -43,7 +43,7 @@ def _known() -> dict[str, type]:
             for cls in vars(module).values():
                 if isinstance(cls, type) and dataclasses.is_dataclass(cls):
                     known[cls.__name__] = cls
-    pending: list[type] = [Leaf]
+    pending: list[type] = [StructuredWeight]
     while pending:
         subclasses = pending.pop().__subclasses__()
         known |= {cls.__name__: cls for cls in subclasses}
@@ -128,7 +128,9 @@ def decode_tree(value: Any, where: str = "weights") -> Any:
         return {k: decode_tree(each, f"{where}/{k}") for k, each in value["keys"].items()}
     cls = _find(value["class"], where)
     fields = {k: decode_tree(v, f"{where}/{k}") for k, v in value.get("fields", {}).items()}
-    static = {k: decode(v, f"{where}/{k}") for k, v in value.get("static", {}).items()}
+    today = getattr(cls, "renamed_fields", {})
+    stored = value.get("static", {}).items()
+    static = {today.get(k, k): decode(v, f"{where}/{k}") for k, v in stored}
     names = {field.name for field in dataclasses.fields(cls)}
     absent = {
         field.name: None

@@ -24,7 +24,7 @@ from lm.formats.quantized.io import load_quantized, read_quantization
 from lm.model import ModelConfig, ModelWeights, param_specs, unstack
 from lm.sharding import Layout
 from lm.tokenizers import Tokenizer, check_fits, open_tokenizer
-from lm.weights import Leaf, cast, shardings
+from lm.weights import StructuredWeight, cast, is_structured, shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
 _EXPECTED = (
@@ -134,9 +134,9 @@ def _decoded(params: ModelWeights, dtype: Any) -> ModelWeights:
     """Every leaf as an array."""
 
     def leaf(x: Any) -> Any:
-        return x.dequantize(dtype) if isinstance(x, Leaf) else x
+        return x.dequantize(dtype) if isinstance(x, StructuredWeight) else x
 
-    return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, Leaf))
+    return jax.tree.map(leaf, params, is_leaf=is_structured)
 
 
 def locate(model: str | pathlib.Path) -> pathlib.Path:

@@ -13,7 +13,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from lm.model import ModelWeights, unstack
 from lm.sharding import AXES, Layout, MeshShape, make_mesh, make_rules
-from lm.weights import NF4, Leaf, LoRA, MultiLoRA, Panels, cast, path_name
+from lm.weights import (
+    NF4,
+    LoRA,
+    MultiLoRA,
+    Panels,
+    StructuredWeight,
+    cast,
+    is_structured,
+    path_name,
+)
 from lm.weights.panels import panel_width
 
 PANELED = (jnp.float32, jnp.bfloat16)
@@ -36,12 +45,15 @@ def serving_form(params: ModelWeights, dtype: Any, donate: bool = False) -> Mode
     def leaf(path: tuple[Any, ...], weight: Any) -> Any:
         if isinstance(weight, LoRA | MultiLoRA):
             return dataclasses.replace(weight.cast(dtype), base=leaf(path, weight.base))
-        weight = cast(weight if isinstance(weight, Leaf) else jnp.asarray(weight), dtype)
+        weight = cast(
+            weight if isinstance(weight, StructuredWeight) else jnp.asarray(weight), dtype
+        )
         name = path_name(path)
         if isinstance(weight, NF4) and _on_cpu(weight.codes):
             # Decoded at each step anew, scales of scales take longer than a row's whole product.
             return weight.unnested()
-        if isinstance(weight, Leaf) or name.rsplit("/")[-1] in WHOLE or not _cuttable(weight):
+        structured = isinstance(weight, StructuredWeight)
+        if structured or name.rsplit("/")[-1] in WHOLE or not _cuttable(weight):
             return weight
         embedding = name == "embed"
         # The many panels of a vocabulary are slow in bfloat16.
@@ -53,9 +65,7 @@ def serving_form(params: ModelWeights, dtype: Any, donate: bool = False) -> Mode
             weight.delete()
         return panels
 
-    return jax.tree_util.tree_map_with_path(
-        leaf, unstack(params), is_leaf=lambda x: isinstance(x, Leaf)
-    )
+    return jax.tree_util.tree_map_with_path(leaf, unstack(params), is_leaf=is_structured)
 
 
 def _cuttable(weight: jax.Array) -> bool:

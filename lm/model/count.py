@@ -28,7 +28,7 @@ def num_params(config: ModelConfig, embedding: bool = True) -> int:
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays, ShapeDtypeStructs or ParamSpecs; a `Leaf` is what it holds.
+    """Bytes of a tree of arrays, ShapeDtypeStructs or ParamSpecs, at any depth.
 
     So of weights in any format, a cache or a state of training, without making them:
     `num_bytes(jax.eval_shape(lambda w: rtn(w, {"stacks/*": "nf4"}), abstract(specs)))`.

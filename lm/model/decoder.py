@@ -37,7 +37,7 @@ from lm.model.params import (
 from lm.model.remat import checkpointed
 from lm.model.rope import apply_rope, rope_table, score_factor
 from lm.sharding import constrain, constrain_both
-from lm.weights import Leaf, gather, linear, take
+from lm.weights import StructuredWeight, gather, linear, take
 
 AttentionFunction = Callable[..., jax.Array]
 RopeTables = dict[tuple[Rope, int], tuple[jax.Array, jax.Array]]
@@ -165,7 +165,7 @@ def forward(
 
 def embed(params: ModelWeights, tokens: Tokens, config: ModelConfig, dtype: Any) -> jax.Array:
     """Rows of the embedding, [B, T, D]."""
-    if isinstance(params.embed, Leaf):
+    if isinstance(params.embed, StructuredWeight):
         x = take(gather(params.embed, param_specs(config).embed), tokens.ids, dtype)
     else:
         x = lookup(params.embed, tokens.ids).astype(dtype)

@@ -11,7 +11,7 @@ from lm.kernels.cross_entropy import token_logprobs
 from lm.model.config import ModelConfig
 from lm.model.params import ModelWeights, param_specs
 from lm.sharding import constrain
-from lm.weights import Leaf, Weight, gather, unembed
+from lm.weights import StructuredWeight, Weight, gather, unembed
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -50,7 +50,7 @@ class Head:
         The logits are never held whole where they would be large.
         """
         weight = self.weight
-        if isinstance(weight, Leaf):
+        if isinstance(weight, StructuredWeight):
             weight = weight.dequantize(hidden.dtype)
         return token_logprobs(
             hidden,

@@ -21,7 +21,7 @@ from lm.model.norms import normalize
 from lm.model.params import LatentAttentionWeights, NormWeights
 from lm.model.rope import apply_rope
 from lm.sharding import constrain
-from lm.weights import Leaf, linear
+from lm.weights import StructuredWeight, linear
 
 Table = tuple[jax.Array, jax.Array] | None
 
@@ -93,10 +93,10 @@ def expands(T: int, a: Attention) -> bool:
 
 
 def absorbed(w: LatentAttentionWeights, a: Attention, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The matrices that make keys, [R, H, n], and values, [R, H, v]. A Leaf is decoded here."""
+    """The matrices that make keys, [R, H, n], and values, [R, H, v], decoded where need be."""
     latent = _sizes(a)
     up = w.key_value_up
-    up = up.dequantize(dtype) if isinstance(up, Leaf) else up.astype(dtype)
+    up = up.dequantize(dtype) if isinstance(up, StructuredWeight) else up.astype(dtype)
     up = up.reshape(latent.kv_rank, a.num_heads, latent.nope_dim + latent.value_dim)
     return up[..., : latent.nope_dim], up[..., latent.nope_dim :]
 

@@ -12,7 +12,16 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.sharding import Layout, named_sharding
-from lm.weights import Leaf, LoRA, abstract, cast, initialize, is_spec, path_name, shardings
+from lm.weights import (
+    LoRA,
+    StructuredWeight,
+    abstract,
+    cast,
+    initialize,
+    is_spec,
+    path_name,
+    shardings,
+)
 
 Tree = Any
 
@@ -74,7 +83,7 @@ class TrainState:
 
 
 def _is_weight(x: Any) -> bool:
-    return x is None or (isinstance(x, Leaf) and not isinstance(x, LoRA)) or is_spec(x)
+    return x is None or (isinstance(x, StructuredWeight) and not isinstance(x, LoRA)) or is_spec(x)
 
 
 def partition(params: Tree, trains: Callable[[str], bool]) -> tuple[Tree, Tree]:

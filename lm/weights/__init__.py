@@ -6,7 +6,15 @@ from lm.weights.gguf import GGUFBlocks
 from lm.weights.int4 import Int4
 from lm.weights.int8 import Int8
 from lm.weights.int8_groups import Int8Groups
-from lm.weights.leaf import Leaf, Weight, grouped_linear, linear, take, unembed
+from lm.weights.leaf import (
+    StructuredWeight,
+    Weight,
+    grouped_linear,
+    is_structured,
+    linear,
+    take,
+    unembed,
+)
 from lm.weights.lora import LoRA, MultiLoRA, bind, num_adapters
 from lm.weights.nf4 import NF4
 from lm.weights.panels import Panels
@@ -34,11 +42,11 @@ __all__ = [
     "Int4",
     "Int8",
     "Int8Groups",
-    "Leaf",
     "LoRA",
     "MultiLoRA",
     "Panels",
     "ParamSpec",
+    "StructuredWeight",
     "Weight",
     "abstract",
     "bind",
@@ -48,6 +56,7 @@ __all__ = [
     "grouped_linear",
     "initialize",
     "is_spec",
+    "is_structured",
     "linear",
     "num_adapters",
     "path_name",

@@ -24,21 +24,23 @@ from jax.sharding import Mesh, NamedSharding
 from lm.kernels.matmul import dot
 from lm.sharding import Rules, check_divides, current_layout, named_sharding
 from lm.weights import leaf as leaves
-from lm.weights.leaf import Leaf
+from lm.weights.leaf import StructuredWeight
 
-Along = Literal["in", "out"]
+BlockAxis = Literal["in", "out"]
+RENAMED_FIELDS = {"along": "block_axis"}  # as older checkpoints store it
 # On CPU: numbers decoded at a time, so that they stay in its caches.
 TILE = 1 << 20
 
 
-class Blocked(Leaf):
+class Blocked(StructuredWeight):
     """A matrix in scaled blocks. Its arrays are frozen: they get no gradient.
 
     Attributes:
-      along: the dimension that is cut into blocks, "in" or "out"; a static field.
+      block_axis: the dimension that is cut into blocks, "in" or "out"; a static field.
     """
 
-    along: Any = "in"
+    block_axis: Any = "in"
+    renamed_fields = RENAMED_FIELDS
     # Arrays of another shape than `[*stack, K times a ratio, R]`; sharded over the stack alone.
     other_arrays = ()
 
@@ -50,20 +52,20 @@ class Blocked(Leaf):
         raise NotImplementedError
 
     @property
-    def unit(self) -> tuple[int, int]:
+    def granularity(self) -> tuple[int, int]:
         """How many numbers along K, and along R, cannot be parted."""
         raise NotImplementedError
 
-    def core(self, dtype: Any) -> jax.Array:
-        """The matrix as [*stack, K, R], without the factor `after`."""
+    def decode(self, dtype: Any) -> jax.Array:
+        """The matrix as [*stack, K, R], without the factor `output_scale`."""
         raise NotImplementedError
 
     @property
-    def after(self) -> jax.Array | None:
+    def output_scale(self) -> jax.Array | None:
         """A factor of each column, float32 [*stack, 1, R], for after a product."""
         return None
 
-    def simple(self) -> Self:
+    def canonical(self) -> Self:
         """The same matrix with every array `[*stack, K times a ratio, R]`."""
         return self
 
@@ -76,17 +78,17 @@ class Blocked(Leaf):
     @property
     def shape(self) -> tuple[int, ...]:
         K, R = self.size
-        return (*self.stack, K, R) if self.along == "in" else (*self.stack, R, K)
+        return (*self.stack, K, R) if self.block_axis == "in" else (*self.stack, R, K)
 
     def dequantize(self, dtype: Any) -> jax.Array:
-        matrix = self.core(jnp.float32)
-        if self.after is not None:
-            matrix = matrix * self.after
+        matrix = self.decode(jnp.float32)
+        if self.output_scale is not None:
+            matrix = matrix * self.output_scale
         matrix = matrix.astype(dtype)
-        return matrix if self.along == "in" else jnp.swapaxes(matrix, -1, -2)
+        return matrix if self.block_axis == "in" else jnp.swapaxes(matrix, -1, -2)
 
     def linear(self, x: jax.Array) -> jax.Array:
-        return product(x, self.simple(), self.along == "out", x.dtype)
+        return product(x, self.canonical(), self.block_axis == "out", x.dtype)
 
     def grouped_linear(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         def multiply(x: jax.Array, leaf: Self) -> jax.Array:
@@ -96,7 +98,7 @@ class Blocked(Leaf):
         return jax.checkpoint(multiply)(x, jax.lax.stop_gradient(self))
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        if self.along == "in":
+        if self.block_axis == "in":
             return leaves.take(self.dequantize(dtype), ids, dtype)
         K, R = self.size
         ids = jnp.clip(ids, 0, R - 1)
@@ -105,12 +107,12 @@ class Blocked(Leaf):
             last = a.shape[-1]
             return a if last == 1 else jnp.take(a, ids.reshape(-1) // (R // last), axis=-1)
 
-        rows = jax.tree.map(columns, self.simple()).dequantize(dtype)
+        rows = jax.tree.map(columns, self.canonical()).dequantize(dtype)
         return rows.reshape(*ids.shape, K)
 
     def unembed(self, x: jax.Array, transposed: bool) -> jax.Array:
-        over_blocks = (self.along == "in") != transposed
-        return product(x, self.simple(), not over_blocks, jnp.float32)
+        over_blocks = (self.block_axis == "in") != transposed
+        return product(x, self.canonical(), not over_blocks, jnp.float32)
 
     def shardings(self, axes: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> Self:
         """Shardings at rest, for a matrix with these logical axes.
@@ -119,8 +121,8 @@ class Blocked(Leaf):
           ValueError: a shard would end inside a block; the message has the number of shards that
             would not.
         """
-        K_axis, R_axis = axes[-2:] if self.along == "in" else axes[:-3:-1]
-        for axis, size, unit in zip((K_axis, R_axis), self.size, self.unit, strict=True):
+        K_axis, R_axis = axes[-2:] if self.block_axis == "in" else axes[:-3:-1]
+        for axis, size, unit in zip((K_axis, R_axis), self.size, self.granularity, strict=True):
             if split := rules.weights.get(axis or "", ()):
                 blocks = f"{self} {list(self.shape)}: number of blocks of {unit} along {axis}"
                 check_divides(mesh, split, str(axis) if unit == 1 else blocks, size // unit)
@@ -148,13 +150,13 @@ def product(x: jax.Array, leaf: Blocked, transpose: bool, out_dtype: Any) -> jax
 
     Added up in float32. The backward pass decodes the blocks again instead of keeping the matrix.
     """
-    scale = leaf.after
+    scale = leaf.output_scale
     if transpose and scale is not None:
         x = (x.astype(jnp.float32) * scale[0]).astype(x.dtype)
     wide = jnp.float32 if scale is not None or x.dtype == jnp.float32 else out_dtype
 
     def whole(x: jax.Array, leaf: Blocked) -> jax.Array:
-        return dot(x, leaf.core(x.dtype), transpose_y=transpose, out_dtype=wide)
+        return dot(x, leaf.decode(x.dtype), transpose_y=transpose, out_dtype=wide)
 
     def tiles(x: jax.Array, leaf: Blocked) -> jax.Array:
         return _by_tiles(x, leaf, transpose, wide)
@@ -188,10 +190,10 @@ def _by_tiles(x: jax.Array, leaf: Blocked, transpose: bool, dtype: Any) -> jax.A
     The barriers keep decoding out of the product, where XLA's CPU backend would do it one number
     at a time, for each row of x again.
     """
-    axis, tile = _tile(leaf.size, leaf.unit)
+    axis, tile = _tile(leaf.size, leaf.granularity)
     size = leaf.size[axis]
     if tile == size:
-        matrix = jax.lax.optimization_barrier(_not_before(x, leaf).core(x.dtype))
+        matrix = jax.lax.optimization_barrier(_not_before(x, leaf).decode(x.dtype))
         return dot(x, matrix, transpose_y=transpose, out_dtype=dtype)
     rows = x.reshape(-1, x.shape[-1])
     summed = (axis == -1) == transpose
@@ -201,7 +203,7 @@ def _by_tiles(x: jax.Array, leaf: Blocked, transpose: bool, dtype: Any) -> jax.A
         def cut(a: jax.Array) -> jax.Array:
             return a if a.shape[axis] == 1 else _part(a, i, tile * a.shape[axis] // size, axis)
 
-        matrix = jax.lax.optimization_barrier(jax.tree.map(cut, leaf).core(x.dtype))
+        matrix = jax.lax.optimization_barrier(jax.tree.map(cut, leaf).decode(x.dtype))
         if summed:
             x_tile = _part(rows, i, tile, -1)
             return y + dot(x_tile, matrix, transpose_y=transpose, out_dtype=jnp.float32)

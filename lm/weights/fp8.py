@@ -72,7 +72,7 @@ class Fp8(Blocked):
         return self.values.shape[-2:]
 
     @property
-    def unit(self) -> tuple[int, int]:
+    def granularity(self) -> tuple[int, int]:
         if self.block is None:
             return 1, 1
         # A short last block is an uneven part: such a dimension stays whole.
@@ -80,13 +80,13 @@ class Fp8(Blocked):
         return K, R
 
     @property
-    def after(self) -> jax.Array | None:
+    def output_scale(self) -> jax.Array | None:
         if self.block is not None:
             return None
         shape = (*self.scale.shape[:-1], self.values.shape[-1])
         return jnp.broadcast_to(self.scale.astype(jnp.float32), shape)
 
-    def core(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: Any) -> jax.Array:
         if self.block is None:
             return self.values.astype(dtype)
         scale = _spread_to(self.scale.astype(jnp.float32), self.values.shape, self.block)

@@ -18,7 +18,7 @@ import numpy as np
 
 from lm import files
 from lm.files.ggml import FP4_LEVELS, IQ4_LEVELS, BlockType, block_type
-from lm.weights.blocked import Along, Blocked, lookup
+from lm.weights.blocked import BlockAxis, Blocked, lookup
 
 F32 = jnp.float32
 Fields = Mapping[str, jax.Array]  # each [*stack, blocks, count, R]
@@ -35,33 +35,34 @@ class GGUFBlocks(Blocked):
     Attributes:
       fields: of the type, each of its own dtype: [*stack, K/block * numbers a block, R].
       kind: the type, as `Q4_K`.
-      along: "in", or "out" for an embedding table: K is that dimension.
+      block_axis: "in", or "out" for an embedding table: K is that dimension.
     """
 
     fields: dict[str, Any]
     kind: str = flax.struct.field(pytree_node=False, default="Q8_0")
-    along: Along = flax.struct.field(pytree_node=False, default="in")
+    block_axis: BlockAxis = flax.struct.field(pytree_node=False, default="in")
 
     @classmethod
-    def quantize(cls, weight: jax.Array, kind: str, along: Along = "in") -> GGUFBlocks:
+    def quantize(cls, weight: jax.Array, kind: str, block_axis: BlockAxis = "in") -> GGUFBlocks:
         """ggml's reference rounding, on the host.
 
         Args:
           weight: [*stack, in, out].
           kind: one of `lm.files.gguf_blocks.QUANTIZERS` that is computed on here.
-          along: which dimension is cut into blocks.
+          block_axis: which dimension is cut into blocks.
 
         Raises:
           ValueError: no such type, or its blocks do not divide that dimension.
         """
         _decoder(kind)
         rows = np.asarray(weight, np.float32)
-        rows = np.swapaxes(rows, -1, -2) if along == "in" else rows
-        return jax.device_put(cls.from_bytes(files.quantize(rows, kind), kind, rows.shape, along))
+        rows = np.swapaxes(rows, -1, -2) if block_axis == "in" else rows
+        raw = files.quantize(rows, kind)
+        return jax.device_put(cls.from_bytes(raw, kind, rows.shape, block_axis))
 
     @classmethod
     def from_bytes(
-        cls, raw: np.ndarray, kind: str, shape: Sequence[int], along: Along = "in"
+        cls, raw: np.ndarray, kind: str, shape: Sequence[int], block_axis: BlockAxis = "in"
     ) -> GGUFBlocks:
         """From a file's tensor, with NumPy arrays: `jax.device_put` them where they belong.
 
@@ -69,8 +70,8 @@ class GGUFBlocks(Blocked):
           raw: its bytes, uint8.
           kind: its type.
           shape: its shape, row-major: `[*stack, out, in]`, or `[vocab, embed]` of an embedding
-            table, whose rows are taken, with `along="out"`.
-          along: which dimension of the leaf's matrix is the last of `shape`.
+            table, whose rows are taken, with `block_axis="out"`.
+          block_axis: which dimension of the leaf's matrix is the last of `shape`.
 
         Raises:
           ValueError: a type that is not computed on here, or other bytes than `shape` needs.
@@ -86,7 +87,7 @@ class GGUFBlocks(Blocked):
         for field in layout.fields:
             rows = blocks[field.name].reshape(*stack, R, -1)
             fields[field.name] = np.ascontiguousarray(np.swapaxes(rows, -1, -2))
-        return cls(fields, kind, along)
+        return cls(fields, kind, block_axis)
 
     def to_bytes(self) -> np.ndarray:
         """The bytes of the file's tensor: uint8 [*stack, R, bytes a row]."""
@@ -106,10 +107,10 @@ class GGUFBlocks(Blocked):
         return k // field.count * layout.block, R
 
     @property
-    def unit(self) -> tuple[int, int]:
+    def granularity(self) -> tuple[int, int]:
         return block_type(self.kind).block, 1
 
-    def core(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: Any) -> jax.Array:
         layout = block_type(self.kind)
         K, R = self.size
         fields = {

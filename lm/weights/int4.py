@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.weights.blocked import Along, Blocked, nibbles
+from lm.weights.blocked import BlockAxis, Blocked, nibbles
 
 MIDDLE = 8  # the zero point of symmetric weights
 
@@ -29,14 +29,14 @@ class Int4(Blocked):
       zero: uint8 [*stack, groups, R], 0 to 16; None is 8 everywhere.
       order: int32 [*stack, K], row k here is row order[k] of the matrix (GPTQ's act-order puts rows
         of like importance into one group); None is no reordering.
-      along: "in", or "out" for an embedding table: K is that dimension.
+      block_axis: "in", or "out" for an embedding table: K is that dimension.
     """
 
     values: Any
     scale: Any
     zero: Any = None
     order: Any = None
-    along: Along = flax.struct.field(pytree_node=False, default="in")
+    block_axis: BlockAxis = flax.struct.field(pytree_node=False, default="in")
 
     other_arrays = ("order",)
 
@@ -47,7 +47,7 @@ class Int4(Blocked):
         group_size: int | None = 128,
         symmetric: bool = True,
         scale_dtype: Any = jnp.float16,
-        along: Along = "in",
+        block_axis: BlockAxis = "in",
     ) -> Int4:
         """Round to nearest.
 
@@ -57,18 +57,18 @@ class Int4(Blocked):
           symmetric: scale of 7.5 for the largest magnitude; otherwise, 15 scales from the least to
             the greatest number (zero counts as one), and a zero point.
           scale_dtype: the scale is rounded to it before the weights are.
-          along: which dimension is K.
+          block_axis: which dimension is K.
 
         Raises:
           ValueError: groups do not divide K.
         """
         matrix = jnp.asarray(weight, jnp.float32)
-        matrix = matrix if along == "in" else jnp.swapaxes(matrix, -1, -2)
+        matrix = matrix if block_axis == "in" else jnp.swapaxes(matrix, -1, -2)
         *stack, K, R = matrix.shape
         size = group_size or K
         if K % size or size % 2:
             raise ValueError(
-                f"groups of {size} do not divide {along}={K} into even parts; use one of "
+                f"groups of {size} do not divide {block_axis}={K} into even parts; use one of "
                 f"{', '.join(str(g) for g in range(2, K + 1, 2) if K % g == 0)}, or None"
             )
         groups = matrix.reshape(*stack, K // size, size, R)
@@ -82,7 +82,7 @@ class Int4(Blocked):
         zero = None if symmetric else jnp.clip(jnp.round(-least / step), 0, 15).astype(jnp.uint8)
         offset = MIDDLE if zero is None else zero[..., None, :].astype(jnp.float32)
         values = jnp.clip(jnp.round(groups / step[..., None, :]) + offset, 0, 15)
-        return cls.encode(values.reshape(*stack, K, R), scale, zero, along=along)
+        return cls.encode(values.reshape(*stack, K, R), scale, zero, block_axis=block_axis)
 
     @classmethod
     def encode(
@@ -91,15 +91,15 @@ class Int4(Blocked):
         scale: jax.Array,
         zero: jax.Array | None = None,
         order: jax.Array | None = None,
-        along: Along = "in",
+        block_axis: BlockAxis = "in",
     ) -> Int4:
         """From values [*stack, K, R] of 0 to 15, K even; the other arguments are its attributes."""
         pairs = values.astype(jnp.uint8)
         packed = pairs[..., ::2, :] | pairs[..., 1::2, :] << 4
-        return cls(packed, scale, zero, order, along)
+        return cls(packed, scale, zero, order, block_axis)
 
-    def decode(self) -> jax.Array:
-        """The values, uint8 [*stack, K, R] of 0 to 15: the inverse of `encode`."""
+    def unpack(self) -> jax.Array:
+        """The values given to `encode`, uint8 [*stack, K, R] of 0 to 15."""
         return nibbles(self.values)
 
     @property
@@ -107,14 +107,14 @@ class Int4(Blocked):
         return 2 * self.values.shape[-2], self.values.shape[-1]
 
     @property
-    def unit(self) -> tuple[int, int]:
+    def granularity(self) -> tuple[int, int]:
         groups = self.scale.shape[-2]
         return (2 if groups == 1 else math.lcm(2, self.size[0] // groups)), 1
 
-    def core(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: Any) -> jax.Array:
         K, R = self.size
         groups = self.scale.shape[-2]
-        values = self.decode().reshape(*self.stack, groups, K // groups, R).astype(jnp.float32)
+        values = self.unpack().reshape(*self.stack, groups, K // groups, R).astype(jnp.float32)
         zero = MIDDLE if self.zero is None else self.zero[..., None, :].astype(jnp.float32)
         matrix = (values - zero) * self.scale.astype(jnp.float32)[..., None, :]
         return matrix.astype(dtype).reshape(*self.stack, K, R)
@@ -126,15 +126,15 @@ class Int4(Blocked):
         matrix = Blocked.dequantize(self._in_order(), dtype)
         if self.order is None:
             return matrix
-        axis = -2 if self.along == "in" else -1
+        axis = -2 if self.block_axis == "in" else -1
         rows = jnp.expand_dims(jnp.argsort(self.order, axis=-1), -1 if axis == -2 else -2)
         return jnp.take_along_axis(matrix, rows, axis=axis)
 
     def linear(self, x: jax.Array) -> jax.Array:
-        return self._ordered(x, self.along == "in", lambda leaf, x: Blocked.linear(leaf, x))
+        return self._ordered(x, self.block_axis == "in", lambda leaf, x: Blocked.linear(leaf, x))
 
     def unembed(self, x: jax.Array, transposed: bool) -> jax.Array:
-        over_groups = (self.along == "in") != transposed
+        over_groups = (self.block_axis == "in") != transposed
         return self._ordered(x, over_groups, lambda leaf, x: Blocked.unembed(leaf, x, transposed))
 
     def _ordered(self, x: jax.Array, over_groups: bool, multiply: Any) -> jax.Array:
@@ -147,7 +147,7 @@ class Int4(Blocked):
         return jnp.take(y, jnp.argsort(self.order), axis=-1)
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        if self.order is None or self.along == "in":
+        if self.order is None or self.block_axis == "in":
             return super().take(ids, dtype)
         rows = Blocked.take(self._in_order(), ids, dtype)
         return jnp.take(rows, jnp.argsort(self.order), axis=-1)

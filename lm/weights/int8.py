@@ -38,14 +38,14 @@ class Int8(Blocked):
         return self.values.shape[-2:]
 
     @property
-    def unit(self) -> tuple[int, int]:
+    def granularity(self) -> tuple[int, int]:
         return 1, 1
 
     @property
-    def after(self) -> jax.Array:
+    def output_scale(self) -> jax.Array:
         return self.scale
 
-    def core(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: Any) -> jax.Array:
         return self.values.astype(dtype)
 
     def linear(self, x: jax.Array) -> jax.Array:

@@ -20,15 +20,15 @@ class Int8Groups(Int4):
       scale: floating point [*stack, groups, R].
       zero: uint16 [*stack, groups, R], 0 to 256; None is 128 everywhere.
       order: int32 [*stack, K], or None.
-      along: "in" or "out".
+      block_axis: "in" or "out".
     """
 
     @classmethod
-    def encode(cls, values, scale, zero=None, order=None, along="in") -> Int8Groups:
+    def encode(cls, values, scale, zero=None, order=None, block_axis="in") -> Int8Groups:
         """From values [*stack, K, R] of 0 to 255; the other arguments are its attributes."""
-        return cls(values, scale, zero, order, along)
+        return cls(values, scale, zero, order, block_axis)
 
-    def decode(self) -> jax.Array:
+    def unpack(self) -> jax.Array:
         return self.values
 
     @property
@@ -36,11 +36,11 @@ class Int8Groups(Int4):
         return self.values.shape[-2:]
 
     @property
-    def unit(self) -> tuple[int, int]:
+    def granularity(self) -> tuple[int, int]:
         groups = self.scale.shape[-2]
         return (1 if groups == 1 else self.size[0] // groups), 1
 
-    def core(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: Any) -> jax.Array:
         K, R = self.size
         groups = self.scale.shape[-2]
         values = self.values.reshape(*self.stack, groups, K // groups, R).astype(jnp.float32)

@@ -1,14 +1,15 @@
 """What a weight may be, and the only four functions that touch one.
 
-A weight is a matrix `[*stack, in, out]`, held as an array or as a `Leaf`: a small tree of arrays
-that knows how to multiply by itself. Heads are a reshape of activations, never of weights.
+A weight is a matrix `[*stack, in, out]`, held as an array or as a `StructuredWeight`: a small tree
+of arrays that knows how to multiply by itself. Heads are a reshape of activations, not of weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,13 @@ from lm.kernels.matmul import dot, matmul
 from lm.sharding import Rules
 
 
-class Leaf:
-    """A weight that is more than an array. Subclasses are `flax.struct.dataclass` trees."""
+class StructuredWeight:
+    """A weight that is more than an array. Subclasses are `flax.struct.dataclass` trees.
+
+    `renamed_fields` maps the names that older checkpoints have for static fields to today's.
+    """
+
+    renamed_fields: ClassVar[Mapping[str, str]] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,13 +80,18 @@ class Leaf:
         raise NotImplementedError
 
 
-Weight = jax.Array | Leaf
-Shardings = NamedSharding | Leaf
+def is_structured(x: Any) -> TypeGuard[StructuredWeight]:
+    """As `is_leaf` of tree functions, to stop at structured weights."""
+    return isinstance(x, StructuredWeight)
+
+
+Weight = jax.Array | StructuredWeight
+Shardings = NamedSharding | StructuredWeight
 
 
 def linear(x: jax.Array, weight: Weight, bias: jax.Array | None = None) -> jax.Array:
     """x [..., in] times weight [in, out], plus bias [out] -> [..., out], in x's dtype."""
-    if isinstance(weight, Leaf):
+    if isinstance(weight, StructuredWeight):
         y = weight.linear(x)
     else:
         y = matmul(x, weight.astype(x.dtype))
@@ -95,14 +106,14 @@ def grouped_linear(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.
       weight: [groups, in, out].
       group_sizes: int32 [groups], rows of each; their sum is at most N.
     """
-    if isinstance(weight, Leaf):
+    if isinstance(weight, StructuredWeight):
         return weight.grouped_linear(x, group_sizes)
     return jax.lax.ragged_dot(x, weight.astype(x.dtype), group_sizes)
 
 
 def take(weight: Weight, ids: jax.Array, dtype: Any) -> jax.Array:
     """Embedding rows: weight [in, out], ids int [...] -> [..., out] of `dtype`."""
-    if isinstance(weight, Leaf):
+    if isinstance(weight, StructuredWeight):
         return weight.take(ids, dtype)
     return jnp.take(weight, ids, axis=0, mode="clip").astype(dtype)
 
@@ -115,6 +126,6 @@ def unembed(x: jax.Array, weight: Weight, transposed: bool) -> jax.Array:
       weight: [D, V], or [V, D] where `transposed` (output tied to the embedding).
       transposed: which of the two.
     """
-    if isinstance(weight, Leaf):
+    if isinstance(weight, StructuredWeight):
         return weight.unembed(x, transposed)
     return dot(x, weight.astype(x.dtype), transpose_y=transposed, out_dtype=jnp.float32)

@@ -16,19 +16,27 @@ from jax.sharding import Mesh
 
 from lm.kernels.matmul import matmul
 from lm.sharding import Rules
-from lm.weights.leaf import Leaf, Weight, grouped_linear, linear, take, unembed
+from lm.weights.leaf import (
+    StructuredWeight,
+    Weight,
+    grouped_linear,
+    is_structured,
+    linear,
+    take,
+    unembed,
+)
 from lm.weights.specs import ParamSpec, cast, shardings
 
 Tree = Any
 
 
 def _dense(base: Weight, dtype: Any) -> jax.Array:
-    return base.dequantize(dtype) if isinstance(base, Leaf) else base.astype(dtype)
+    return base.dequantize(dtype) if isinstance(base, StructuredWeight) else base.astype(dtype)
 
 
 def _base_specs(base: Any, spec: ParamSpec) -> Any:
     """The specs of a base, by its kind."""
-    if isinstance(base, Leaf):
+    if isinstance(base, StructuredWeight):
         return base.specs(spec)
     return None if base is None else dataclasses.replace(spec, dtype=base.dtype)
 
@@ -38,7 +46,7 @@ def _spec(array: Any, axes: tuple[str | None, ...]) -> ParamSpec | None:
 
 
 @flax.struct.dataclass
-class LoRA(Leaf):
+class LoRA(StructuredWeight):
     """A weight and what is added to it.
 
     For training it is a node of the tree, not one weight: each part trains or is frozen by its own
@@ -137,7 +145,7 @@ class LoRA(Leaf):
 
 
 @flax.struct.dataclass
-class MultiLoRA(Leaf):
+class MultiLoRA(StructuredWeight):
     """A weight and several adapters, of which every row of the batch has its own or none.
 
     Which row has which is data: `bind` puts the numbers beside the adapters before the model runs,
@@ -260,4 +268,4 @@ def bind(params: Tree, rows: jax.Array) -> Tree:
         shape = (*weight.a.shape[:-3], *rows.shape)
         return dataclasses.replace(weight, rows=jnp.broadcast_to(rows, shape))
 
-    return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, Leaf))
+    return jax.tree.map(leaf, params, is_leaf=is_structured)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.weights.blocked import Along, Blocked, lookup, nibbles, spread
+from lm.weights.blocked import BlockAxis, Blocked, lookup, nibbles, spread
 
 _F32 = np.float32
 # Quantiles of the normal distribution, scaled to [-1, 1] with an exact zero (appendix E).
@@ -76,7 +76,7 @@ class NF4(Blocked):
       offset: float32 [*stack], the mean absmax, or None.
       kind: "nf4" or "fp4".
       block: numbers with one absmax.
-      along: "in", or "out" for an embedding table: K is that dimension.
+      block_axis: "in", or "out" for an embedding table: K is that dimension.
     """
 
     codes: Any
@@ -85,7 +85,7 @@ class NF4(Blocked):
     offset: Any = None
     kind: Literal["nf4", "fp4"] = flax.struct.field(pytree_node=False, default="nf4")
     block: int = flax.struct.field(pytree_node=False, default=64)
-    along: Along = flax.struct.field(pytree_node=False, default="in")
+    block_axis: BlockAxis = flax.struct.field(pytree_node=False, default="in")
 
     other_arrays = ("nested", "offset")
 
@@ -96,7 +96,7 @@ class NF4(Blocked):
         double: bool = True,
         kind: Literal["nf4", "fp4"] = "nf4",
         block: int = 64,
-        along: Along = "in",
+        block_axis: BlockAxis = "in",
     ) -> NF4:
         """As bitsandbytes' `quantize_4bit` (`double` is its `compress_statistics`) on a CPU.
 
@@ -107,16 +107,16 @@ class NF4(Blocked):
           double: quantize the scales too, 4.127 bits a weight instead of 4.5.
           kind: which levels.
           block: numbers with one scale.
-          along: which dimension is cut into blocks.
+          block_axis: which dimension is cut into blocks.
 
         Raises:
           ValueError: that dimension is odd.
         """
         rows = jnp.asarray(weight, jnp.float32)
-        rows = jnp.swapaxes(rows, -1, -2) if along == "in" else rows
+        rows = jnp.swapaxes(rows, -1, -2) if block_axis == "in" else rows
         *stack, R, K = rows.shape
         if K % 2:
-            raise ValueError(f"two codes share a byte: {along}={K} must be even")
+            raise ValueError(f"two codes share a byte: {block_axis}={K} must be even")
         blocks = _pad(rows.reshape(*stack, R * K), block)
         absmax = jnp.max(jnp.abs(blocks), axis=-1)
         codes = _encode(blocks, absmax, kind).reshape(*stack, -1)[..., : R * K]
@@ -124,7 +124,7 @@ class NF4(Blocked):
         nested = offset = None
         if double:
             absmax, nested, offset = _quantize_scales(absmax)
-        return cls.from_bytes(packed, absmax, nested, offset, (R, K), kind, block, along)
+        return cls.from_bytes(packed, absmax, nested, offset, (R, K), kind, block, block_axis)
 
     @classmethod
     def from_bytes(
@@ -136,14 +136,14 @@ class NF4(Blocked):
         shape: tuple[int, int],
         kind: Literal["nf4", "fp4"] = "nf4",
         block: int = 64,
-        along: Along = "in",
+        block_axis: BlockAxis = "in",
     ) -> NF4:
         """From bitsandbytes' arrays: codes uint8 [*stack, R K / 2], absmax [*stack, blocks].
 
         NumPy arrays stay such: `jax.device_put` them where they belong.
 
         `shape` is the matrix's (R, K) as torch has it, `[out, in]` or, for an embedding table with
-        `along="out"`, `[vocab, embed]`; `nested` and `offset` are attributes.
+        `block_axis="out"`, `[vocab, embed]`; `nested` and `offset` are attributes.
         """
         R, K = shape
         stack = codes.shape[:-1]
@@ -151,7 +151,7 @@ class NF4(Blocked):
         absmax = absmax.reshape(*stack, 1, -1)
         if K % block == 0:
             absmax = absmax.reshape(*stack, R, K // block).swapaxes(-1, -2)
-        return cls(codes, absmax, nested, offset, kind, block, along)
+        return cls(codes, absmax, nested, offset, kind, block, block_axis)
 
     def to_bytes(self) -> tuple[jax.Array, jax.Array]:
         """bitsandbytes' codes uint8 [*stack, R K / 2] and absmax [*stack, blocks]."""
@@ -163,7 +163,7 @@ class NF4(Blocked):
         return 2 * self.codes.shape[-2], self.codes.shape[-1]
 
     @property
-    def unit(self) -> tuple[int, int]:
+    def granularity(self) -> tuple[int, int]:
         K, R = self.size
         return (self.block, 1) if K % self.block == 0 else (K, R)
 
@@ -172,7 +172,7 @@ class NF4(Blocked):
             absmax = jnp.swapaxes(absmax, -1, -2)
         return absmax.reshape(*self.stack, -1)
 
-    def simple(self) -> Self:
+    def canonical(self) -> Self:
         """With a float32 absmax for each block, or each number where blocks cross rows."""
         K, R = self.size
         leaf = self.unnested()
@@ -198,9 +198,9 @@ class NF4(Blocked):
             absmax = jnp.swapaxes(absmax.reshape(*self.stack, R, -1), -1, -2)
         return dataclasses.replace(self, absmax=absmax, nested=None, offset=None)
 
-    def core(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: Any) -> jax.Array:
         K = self.size[0]
-        leaf = self.simple()
+        leaf = self.canonical()
         codes = nibbles(leaf.codes, high_first=True)
         return (lookup(codes, LEVELS[self.kind]) * spread(leaf.absmax, K)).astype(dtype)
 

@@ -14,64 +14,65 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.matmul import FEWEST_ROWS
-from lm.weights.blocked import Along
-from lm.weights.leaf import Leaf
+from lm.weights.blocked import RENAMED_FIELDS, BlockAxis
+from lm.weights.leaf import StructuredWeight
 
 WIDTHS = (64, 32)  # of a panel, the better first
 
 
 @flax.struct.dataclass
-class Panels(Leaf):
+class Panels(StructuredWeight):
     """A matrix multiplied by, cut along `out`; or an embedding table, cut along the vocabulary.
 
     Attributes:
       panels: [n, K, width]; K is `in`, or the embedding's size.
-      along: the dimension that is cut, "out" or, for an embedding table, "in".
+      block_axis: the dimension that is cut, "out" or, for an embedding table, "in".
     """
 
+    renamed_fields = RENAMED_FIELDS
     panels: Any
-    along: Along = flax.struct.field(pytree_node=False, default="out")
+    block_axis: BlockAxis = flax.struct.field(pytree_node=False, default="out")
 
     @classmethod
-    def of(cls, matrix: jax.Array, along: Along = "out") -> Panels:
+    def of(cls, matrix: jax.Array, block_axis: BlockAxis = "out") -> Panels:
         """Raises ValueError where no width of a panel divides the dimension to be cut."""
-        if along == "in":
+        if block_axis == "in":
             matrix = matrix.T
         K, size = matrix.shape
         width = panel_width(size)
         if width is None:
             raise ValueError(
-                f"{along}={size} is no multiple of {WIDTHS[-1]}; keep the matrix whole"
+                f"{block_axis}={size} is no multiple of {WIDTHS[-1]}; keep the matrix whole"
             )
-        return cls(matrix.reshape(K, -1, width).swapaxes(0, 1), along)
+        return cls(matrix.reshape(K, -1, width).swapaxes(0, 1), block_axis)
 
     @property
     def shape(self) -> tuple[int, ...]:
         n, K, width = self.panels.shape
-        return (K, n * width) if self.along == "out" else (n * width, K)
+        return (K, n * width) if self.block_axis == "out" else (n * width, K)
 
     def dequantize(self, dtype: Any) -> jax.Array:
         n, K, width = self.panels.shape
         matrix = self.panels.astype(dtype).swapaxes(0, 1).reshape(K, n * width)
-        return matrix if self.along == "out" else matrix.T
+        return matrix if self.block_axis == "out" else matrix.T
 
     def linear(self, x: jax.Array) -> jax.Array:
-        return self._product(x).astype(x.dtype) if self.along == "out" else super().linear(x)
+        return self._product(x).astype(x.dtype) if self.block_axis == "out" else super().linear(x)
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        if self.along == "out":
+        if self.block_axis == "out":
             return super().take(ids, dtype)
         width = self.panels.shape[-1]
         ids = jnp.clip(ids, 0, self.shape[0] - 1)
         return self.panels[ids // width, :, ids % width].astype(dtype)
 
     def unembed(self, x: jax.Array, transposed: bool) -> jax.Array:
-        if transposed == (self.along == "in"):
+        if transposed == (self.block_axis == "in"):
             return self._product(x)
         return super().unembed(x, transposed)
 
     def cast(self, dtype: Any) -> Panels:
-        return Panels(self.panels.astype(dtype), self.along)
+        return Panels(self.panels.astype(dtype), self.block_axis)
 
     def _product(self, x: jax.Array) -> jax.Array:
         """x [..., K] by the panels -> float32 [..., n width]."""

@@ -13,14 +13,14 @@ from lm.weights.fp8 import Fp8
 from lm.weights.gguf import GGUFBlocks
 from lm.weights.int4 import Int4
 from lm.weights.int8 import Int8
-from lm.weights.leaf import Leaf
+from lm.weights.leaf import StructuredWeight
 from lm.weights.nf4 import NF4
 from lm.weights.specs import path_name
 
 Tree = Any
-Format = str | Callable[[jax.Array], Leaf]
+Format = str | Callable[[jax.Array], StructuredWeight]
 
-FORMATS: Mapping[str, Callable[[jax.Array], Leaf]] = {
+FORMATS: Mapping[str, Callable[[jax.Array], StructuredWeight]] = {
     "int8": Int8.quantize,
     "w8a8": functools.partial(Int8.quantize, dynamic=True),
     "int4": Int4.quantize,
@@ -39,13 +39,13 @@ def rtn(params: Tree, formats: Mapping[str, Format]) -> Tree:
     """The tree with matrices in quantized formats.
 
     An embedding table that rows are taken from wants blocks along its rows:
-    `{"*/feed_forward/*": "int4", "embed": functools.partial(NF4.quantize, along="out")}`.
+    `{"*/feed_forward/*": "int4", "embed": functools.partial(NF4.quantize, block_axis="out")}`.
 
     Args:
       params: the weights. What is no array any more stays as it is.
       formats: from a pattern of paths (`stacks/0/layers/*/query`; `*` is anything, slashes too) to
-        a name in `FORMATS` or a function from a matrix [*stack, in, out] to a Leaf. The first
-        pattern that a path matches decides; norms and biases never match.
+        a name in `FORMATS` or a function from a matrix [*stack, in, out] to a `StructuredWeight`.
+        The first pattern that a path matches decides; norms and biases never match.
 
     Raises:
       ValueError: there is no such format, a pattern matches nothing, or a matrix does not fit its
@@ -58,7 +58,7 @@ def rtn(params: Tree, formats: Mapping[str, Format]) -> Tree:
 
     def quantize(path: tuple[Any, ...], weight: Any) -> Any:
         name = path_name(path)
-        if isinstance(weight, Leaf) or weight.ndim < 2 or name.endswith(_VECTORS):
+        if isinstance(weight, StructuredWeight) or weight.ndim < 2 or name.endswith(_VECTORS):
             return weight
         pattern = next((p for p in formats if fnmatch.fnmatchcase(name, p)), None)
         if pattern is None:
@@ -70,7 +70,7 @@ def rtn(params: Tree, formats: Mapping[str, Format]) -> Tree:
         except ValueError as error:
             raise ValueError(f"{name} {list(weight.shape)}: {error}") from None
 
-    is_leaf = lambda x: isinstance(x, Leaf)  # noqa: E731
+    is_leaf = lambda x: isinstance(x, StructuredWeight)  # noqa: E731
     quantized = jax.tree_util.tree_map_with_path(quantize, params, is_leaf=is_leaf)
     if unused:
         some = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)][:3]

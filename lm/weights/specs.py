@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lm.sharding import Rules, current_layout, gather_weight, named_sharding
-from lm.weights.leaf import Leaf
+from lm.weights.leaf import StructuredWeight, is_structured
 
 Tree = Any
 
@@ -32,8 +32,8 @@ class ParamSpec:
       init: "normal" (standard deviation `scale`), "ones" or "zeros".
       scale: standard deviation of "normal".
       dtype: of the master weight.
-      leaf: what holds the weight where it is no array: a `Leaf` of ShapeDtypeStructs. Such a weight
-        comes from a file or a quantizer, never from `initialize`.
+      leaf: what holds the weight if it is not an array: a `StructuredWeight` of ShapeDtypeStructs.
+        Such a weight comes from a file or a quantizer, never from `initialize`.
     """
 
     shape: tuple[int, ...]
@@ -53,13 +53,15 @@ def is_spec(x: Any) -> bool:
 
 
 def map_specs(f, specs: Tree, *trees: Tree) -> Tree:
-    """`tree.map` over the specs; subtrees of `trees` at a spec (a Leaf, say) arrive whole."""
+    """`tree.map` over the specs; what `trees` have at a spec (structured weights) stays whole."""
     return jax.tree.map(f, specs, *trees, is_leaf=is_spec)
 
 
 def specs_of(params: Tree, specs: Tree) -> Tree:
     """The specs of weights as they are held, with leaves and adapters, from the model's specs."""
-    return map_specs(lambda s, w: w.specs(s) if isinstance(w, Leaf) else s, specs, params)
+    return map_specs(
+        lambda s, w: w.specs(s) if isinstance(w, StructuredWeight) else s, specs, params
+    )
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -116,7 +118,7 @@ def shardings(specs: Tree, rules: Rules, mesh: Mesh, params: Tree = None, kind: 
       specs: the tree of ParamSpec.
       rules: the tables.
       mesh: the mesh.
-      params: the weights, needed only where some are a `Leaf` that the specs do not know of.
+      params: the weights, needed only where the specs do not know some `StructuredWeight`.
       kind: which table of `rules`.
 
     Raises:
@@ -126,7 +128,7 @@ def shardings(specs: Tree, rules: Rules, mesh: Mesh, params: Tree = None, kind: 
 
     def leaf(path: tuple[Any, ...], spec: ParamSpec, weight: Any = None) -> Any:
         try:
-            if isinstance(weight, Leaf) or spec.leaf is not None:
+            if isinstance(weight, StructuredWeight) or spec.leaf is not None:
                 held = spec.leaf if weight is None else weight
                 return held.shardings(spec.axes, rules, mesh)
             return named_sharding(mesh, table, spec.axes, spec.shape)
@@ -138,25 +140,25 @@ def shardings(specs: Tree, rules: Rules, mesh: Mesh, params: Tree = None, kind: 
 
 
 def cast(params: Tree, dtype: Any) -> Tree:
-    """Floating-point arrays of the tree in `dtype`; a `Leaf` knows what of it may change."""
+    """Floating-point arrays of the tree in `dtype`; a `StructuredWeight` casts itself."""
 
     def leaf(x: Any) -> Any:
-        if isinstance(x, Leaf):
+        if isinstance(x, StructuredWeight):
             return x.cast(dtype)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         return x.astype(dtype)
 
-    return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, Leaf))
+    return jax.tree.map(leaf, params, is_leaf=is_structured)
 
 
 def gather(params: Tree, specs: Tree) -> Tree:
-    """Weights as the matrices multiply them; see `gather_weight`. A Leaf stays as it rests."""
+    """Weights as the matrices multiply them (`gather_weight`); a StructuredWeight stays as is."""
     if current_layout() is None:
         return params
 
     def leaf(spec: ParamSpec, weight: Any) -> Any:
-        if isinstance(weight, Leaf):
+        if isinstance(weight, StructuredWeight):
             inner = weight.specs(spec)
             return weight if is_spec(inner) else map_specs(leaf, inner, weight)
         return gather_weight(weight, *spec.axes)

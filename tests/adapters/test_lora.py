@@ -14,7 +14,16 @@ from lm.adapters import add_lora, combine, count, linear_layers, merge, remove, 
 from lm.model import Tokens, forward, make_head, param_specs, stack, unstack
 from lm.sharding import MeshShape, use_layout
 from lm.train.state import TrainState, bytes_per_device, partition, state_shardings
-from lm.weights import Int8, Leaf, LoRA, bind, initialize, path_name, specs_of
+from lm.weights import (
+    Int8,
+    LoRA,
+    StructuredWeight,
+    bind,
+    initialize,
+    is_structured,
+    path_name,
+    specs_of,
+)
 from tests.train.tiny import OBJECTIVE, TIED, UNTIED, Case, make_batch
 
 KEY = jax.random.key(3)
@@ -76,7 +85,7 @@ def test_targets_ranks_and_scales():
     only = lambda pattern: lambda path: re.search(pattern, path) is not None  # noqa: E731
     adapted = add_lora(plain(), UNTIED, KEY, rank=2, targets=only("query"))
     adapted = add_lora(adapted, UNTIED, KEY, rank=4, alpha=6, rslora=True, targets=only("embed$"))
-    leaves = jax.tree_util.tree_leaves_with_path(adapted, is_leaf=lambda x: isinstance(x, Leaf))
+    leaves = jax.tree_util.tree_leaves_with_path(adapted, is_leaf=is_structured)
     found = {path_name(path): w for path, w in leaves if isinstance(w, LoRA)}
     assert found.keys() == {"embed", "stacks/0/layers/0/attention/query"}
     assert found["embed"].scale == 3.0 and found["embed"].shape == (512, 32)
@@ -106,7 +115,7 @@ def test_merging_keeps_the_logits(tied, dora):
     assert np.abs(expected - logits(plain(tied), IDS, config)).max() > 0.1
     merged = merge(adapted)
     assert not any(
-        isinstance(x, Leaf) for x in jax.tree.leaves(merged, is_leaf=lambda x: isinstance(x, Leaf))
+        isinstance(x, StructuredWeight) for x in jax.tree.leaves(merged, is_leaf=is_structured)
     )
     np.testing.assert_allclose(logits(merged, IDS, config), expected, rtol=1e-4, atol=1e-4)
     served = unstack(adapted)
@@ -123,7 +132,9 @@ def test_merging_into_the_weights_that_were_quantized():
     delta = np.asarray(query.scale)[:, None, None] * np.asarray(query.a) @ np.asarray(query.b)
     for merged, base in ((over_int8, merge(quantized())), (over_plain, plain())):
         beneath = base.stacks[0].layers[0].attention.query
-        beneath = beneath.dequantize(jnp.float32) if isinstance(beneath, Leaf) else beneath
+        beneath = (
+            beneath.dequantize(jnp.float32) if isinstance(beneath, StructuredWeight) else beneath
+        )
         found = merged.stacks[0].layers[0].attention.query
         np.testing.assert_allclose(found, beneath + delta, rtol=1e-5, atol=1e-6)
     assert merge(adapted, jnp.bfloat16).stacks[0].layers[0].attention.query.dtype == jnp.bfloat16

@@ -35,8 +35,8 @@ from lm.weights import (
     Int4,
     Int8,
     Int8Groups,
-    Leaf,
     LoRA,
+    StructuredWeight,
     initialize,
     path_name,
     specs_of,
@@ -143,7 +143,7 @@ def test_a_step_over_every_format():
     """Sharded four ways: the adapters' gradients are those of the dense model beneath them."""
     params, where = model("stacked"), layout(fsdp=2, tensor=2)
     gradient, batch = Accumulation(CONFIG), make_batch(num_rows=8)
-    is_base = lambda x: isinstance(x, Leaf) and not isinstance(x, LoRA)  # noqa: E731
+    is_base = lambda x: isinstance(x, StructuredWeight) and not isinstance(x, LoRA)  # noqa: E731
     dense = jax.tree.map(
         lambda w: w.dequantize(jnp.float32) if is_base(w) else w, params, is_leaf=is_base
     )

@@ -25,7 +25,7 @@ from lm.checkpoints.names import flatten
 from lm.checkpoints.reference import digest
 from lm.model import Norm, Rope, RopeScaling
 from lm.train.state import TrainState, abstract_state, partition
-from lm.weights import Int8, Leaf
+from lm.weights import Int8, StructuredWeight
 from tests.checkpoints.states import ADAM, SPECS, assert_same_bits, every_dtype, layout, make_state
 from tests.train.tiny import UNTIED
 
@@ -88,7 +88,7 @@ def test_a_model_without_averages_says_so(run, tmp_path):
 
 
 @flax.struct.dataclass
-class Packed(Leaf):
+class Packed(StructuredWeight):
     """A leaf such as a block format: arrays of several dtypes, static fields, a leaf inside."""
 
     codes: Any
@@ -198,6 +198,8 @@ def test_a_model_json_of_old_is_read():
     assert (packed.block, packed.layout) == (64, ("a", (1, 0.1)))
     assert packed.dtype_of_scale == jnp.bfloat16
     assert model_json.encode_tree((int8, packed)) == values["weights"]
+    old = {"class": "Int4", "static": {"along": "out"}, "fields": {"values": "uint8[4,8]"}}
+    assert model_json.decode_tree(old).block_axis == "out"
 
 
 def test_a_digest_depends_on_bits_and_names_but_not_on_the_mesh():

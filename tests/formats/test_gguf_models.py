@@ -15,7 +15,7 @@ from lm.files.gguf_writer import GGUFTensor
 from lm.formats import load_gguf, load_pretrained, read_gguf_config
 from lm.model import Tokens, forward, make_head
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
-from lm.weights import GGUFBlocks, Leaf
+from lm.weights import GGUFBlocks, StructuredWeight, is_structured
 from tests.formats.tiny_gguf import write_tiny
 from tests.model.huggingface_oracle import BASE, CASES, GQA, YARN, build_oracle
 
@@ -222,7 +222,7 @@ def test_blocks_are_kept_and_compute_the_same(small):
     _, tensors, path = small
     params, config = load_gguf(path)
     kept, _ = load_gguf(path, keep_quantized=True)
-    leaves = jax.tree.leaves(kept, is_leaf=lambda x: isinstance(x, Leaf))
+    leaves = jax.tree.leaves(kept, is_leaf=is_structured)
     blocks = [leaf for leaf in leaves if isinstance(leaf, GGUFBlocks)]
     assert len(blocks) == sum(tensor.type[0] == "Q" for tensor in tensors.values())
     assert config.padded_vocab_size == 256
@@ -233,7 +233,7 @@ def test_blocks_are_kept_and_compute_the_same(small):
     assert not np.asarray(params.embed[130:]).any()
     (query,) = [kept.stacks[0].layers[0].attention.query]
     dense = params.stacks[0].layers[0].attention.query
-    both = query.dequantize(jnp.float32) if isinstance(query, Leaf) else query
+    both = query.dequantize(jnp.float32) if isinstance(query, StructuredWeight) else query
     np.testing.assert_array_equal(both, dense)
 
 

@@ -18,7 +18,7 @@ from lm.infer.score import Scorer, make_windows
 from lm.tokenizers import from_gguf
 from lm.tokenizers.save import save_tokenizer
 from lm.train.state import TrainState
-from lm.weights import Leaf
+from lm.weights import StructuredWeight
 from tests.formats.test_quantized import FORMATS, assert_is, leaves_of, quantized_model
 from tests.formats.tiny_gguf import vocabulary, write_tiny
 
@@ -48,7 +48,7 @@ def test_a_gguf_file_or_its_folder(tiny, opened):
     assert opened.tokenizer.encode_prompt(PROMPT)[-1] == 1
     assert equal(load_pretrained(tiny.parent).params, opened.params)
     kept = load_pretrained(tiny, keep_quantized=True, dtype=jnp.bfloat16).params
-    assert isinstance(kept.embed, Leaf)
+    assert isinstance(kept.embed, StructuredWeight)
 
 
 def test_a_converted_model_is_the_same(opened, tmp_path):

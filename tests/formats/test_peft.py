@@ -20,7 +20,7 @@ from lm.formats.peft.config import parse_adapter_config
 from lm.formats.peft.io import load_peft, save_peft
 from lm.model import Tokens, forward, make_head, param_specs, unstack
 from lm.model.families import make_config
-from lm.weights import Int8, Leaf, LoRA, initialize, path_name
+from lm.weights import Int8, LoRA, initialize, is_structured, path_name
 from tests.model.huggingface_oracle import make_oracle
 
 IDS = np.random.default_rng(0).integers(0, 139, (2, 9), dtype=np.int32)
@@ -63,7 +63,7 @@ def write(directory, files, **keys):
 
 
 def adapters(params) -> dict[str, LoRA]:
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Leaf))
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_structured)
     return {path_name(path): w for path, w in leaves if isinstance(w, LoRA)}
 
 

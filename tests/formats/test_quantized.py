@@ -19,7 +19,17 @@ from lm.formats.quantized.words import pack, unpack
 from lm.model import Tokens, forward, make_head, param_specs, stack
 from lm.model.families import make_config
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
-from lm.weights import NF4, Fp8, Int4, Int8, Int8Groups, Leaf, initialize, path_name
+from lm.weights import (
+    NF4,
+    Fp8,
+    Int4,
+    Int8,
+    Int8Groups,
+    StructuredWeight,
+    initialize,
+    is_structured,
+    path_name,
+)
 
 SIZES = {"vocab_size": 136, "embed_dim": 64, "hidden_dim": 96, "num_layers": 2, "num_heads": 4}
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 136, (2, 7)), jnp.int32)
@@ -223,8 +233,9 @@ FORMATS = {
     "nf4": (nf4, {"double": False}, NF4_CONFIG, NF4),
     "nf4_double": (nf4, {}, NF4_CONFIG, NF4),
 }  # fmt: skip
+NAIVE = compressed("naive-quantized")
 LIBRARY = {
-    f"library_{name}": (by_the_library, {"scheme": name}, compressed("naive-quantized"), Leaf)
+    f"library_{name}": (by_the_library, {"scheme": name}, NAIVE, StructuredWeight)
     for name in SCHEMES
 }
 
@@ -260,16 +271,16 @@ def logits(params, config):
 
 
 def leaves_of(params):
-    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Leaf))
-    return {path_name(path): w for path, w in found if isinstance(w, Leaf)}
+    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_structured)
+    return {path_name(path): w for path, w in found if isinstance(w, StructuredWeight)}
 
 
 @jax.jit
 def dequantized(params):
     return jax.tree.map(
-        lambda w: w.dequantize(jnp.float32) if isinstance(w, Leaf) else w,
+        lambda w: w.dequantize(jnp.float32) if isinstance(w, StructuredWeight) else w,
         params,
-        is_leaf=lambda x: isinstance(x, Leaf),
+        is_leaf=is_structured,
     )
 
 

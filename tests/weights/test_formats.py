@@ -19,7 +19,7 @@ from lm.weights import (
     GGUFBlocks,
     Int4,
     Int8,
-    Leaf,
+    StructuredWeight,
     blocked,
     grouped_linear,
     linear,
@@ -37,15 +37,15 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def blocks(weight, kind: str, along="in") -> GGUFBlocks:
+def blocks(weight, kind: str, block_axis="in") -> GGUFBlocks:
     """Random blocks with scales of a sensible size, for types that have no quantizer."""
-    rows = weight.swapaxes(-1, -2) if along == "in" else weight
+    rows = weight.swapaxes(-1, -2) if block_axis == "in" else weight
     layout = ggml.TYPES[kind]
     rng = np.random.default_rng(0)
     drawn = np.frombuffer(rng.bytes(rows.size // layout.block * layout.nbytes), layout.dtype).copy()
     for name in {"d", "dmin"} & set(drawn.dtype.names):
         drawn[name] = rng.uniform(0.001, 0.002, drawn[name].shape)
-    leaf = GGUFBlocks.from_bytes(drawn.view(np.uint8), kind, rows.shape, along)
+    leaf = GGUFBlocks.from_bytes(drawn.view(np.uint8), kind, rows.shape, block_axis)
     return jax.tree.map(jnp.asarray, leaf)
 
 
@@ -69,13 +69,13 @@ FORMATS = {
     # The figures of QLoRA's own arithmetic, one float32 a matrix (the mean scale) above.
     "nf4": (NF4.quantize, 4 + 8 / 64 + 32 / (64 * 256) + 32 / (K * R), 0.093),
     "nf4 single": (make(NF4.quantize, double=False), 4.5, 0.093),
-    "nf4 embedding": (make(NF4.quantize, double=False, along="out", block=32), 5, 0.09),
+    "nf4 embedding": (make(NF4.quantize, double=False, block_axis="out", block=32), 5, 0.09),
     "fp4": (make(NF4.quantize, kind="fp4"), 4 + 8 / 64 + 32 / (64 * 256) + 32 / (K * R), 0.13),
     "fp8 column": (Fp8.quantize, 8 + 32 / K, 0.03),
     "fp8 tensor": (make(Fp8.quantize, per_channel=False), 8 + 32 / (K * R), 0.03),
     "fp8 e5m2": (make(Fp8.quantize, dtype=jnp.float8_e5m2, block=64), 8 + 32 / 64**2, 0.06),
     "Q4_0": (make(GGUFBlocks.quantize, kind="Q4_0"), 4.5, 0.1),
-    "Q5_1 embedding": (make(GGUFBlocks.quantize, kind="Q5_1", along="out"), 6, 0.05),
+    "Q5_1 embedding": (make(GGUFBlocks.quantize, kind="Q5_1", block_axis="out"), 6, 0.05),
     "Q8_0": (make(GGUFBlocks.quantize, kind="Q8_0"), 8.5, 0.01),
     "Q4_K": (make(blocks, kind="Q4_K"), 4.5, None),
     "Q6_K": (make(blocks, kind="Q6_K"), 6.5625, None),
@@ -290,7 +290,7 @@ MIXED = {
 
 
 def is_leaf(x) -> bool:
-    return isinstance(x, Leaf)
+    return isinstance(x, StructuredWeight)
 
 
 def test_a_model_of_many_formats_saved_on_two_devices_opened_on_four(tmp_path):

@@ -37,11 +37,11 @@ def test_every_bit_of_every_type(kind):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-@pytest.mark.parametrize("along", ["in", "out"])
-def test_quantized_as_gguf_py_does(kind, along):
+@pytest.mark.parametrize("block_axis", ["in", "out"])
+def test_quantized_as_gguf_py_does(kind, block_axis):
     weight = np.random.default_rng(0).normal(size=(64, 96)).astype(np.float32)
-    leaf = GGUFBlocks.quantize(jnp.asarray(weight), kind, along)
-    rows = weight.T if along == "in" else weight
+    leaf = GGUFBlocks.quantize(jnp.asarray(weight), kind, block_axis)
+    rows = weight.T if block_axis == "in" else weight
     expected = gguf.quants.quantize(np.ascontiguousarray(rows), gguf.GGMLQuantizationType[kind])
     np.testing.assert_array_equal(leaf.to_bytes(), expected)
     assert leaf.shape == weight.shape

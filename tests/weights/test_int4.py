@@ -41,7 +41,7 @@ def test_gptq(act_order):
         words = qweight.astype("<u4")[..., None].view(np.uint8)
         packed = words.transpose(0, 2, 1).reshape(IN // 2, OUT)
         leaf = Int4(jnp.asarray(packed), jnp.asarray(scales), zeros)
-        np.testing.assert_array_equal(leaf.decode(), q)
+        np.testing.assert_array_equal(leaf.unpack(), q)
     # A 16-bit scale times a whole number of 5 bits is exact in float32.
     np.testing.assert_array_equal(leaf.dequantize(jnp.float32), expected)
     x = rng.normal(size=(3, IN)).astype(np.float32)
@@ -96,4 +96,4 @@ def test_groups_that_do_not_fit():
     ):
         Int4.quantize(jnp.zeros((12, 4)), 7)
     with pytest.raises(ValueError, match=r"groups of 8 do not divide out=4 .*; use one of 2, 4"):
-        Int4.quantize(jnp.zeros((8, 4)), 8, along="out")
+        Int4.quantize(jnp.zeros((8, 4)), 8, block_axis="out")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from lm.sharding import MeshShape, make_mesh, make_rules
-from lm.weights import Int8, Leaf, grouped_linear, linear, take, unembed
+from lm.weights import Int8, StructuredWeight, grouped_linear, linear, take, unembed
 
 
 @flax.struct.dataclass
-class Halved(Leaf):
+class Halved(StructuredWeight):
     """The least a leaf must say."""
 
     double: jax.Array
@@ -36,7 +36,9 @@ FORMS = {
 
 
 def dense(weight) -> np.ndarray:
-    return np.asarray(weight.dequantize(jnp.float32) if isinstance(weight, Leaf) else weight)
+    return np.asarray(
+        weight.dequantize(jnp.float32) if isinstance(weight, StructuredWeight) else weight
+    )
 
 
 @pytest.fixture(params=FORMS)

@@ -124,9 +124,9 @@ def _place(file: GGUF, each: Rows, dtype: Any, keep_quantized: bool, layout: Lay
     kind = ggml.TYPES[file.tensors[each.tensor].type]
     raw = raw_rows(file, each)
     if keep_quantized and len(each.spec.shape) == 2 and kind.name in KINDS:
-        along = "in" if each.transposed else "out"
+        block_axis = "in" if each.transposed else "out"
         shape = (len(raw), each.tensor_shape[1])
-        leaf = GGUFBlocks.from_bytes(raw, kind.name, shape, along)
+        leaf = GGUFBlocks.from_bytes(raw, kind.name, shape, block_axis)
         if layout is None:
             return jax.device_put(leaf)
         return jax.device_put(leaf, leaf.shardings(each.spec.axes, layout.rules, layout.mesh))

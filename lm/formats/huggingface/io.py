@@ -27,7 +27,7 @@ from lm.formats.huggingface.families import NOTHING
 from lm.formats.huggingface.tensors import TABLES, Place, Tensor, attribute, tensors
 from lm.model import ModelConfig, ModelWeights, Unstacked, param_specs
 from lm.model.params import unstacked_specs
-from lm.weights import Leaf, is_spec, path_name
+from lm.weights import StructuredWeight, is_spec, path_name
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Path = str | pathlib.Path
@@ -312,7 +312,9 @@ def _weight(params: ModelWeights, config: ModelConfig, place: Place) -> Any:
         index = place.repeat * len(config.stacks[place.stack].pattern) + place.position
         return attribute(stack.layers[index], place.field)
     weight = attribute(stack.layers[place.position], place.field)
-    return weight if weight is None or isinstance(weight, Leaf) else weight[place.repeat]
+    return (
+        weight if weight is None or isinstance(weight, StructuredWeight) else weight[place.repeat]
+    )
 
 
 def _export(tensor: Tensor, config: ModelConfig, weight: Callable[[Place], Any]) -> np.ndarray:
@@ -328,7 +330,7 @@ def _check_weights(params: ModelWeights, config: ModelConfig) -> None:
             weight = _weight(params, config, place)
             if weight is None:
                 faults.append(f"{place.path} is missing")
-            elif isinstance(weight, Leaf):
+            elif isinstance(weight, StructuredWeight):
                 faults.append(f"{place.path} is a {type(weight).__name__}; dequantize it first")
             elif weight.shape != place.shape:
                 faults.append(

@@ -26,7 +26,7 @@ from lm.formats.huggingface.io import DTYPES, _by_layer, _open, _weight
 from lm.formats.huggingface.tensors import Place, Tensor, Transform, Vocabulary, tensors
 from lm.formats.peft.config import CONFIG, AdapterConfig, read_adapter_config, write_adapter_config
 from lm.model import ModelConfig, ModelWeights, Unstacked
-from lm.weights import Leaf, LoRA, MultiLoRA, path_name
+from lm.weights import LoRA, MultiLoRA, StructuredWeight, path_name
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -248,7 +248,7 @@ def _insert(
             raise ValueError(f"{name} has an adapter already; merge or remove it first")
         return _joined(base, found[name])
 
-    is_leaf = lambda x: isinstance(x, Leaf)  # noqa: E731
+    is_leaf = lambda x: isinstance(x, StructuredWeight)  # noqa: E731
     return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_leaf)
 
 
@@ -263,7 +263,7 @@ def _joined(base: Any, parts: dict[int, LoRA]) -> LoRA:
     b = np.zeros((repeats, rank, columns), first.b.dtype)
     scale, magnitude = np.ones(repeats, np.float32), None
     if first.magnitude is not None:
-        dense = base.dequantize(jnp.float32) if isinstance(base, Leaf) else base
+        dense = base.dequantize(jnp.float32) if isinstance(base, StructuredWeight) else base
         magnitude = np.array(jnp.linalg.norm(dense.astype(jnp.float32), axis=-2))
     for i, part in parts.items():
         own = part.a.shape[-1]

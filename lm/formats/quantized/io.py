@@ -233,9 +233,9 @@ def _parts(module: _Module, file: Safetensors, dtype: Any) -> list[Any]:
 
 def _columns(leaf: Blocked, columns: np.ndarray) -> Blocked:
     """Some columns of a matrix, by number; -1 for one of zeros."""
-    if isinstance(leaf, NF4) and leaf.nested is not None and leaf.unit[0] == leaf.block:
-        leaf = leaf.simple()
-    if (isinstance(leaf, Fp8) and leaf.block) or leaf.unit[1] != 1:
+    if isinstance(leaf, NF4) and leaf.nested is not None and leaf.granularity[0] == leaf.block:
+        leaf = leaf.canonical()
+    if (isinstance(leaf, Fp8) and leaf.block) or leaf.granularity[1] != 1:
         raise ValueError(
             f"blocks of {type(leaf).__name__} {list(leaf.shape)} cross the columns of several "
             "weights, or of the vocabulary's padding"

@@ -140,7 +140,7 @@ class GPTQ(Format):
 
     def tensors(self, leaf: Int4) -> dict[str, np.ndarray]:
         """The inverse of `leaf`."""
-        values, scales = np.array(leaf.decode()), np.asarray(leaf.scale)
+        values, scales = np.array(leaf.unpack()), np.asarray(leaf.scale)
         rows, groups = len(values), len(scales)
         g_idx = (np.arange(rows) // (rows // groups)).astype(np.int32)
         if leaf.order is not None:
@@ -197,7 +197,7 @@ class AWQ(Format):
 
     def tensors(self, leaf: Int4) -> dict[str, np.ndarray]:
         """The inverse of `leaf`."""
-        values, scales = np.asarray(leaf.decode()), np.asarray(leaf.scale)
+        values, scales = np.asarray(leaf.unpack()), np.asarray(leaf.scale)
         zero = np.full(scales.shape, 8) if leaf.zero is None else np.asarray(leaf.zero)
         return {
             "qweight": pack(values, 4, 1, self.order),
