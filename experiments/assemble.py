@@ -19,7 +19,7 @@ from lm.data.stages import DataStage
 from lm.hardware.chips import peak_flops
 from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import ModelConfig, param_specs
-from lm.parallel import context_attention, in_order_of
+from lm.parallel import choose_strategy, context_attention, reorder_for
 from lm.run.layout import make_layout
 from lm.run.parts import Run
 from lm.sharding import Layout
@@ -98,18 +98,19 @@ def make_run(
         raise ConfigError(
             f"train.attention={t.attention!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
         )
+    strategy = choose_strategy(config.sharding.context, layout)
     return Run(**{
         "workdir": workdir,
         "layout": layout,
         "tokenizer": tokenizer,
         "stream": stream,
         "held_out": held_out,
-        "objective": in_order_of(config.sharding.context, NextToken(t.z_loss)),
+        "objective": NextToken(t.z_loss),
         "optimizer": make_optimizer(config.optimizer),
         "schedule": config.learning_rate.schedule(t.num_steps),
         "gradient": Accumulation(
             model, t.num_micro_batches, jnp.dtype(t.dtype), t.remat, unroll=t.unroll,
-            attention=context_attention(config.sharding.context, t.attention),
+            attention=context_attention(strategy, t.attention), reorder=reorder_for(strategy),
             specs=others.get("specs"),
         ),
         "specs": param_specs(model),

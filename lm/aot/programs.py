@@ -26,7 +26,7 @@ from lm.infer.generate import MIN_STOPS
 from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import check_mesh, param_specs
 from lm.model.params import unstacked_specs
-from lm.parallel import check_context, context_attention, in_order_of
+from lm.parallel import check_context, choose_strategy, context_attention, reorder_for
 from lm.sharding import Layout, check_divides, make_mesh, make_rules, named_sharding
 from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken
@@ -218,12 +218,12 @@ def _train(config: Aot, topology: str, mesh: Any, rows: int) -> Program:
     batch |= {"segment_ids": ids} if t.packed else {}
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(param_specs(config.model), optimizer, layout)
+    strategy = choose_strategy(s.context, layout)
     gradient = Accumulation(
         config.model, t.num_micro_batches, jnp.dtype(t.dtype), t.remat, loss=t.loss,
-        attention=context_attention(s.context, t.attention),
+        attention=context_attention(strategy, t.attention), reorder=reorder_for(strategy),
     )  # fmt: skip
-    objective = in_order_of(s.context, NextToken())
-    step = make_train_step(objective, optimizer, lambda _: 1e-4, layout, gradient)
+    step = make_train_step(NextToken(), optimizer, lambda _: 1e-4, layout, gradient)
     arguments = {"weights": state.trainable, "optimizer": state.opt_state, "batch": batch}
     return Program(
         "train", config, topology, layout, step, arguments, (state, batch), rows, rows * length

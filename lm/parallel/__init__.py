@@ -2,20 +2,25 @@
 
 from lm.parallel.distribute import distribute_matrices
 from lm.parallel.ring import ring_attention
-from lm.parallel.strategies import WAYS, check_context, context_attention, in_order_of
+from lm.parallel.strategies import (
+    STRATEGIES,
+    check_context,
+    choose_strategy,
+    context_attention,
+    reorder_for,
+)
 from lm.parallel.ulysses import ulysses_attention
-from lm.parallel.zigzag import Zigzag, unzigzag, zigzag, zigzag_order
+from lm.parallel.zigzag import Zigzag, zigzag_order
 
 __all__ = [
-    "WAYS",
+    "STRATEGIES",
     "Zigzag",
     "check_context",
+    "choose_strategy",
     "context_attention",
     "distribute_matrices",
-    "in_order_of",
+    "reorder_for",
     "ring_attention",
     "ulysses_attention",
-    "unzigzag",
-    "zigzag",
     "zigzag_order",
 ]

@@ -7,16 +7,16 @@ sees little, and a late one, which sees as much more (arXiv:2407.21783, section 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lm.parallel.context import current_context, divisors
-from lm.sharding import constrain
-
-Batch = Mapping[str, Any]
+from lm.parallel.context import Context, current_context, divisors
+from lm.sharding import constrain, map_devices
 
 
 def zigzag_order(num_tokens: int, num_shards: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def zigzag_order(num_tokens: int, num_shards: int) -> np.ndarray:
         options = divisors(num_tokens // 2, lambda d: num_tokens % (2 * d) == 0)
         remedy = f"use a context of {options}" if options else "use rows of even length"
         raise ValueError(
-            f"zigzag order cuts a row into {2 * num_shards} chunks, two a device of mesh axis "
+            f"zigzag order cuts a row into {2 * num_shards} chunks, two per device of mesh axis "
             f"'context'={num_shards}, but sequence_length={num_tokens}; {remedy}"
         )
     chunks = np.arange(num_tokens, dtype=np.int32).reshape(2 * num_shards, -1)
@@ -37,55 +37,71 @@ def zigzag_order(num_tokens: int, num_shards: int) -> np.ndarray:
     return chunks[held].ravel()
 
 
-def zigzag(batch: Batch, num_shards: int) -> dict[str, Any]:
-    """The batch with its rows in zigzag order: every array [B, T, ...], T as of `ids`.
-
-    Arrays of NumPy stay so: it may be done before or after a batch is placed.
-    """
-    return _reordered(batch, zigzag_order(batch["ids"].shape[1], num_shards))
-
-
-def unzigzag(batch: Batch, num_shards: int) -> dict[str, Any]:
-    """The inverse of `zigzag`."""
-    return _reordered(batch, np.argsort(zigzag_order(batch["ids"].shape[1], num_shards)))
-
-
-def _reordered(batch: Batch, order: np.ndarray) -> dict[str, Any]:
-    def reordered(x: Any) -> Any:
-        if x.ndim < 2 or x.shape[1] != len(order):
-            return x
-        x = x[:, order]
-        if isinstance(x, np.ndarray):
-            return x
-        return constrain(x, "batch", "sequence", *(None,) * (x.ndim - 2))
-
-    return {name: reordered(x) for name, x in batch.items()}
-
-
 @dataclasses.dataclass(frozen=True)
 class Zigzag:
-    """An objective whose rows the model reads in zigzag order, where a layout splits the sequence.
+    """Rows that the model reads in zigzag order, where the layout in force splits the sequence.
 
-    A loss is a sum over tokens, so only rounding changes. Inputs, targets and weights are reordered
-    alike, inside the step, and the model is told that its tokens are not in order.
-
-    Attributes:
-      objective: any that reads whole rows of its batch.
+    Tokens are reordered on their way in and hidden states on their way out, so that an objective
+    and its batch know nothing of it.
     """
 
-    objective: Any
-
-    def inputs(self, batch: Batch) -> Any:
-        """As the objective's."""
+    def tokens(self, tokens: Any) -> Any:
+        """`Tokens` in zigzag order: every array [B, T] of them, and `in_order` False."""
         context = current_context()
         if context is None:
-            return self.objective.inputs(batch)
-        tokens = self.objective.inputs(zigzag(batch, context.size))
-        return dataclasses.replace(tokens, in_order=False)
+            return tokens
+        order = zigzag_order(tokens.ids.shape[1], context.size)
 
-    def loss(self, head: Any, hidden: jax.Array, batch: Batch, key: jax.Array) -> Any:
-        """As the objective's."""
+        def reordered(x: jax.Array) -> jax.Array:
+            if x.ndim < 2 or x.shape[1] != len(order):
+                return x
+            return constrain(x[:, order], "batch", "sequence", *(None,) * (x.ndim - 2))
+
+        return dataclasses.replace(jax.tree.map(reordered, tokens), in_order=False)
+
+    def restore(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [B, T, D] of those tokens in the order of the batch.
+
+        Every device sends what it holds, and receives as much, once; nothing is gathered.
+        """
         context = current_context()
-        if context is not None:
-            batch = zigzag(batch, context.size)
-        return self.objective.loss(head, hidden, batch, key)
+        return hidden if context is None else _restore(hidden, context)
+
+
+def _restore(hidden: jax.Array, context: Context) -> jax.Array:
+    mesh, T = context.mesh, hidden.shape[1]
+    order = zigzag_order(T, context.size)
+    spec = context.spec(hidden.shape, "batch", "residual_sequence", None)
+    axes = (spec[1],) if isinstance(spec[1], str) else tuple(spec[1])
+    num_devices = math.prod(mesh.shape[a] for a in axes)
+    # A device holds one piece of a chunk, or its two chunks whole, of which one has an even number.
+    pieces = 1 if num_devices % (2 * context.size) == 0 else 2
+    size = T // (num_devices * pieces)
+    if num_devices * pieces % (2 * context.size) or axes[: len(context.axes)] != context.axes:
+        return constrain(hidden[:, np.argsort(order)], "batch", "sequence", None)
+    held = (order[::size] // size).reshape(num_devices, pieces)  # numbers of pieces
+    even_first = held[:, 0] % 2 == 0
+    evens, odds = (np.where(first, held[:, 0], held[:, -1]) for first in (even_first, ~even_first))
+
+    def send(x: jax.Array, numbers: np.ndarray, back: bool) -> jax.Array:
+        pairs = [(i, int(number) // pieces) for i, number in enumerate(numbers)]
+        return jax.lax.ppermute(x, axes, [pair[::-1] for pair in pairs] if back else pairs)
+
+    def local(x: jax.Array, back: bool) -> jax.Array:
+        if pieces == 1:
+            return send(x, held[:, 0], back)
+        first, second = x[:, :size], x[:, size:]
+        straight = jnp.asarray(even_first)[jax.lax.axis_index(axes)]
+        if not back:
+            first, second = jnp.where(straight, (first, second), (second, first))
+        first, second = send(first, evens, back), send(second, odds, back)
+        if back:
+            first, second = jnp.where(straight, (first, second), (second, first))
+        return jnp.concatenate([first, second], axis=1)
+
+    def moved(x: jax.Array, back: bool = False) -> jax.Array:
+        return map_devices(functools.partial(local, back=back), spec, spec, mesh)(x)
+
+    restore = jax.custom_vjp(moved, nondiff_argnums=(1,))
+    restore.defvjp(lambda x, back: (moved(x), None), lambda back, _, g: (moved(g, True),))
+    return restore(hidden, False)

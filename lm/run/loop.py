@@ -100,13 +100,17 @@ class RunLogger:
     def fetch(self, done: int, metrics: Metrics) -> Values:
         """The metrics of step `done`, once it has been taken.
 
+        `loss` is the objective's term of that name, or what it minimizes where it has none.
+
         Raises:
           FloatingPointError: the loss is not finite, and the step was not skipped.
         """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        if not np.isfinite(values["loss"]) and not values.get("skipped"):
+        total = values.pop("total_loss")
+        values.setdefault("loss", total)
+        if not np.isfinite(total) and not values.get("skipped"):
             raise FloatingPointError(
-                f"the loss of step {done} is {values['loss']}; lower the learning rate, or go on "
+                f"the loss of step {done} is {total}; lower the learning rate, or go on "
                 "from the last checkpoint with another seed"
             )
         self.throughput.add(_num_tokens(values))
@@ -202,7 +206,7 @@ def train(
     late: Kind | None = None  # a checkpoint that steps skipped in a row have held up
 
     def is_busy() -> bool:
-        return pending is not None and not is_ready(pending[1]["loss"])
+        return pending is not None and not is_ready(pending[1]["total_loss"])
 
     for batch in goodput.waiting(batches, busy=is_busy):
         values = None

@@ -24,7 +24,7 @@ from lm.train.ema import Ema
 from lm.train.objective import Objective
 from lm.train.optimizers import Optimizer
 from lm.train.stability import Stability
-from lm.train.state import TrainState, abstract_state, everything, init_state, state_of
+from lm.train.state import Parts, TrainState, abstract_state, everything, init_state, state_of
 from lm.train.step import Schedule, TrainStep, make_eval_step, make_train_step
 
 Tree = Any
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def rows(self) -> NamedSharding:
-        """How a batch is sharded over the mesh."""
+        """How arrays [B, T] of a batch are sharded over the mesh."""
         return named_sharding(
             self.layout.mesh, self.layout.rules.activations, ("batch", "sequence")
         )
@@ -112,8 +112,12 @@ class Run:
         return abstract_state(self.specs, self.optimizer, self.layout, self.trains, **self._extra)
 
     @property
-    def _extra(self) -> dict[str, bool]:
-        return {"ema": self.ema is not None, "health": self.stability is not None}
+    def _extra(self) -> Parts:
+        return {
+            "ema": self.ema is not None,
+            "health": self.stability is not None,
+            "buffers": self.objective.init_buffers(),
+        }
 
     @functools.cached_property
     def _eval_step(self) -> Callable[..., Any]:

@@ -15,10 +15,10 @@ from absl import logging
 from lm.checkpoints import DamagedError, open_checkpoint
 from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import Batches
-from lm.model import Head, Tokens
+from lm.model import Head, Output, Tokens
 from lm.run import metrics as metrics_lib
 from lm.run.parts import Run
-from lm.train.objective import Batch, NextToken, Term
+from lm.train.objective import Batch, NextToken, Objective, Term
 from lm.train.step import make_eval_step
 
 Tree = Any
@@ -39,14 +39,14 @@ class Attempt:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerToken:
+class PerToken(Objective):
     """The loss of every token by itself: the term's sum and count are arrays [B, T]."""
 
     def inputs(self, batch: Batch) -> Tokens:
         return NextToken().inputs(batch)
 
-    def loss(self, head: Head, hidden: jax.Array, batch: Batch, key: jax.Array) -> dict[str, Term]:
-        logprobs, _ = head.logprobs(hidden, batch["targets"])
+    def loss(self, head: Head, output: Output, batch: Batch, rng: jax.Array) -> dict[str, Term]:
+        logprobs, _ = head.logprobs(output.hidden, batch["targets"])
         return {"loss": Term(-logprobs, batch["weights"])}
 
 
@@ -106,7 +106,8 @@ def weights_before(run: Run, last: int) -> tuple[Tree, int, str]:
 
 def token_losses(run: Run, weights: Tree, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """Nats [B, T] of each target, computed as in training; NaN also where there is none."""
-    evaluate = make_eval_step(PerToken(), run.layout, run.gradient)
+    whole = dataclasses.replace(run.gradient, num_micro_batches=1)
+    evaluate = make_eval_step(PerToken(), run.layout, whole)
     num_rows = len(batch["ids"])
     chunk = max(1, num_rows // run.gradient.num_micro_batches)
     losses = []

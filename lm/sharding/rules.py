@@ -49,13 +49,14 @@ class Sharding:
       sequence_parallel: between blocks, split the sequence over `tensor`.
       zero_axes: mesh axes that share the state. On a TPU pod, `fsdp,data` with each as long as one
         dimension of the torus moves half of the gradients' bytes of one long `fsdp`.
-      context: how attention crosses the mesh axis `context`; see `lm.parallel.context`.
+      context: how attention crosses the mesh axis `context`, see `lm.parallel.context`; None for
+        "zigzag" where that axis is larger than 1.
     """
 
     zero: Literal[0, 1, 2, 3] = 3
     sequence_parallel: bool = False
     zero_axes: tuple[str, ...] = ("fsdp",)
-    context: Literal["zigzag", "ring", "ulysses"] = "zigzag"
+    context: Literal["zigzag", "ring", "ulysses"] | None = None
 
 
 def make_rules(

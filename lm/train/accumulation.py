@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lm.model import ModelConfig, forward, make_head, param_specs
-from lm.sharding import constrain
+from lm.model import ModelConfig, Output, Tokens, forward, make_head, param_specs
+from lm.train.batch import micro_batches
 from lm.train.objective import Batch, Objective, Term
 from lm.train.state import merge
 from lm.weights import cast, shard_like
@@ -19,20 +19,29 @@ from lm.weights.specs import map_specs
 Tree = Any
 
 
+class Reorder(Protocol):
+    """Another order of the tokens of a row, for the model alone; see `lm.parallel.reorder_for`."""
+
+    def tokens(self, tokens: Tokens) -> Tokens: ...
+
+    def restore(self, hidden: jax.Array) -> jax.Array: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Accumulation:
     """Gradients by plain differentiation, over micro-batches one after another.
 
     Attributes:
       config: the model.
-      num_micro_batches: divides the batch; each device's own rows are divided.
-      dtype: of compute; weights are cast once a step, gradients are added up in float32.
+      num_micro_batches: divides the examples of each shard of the batch.
+      dtype: of compute; weights are cast once per step, gradients are added up in float32.
       remat: see `lm.model.remat`.
       loss: implementation of the cross-entropy; None lets the size of the logits decide.
       attention: implementation of attention; None for the default.
       unroll: write the layers out instead of looping over them; see `lm.model.forward`.
-      specs: of every weight, where some are leaves or have adapters (`lm.weights.specs_of`); None
-        for those of plain arrays.
+      specs: of every weight, where some are leaves or have adapters (`lm.weights.specs_of`); by
+        default those of plain arrays.
+      reorder: order of tokens that `attention` wants; None for the batch's.
     """
 
     config: ModelConfig
@@ -42,84 +51,99 @@ class Accumulation:
     loss: str | None = None
     attention: Callable[..., jax.Array] | None = None
     unroll: bool = False
-    specs: Any = None
+    specs: Tree = None
+    reorder: Reorder | None = None
 
-    @property
-    def all_specs(self) -> Tree:
-        """Specs of every weight."""
-        return param_specs(self.config) if self.specs is None else self.specs
+    def __post_init__(self) -> None:
+        if self.specs is None:
+            object.__setattr__(self, "specs", param_specs(self.config))
 
     def __call__(
-        self, objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array
-    ) -> tuple[Tree, dict[str, Term]]:
+        self, objective: Objective, trainable: Tree, frozen: Tree, batch: Batch, rng: jax.Array
+    ) -> tuple[Tree, dict[str, Term], Tree]:
         # Pinned where they rest, so that what is gathered is in the dtype of compute.
-        specs = trainable_specs(self.all_specs, trainable)
+        specs = trainable_specs(self.specs, trainable)
         compute = shard_like(cast(trainable, self.dtype), specs, "weights")
-        counts = self.counts(objective, compute, frozen, batch, key)
+        counts = self.counts(objective, merge(compute, frozen), batch, rng)
 
-        def micro_gradient(micro: Batch) -> tuple[Tree, dict[str, jax.Array]]:
-            def value(weights: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
-                terms = self.terms(objective, weights, frozen, micro, key)
+        def micro_gradient(micro: Batch) -> tuple[Tree, tuple[dict[str, jax.Array], Tree]]:
+            def value(weights: Tree) -> tuple[jax.Array, tuple[dict[str, jax.Array], Tree]]:
+                params = merge(weights, frozen)
+                output = self.run(objective, params, micro)
+                head = make_head(params, self.config, self.loss)
+                terms = objective.loss(head, output, micro, rng)
                 sums = {name: term.sum for name, term in terms.items()}
                 parts = [t.coefficient * t.sum / counts[name].count for name, t in terms.items()]
-                return jnp.sum(jnp.stack(parts)), sums
+                return jnp.sum(jnp.stack(parts)), (sums, objective.stats(output, micro))
 
             gradients, sums = jax.grad(value, has_aux=True)(compute)
             return cast(gradients, jnp.float32), sums
 
-        if self.num_micro_batches == 1:
-            gradients, sums = micro_gradient(batch)
-        else:
-            gradients, sums = self.add_up(micro_gradient, trainable, batch)
+        def begin(zeros: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+            return shard_like(zeros[0], specs, "gradients"), zeros[1]
+
+        gradients, (sums, stats) = self.add_up(objective, micro_gradient, batch, begin)
         terms = {name: dataclasses.replace(term, sum=sums[name]) for name, term in counts.items()}
-        return gradients, terms
+        return gradients, terms, stats
 
     def terms(
-        self, objective: Objective, weights: Tree, frozen: Tree, batch: Batch, key: jax.Array
+        self, objective: Objective, params: Tree, batch: Batch, rng: jax.Array
     ) -> dict[str, Term]:
-        """The objective's terms for one micro-batch."""
-        params = merge(weights, frozen)
+        """The objective's terms over a whole batch, without gradients."""
+
+        def of_micro_batch(micro: Batch) -> dict[str, Term]:
+            head = make_head(params, self.config, self.loss)
+            return objective.loss(head, self.run(objective, params, micro), micro, rng)
+
+        return self.add_up(objective, of_micro_batch, batch)
+
+    def run(self, objective: Objective, params: Tree, batch: Batch) -> Output:
+        """The forward pass over a batch, in the batch's order."""
+        tokens = objective.inputs(batch)
+        if self.reorder is not None:
+            tokens = self.reorder.tokens(tokens)
         output = forward(
-            params, objective.inputs(batch), self.config,
+            params, tokens, self.config,
             attention=self.attention, dtype=self.dtype, remat=self.remat, unroll=self.unroll,
         )  # fmt: skip
-        head = make_head(params, self.config, self.loss)
-        return objective.loss(head, output.hidden, batch, key)
+        if self.reorder is None:
+            return output
+        return dataclasses.replace(output, hidden=self.reorder.restore(output.hidden))
 
     def counts(
-        self, objective: Objective, weights: Tree, frozen: Tree, batch: Batch, key: jax.Array
+        self, objective: Objective, params: Tree, batch: Batch, rng: jax.Array
     ) -> dict[str, Term]:
-        """Counts over the whole batch. The sums beside them are of no use, and XLA drops them."""
-        shape = (*objective.inputs(batch).ids.shape, self.config.embed_dim)
-        hidden = jnp.zeros(shape, self.dtype)
-        head = make_head(merge(weights, frozen), self.config, "reference")
-        terms = objective.loss(head, hidden, batch, key)
+        """Denominators of each term over the global batch.
+
+        They are of the loss on hidden states and auxiliary sums of zeros, of which only the counts
+        are used; XLA removes the rest.
+        """
+        shapes = jax.eval_shape(lambda: self.run(objective, params, batch))
+        output = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        head = make_head(params, self.config, "reference")
+        terms = objective.loss(head, output, batch, rng)
         return {
             n: dataclasses.replace(t, count=jnp.maximum(t.count, 1e-9)) for n, t in terms.items()
         }
 
     def add_up(
-        self, micro_gradient: Callable[[Batch], Any], trainable: Tree, batch: Batch
-    ) -> tuple[Tree, dict[str, jax.Array]]:
-        """The sum of `micro_gradient` over the micro-batches."""
-        specs = trainable_specs(self.all_specs, trainable)
-
-        def split(x: jax.Array) -> jax.Array:
-            M, B = self.num_micro_batches, x.shape[0]
-            if B % M:
-                raise ValueError(f"num_micro_batches={M} does not divide the batch of {B} rows")
-            rows = x.reshape(B // M, M, *x.shape[1:]).swapaxes(0, 1)
-            return constrain(rows, None, "batch", *(None,) * (x.ndim - 1))
+        self,
+        objective: Objective,
+        function: Callable[[Batch], Any],
+        batch: Batch,
+        begin: Callable[[Any], Any] = lambda zeros: zeros,
+    ) -> Any:
+        """The sum of `function` over the micro-batches; `begin` states where zeros lie."""
+        if self.num_micro_batches == 1:
+            return function(batch)
 
         def body(total: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, micro_gradient(micro)), None
+            return jax.tree.map(jnp.add, total, function(micro)), None
 
-        micro_batches = jax.tree.map(split, batch)
-        first = jax.tree.map(lambda x: x[0], micro_batches)
-        shapes = jax.eval_shape(micro_gradient, first)
-        gradients, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        zeros = (shard_like(gradients, specs, "gradients"), sums)
-        total, _ = jax.lax.scan(body, zeros, micro_batches)
+        parts = micro_batches(objective, batch, self.num_micro_batches)
+        shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+        zeros = begin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        total, _ = jax.lax.scan(body, zeros, parts)
         return total
 
 

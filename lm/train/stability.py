@@ -87,7 +87,7 @@ class Stability:
     def guard(
         self, before: TrainState, after: TrainState, loss: jax.Array, grad_norm: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """`after` if its step is healthy; else `before`, but for the step and the counters.
+        """`after` if its step is healthy; else all of `before` but the step and the counters.
 
         Returns:
           The state, and float32 metrics: `skipped` (0 or 1), `skipped_total`, `spikes_in_a_row`,
@@ -102,8 +102,7 @@ class Stability:
         health = dataclasses.replace(
             observed, skipped=health.skipped + skipped, in_a_row=(health.in_a_row + 1) * skipped
         )
-        kept = lambda x: (x.trainable, x.opt_state, x.ema)  # noqa: E731
-        trainable, opt_state, ema = jax.tree.map(select, kept(after), kept(before))
+        kept = jax.tree.map(lambda x, y: x if x is y else select(x, y), after, before)
         metrics = {
             "skipped": skipped,
             "skipped_total": health.skipped,
@@ -113,9 +112,7 @@ class Stability:
             "grad_norm_mean": health.grad_norm_mean,
             "grad_norm_sigma": jnp.sqrt(health.grad_norm_variance),
         }
-        state = dataclasses.replace(
-            after, trainable=trainable, opt_state=opt_state, ema=ema, health=health
-        )
+        state = dataclasses.replace(kept, step=after.step, health=health)
         return state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 

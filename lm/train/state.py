@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import flax.struct
 import jax
@@ -67,6 +68,7 @@ class TrainState:
       opt_state: of the optimizer, for `trainable`.
       ema: float32 average of `trainable`, laid out as the optimizer's state; or None.
       health: `Health`, or None.
+      buffers: what the objective keeps from step to step, replicated; or None.
     """
 
     step: Any
@@ -75,11 +77,20 @@ class TrainState:
     opt_state: Tree
     ema: Tree = None
     health: Any = None
+    buffers: Tree = None
 
     @property
     def params(self) -> Tree:
         """The whole model."""
         return merge(self.trainable, self.frozen)
+
+
+class Parts(TypedDict):
+    """Optional parts of a state."""
+
+    ema: bool
+    health: bool
+    buffers: Tree
 
 
 def _is_weight(x: Any) -> bool:
@@ -145,6 +156,7 @@ def state_shardings(
     *,
     ema: bool = False,
     health: bool = False,
+    buffers: Tree = None,
 ) -> TrainState:
     """NamedShardings of a TrainState of the model with these specs. Arguments as `init_state`.
 
@@ -167,6 +179,7 @@ def state_shardings(
         opt_state=jax.tree.map(of_state, state_specs(trainable, optimizer), is_leaf=is_spec),
         ema=shardings(trainable, rules, mesh, kind="optimizer") if ema else None,
         health=jax.tree.map(lambda _: replicated, Health.new()) if health else None,
+        buffers=jax.tree.map(lambda _: replicated, buffers),
     )
 
 
@@ -179,6 +192,7 @@ def init_state(
     *,
     ema: bool = False,
     health: bool = False,
+    buffers: Tree = None,
 ) -> TrainState:
     """A new model and its optimizer, every shard made where it lies.
 
@@ -190,9 +204,11 @@ def init_state(
       trains: which weights train, by path.
       ema: with an average of the weights, as the step's `ema` needs.
       health: with what the step's `stability` needs.
+      buffers: the objective's `init_buffers()`.
     """
-    wanted = state_shardings(specs, optimizer, layout, trains, ema=ema, health=health)
-    return jax.jit(_maker(specs, optimizer, trains, ema, health), out_shardings=wanted)(key)
+    with_parts: Parts = {"ema": ema, "health": health, "buffers": buffers}
+    wanted = state_shardings(specs, optimizer, layout, trains, **with_parts)
+    return jax.jit(_maker(specs, optimizer, trains, **with_parts), out_shardings=wanted)(key)
 
 
 def state_of(
@@ -204,6 +220,7 @@ def state_of(
     *,
     ema: bool = False,
     health: bool = False,
+    buffers: Tree = None,
 ) -> TrainState:
     """The state in which training of an existing model begins: of adapters over it, say.
 
@@ -211,19 +228,19 @@ def state_of(
       params: weights of any kind. They are handed over: what lies in its place already is not
         copied, and the first step takes its memory.
       specs: of these weights; `lm.weights.specs_of` gives them.
-      optimizer, layout, trains, ema, health: as in `init_state`.
+      optimizer, layout, trains, ema, health, buffers: as in `init_state`.
     """
-    wanted = state_shardings(specs, optimizer, layout, trains, ema=ema, health=health)
+    with_parts: Parts = {"ema": ema, "health": health, "buffers": buffers}
+    wanted = state_shardings(specs, optimizer, layout, trains, **with_parts)
     trainable, frozen = jax.device_put(partition(params, trains), (wanted.trainable, wanted.frozen))
 
-    def make(trainable: Tree) -> tuple[jax.Array, Tree, Tree, Any]:
-        average = cast(trainable, jnp.float32) if ema else None
-        known = Health.new() if health else None
-        return jnp.zeros((), jnp.int32), optimizer.init(trainable), average, known
+    def make(trainable: Tree) -> TrainState:
+        state = _begin(trainable, None, optimizer, **with_parts)
+        return dataclasses.replace(state, trainable=None)
 
-    places = (wanted.step, wanted.opt_state, wanted.ema, wanted.health)
-    step, opt_state, average, known = jax.jit(make, out_shardings=places)(trainable)
-    return TrainState(step, trainable, frozen, opt_state, average, known)
+    places = dataclasses.replace(wanted, trainable=None, frozen=None)
+    rest = jax.jit(make, out_shardings=places)(trainable)
+    return dataclasses.replace(rest, trainable=trainable, frozen=frozen)
 
 
 def abstract_state(
@@ -234,10 +251,12 @@ def abstract_state(
     *,
     ema: bool = False,
     health: bool = False,
+    buffers: Tree = None,
 ) -> TrainState:
     """The TrainState as ShapeDtypeStructs with shardings: to restore into, or to compile with."""
-    shapes = jax.eval_shape(_maker(specs, optimizer, trains, ema, health), jax.random.key(0))
-    wanted = state_shardings(specs, optimizer, layout, trains, ema=ema, health=health)
+    with_parts: Parts = {"ema": ema, "health": health, "buffers": buffers}
+    shapes = jax.eval_shape(_maker(specs, optimizer, trains, **with_parts), jax.random.key(0))
+    wanted = state_shardings(specs, optimizer, layout, trains, **with_parts)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -249,21 +268,33 @@ def _maker(
     specs: Tree,
     optimizer: optax.GradientTransformation,
     trains: Callable[[str], bool],
-    ema: bool,
-    health: bool,
+    **parts: Unpack[Parts],
 ) -> Callable[[jax.Array], TrainState]:
     def make(key: jax.Array) -> TrainState:
-        trainable, frozen = partition(initialize(specs, key), trains)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            trainable=trainable,
-            frozen=frozen,
-            opt_state=optimizer.init(trainable),
-            ema=cast(trainable, jnp.float32) if ema else None,
-            health=Health.new() if health else None,
-        )
+        return _begin(*partition(initialize(specs, key), trains), optimizer, **parts)
 
     return make
+
+
+def _begin(
+    trainable: Tree,
+    frozen: Tree,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: bool,
+    health: bool,
+    buffers: Tree,
+) -> TrainState:
+    """The state of step 0."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        frozen=frozen,
+        opt_state=optimizer.init(trainable),
+        ema=cast(trainable, jnp.float32) if ema else None,
+        health=Health.new() if health else None,
+        buffers=jax.tree.map(jnp.asarray, buffers),
+    )
 
 
 def bytes_per_device(tree: Tree) -> dict[int, int]:

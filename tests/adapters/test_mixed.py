@@ -148,7 +148,9 @@ def test_a_step_over_every_format():
         lambda w: w.dequantize(jnp.float32) if is_base(w) else w, params, is_leaf=is_base
     )
     trainable, frozen = partition(dense, trains)
-    expected, terms = jax.jit(functools.partial(gradient, OBJECTIVE))(trainable, frozen, batch, KEY)
+    expected, terms, _ = jax.jit(functools.partial(gradient, OBJECTIVE))(
+        trainable, frozen, batch, KEY
+    )
     state, wanted = placed(params, where)
 
     def step(state, batch):
@@ -158,7 +160,7 @@ def test_a_step_over_every_format():
         train = optax.apply_updates(state.trainable, updates)
         return dataclasses.replace(state, trainable=train, opt_state=opt_state), found
 
-    after, (found, same) = jax.jit(step, out_shardings=(wanted, None))(state, batch)
+    after, (found, same, _) = jax.jit(step, out_shardings=(wanted, None))(state, batch)
     np.testing.assert_allclose(same["loss"].sum, terms["loss"].sum, rtol=1e-5)
     assert sum(x.size for x in jax.tree.leaves(found)) == count(params)
     for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):

@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 
 from lm.kernels.attention import View, mask
+from lm.model import Tokens
 from lm.parallel import (
-    WAYS,
+    STRATEGIES,
+    Zigzag,
     check_context,
+    choose_strategy,
     context_attention,
+    reorder_for,
     ring,
     ring_attention,
     ulysses_attention,
-    unzigzag,
-    zigzag,
     zigzag_order,
 )
-from lm.sharding import use_layout
+from lm.sharding import Layout, constrain, make_rules, named_sharding, use_layout
 from tests.parallel.rows import (
     draw,
     draw_documents,
@@ -196,22 +198,43 @@ def test_queries_of_every_device_see_as_many_keys(n):
     assert contiguous.max() > 1.4 * contiguous.mean()
 
 
-@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
-def test_zigzag_reorders_a_batch_and_back(kind):
-    rng = np.random.default_rng(0)
-    batch = {
-        "ids": rng.integers(0, 9, (3, 16)), "weights": rng.normal(size=(3, 16)),
-        "embeddings": rng.normal(size=(3, 16, 2)), "rewards": rng.normal(size=(3,)),
-    }  # fmt: skip
-    batch = {key: kind(x) for key, x in batch.items()}
-    there = zigzag(batch, 2)
-    # Device 0 of 2 holds the first and the last quarter.
-    np.testing.assert_array_equal(there["ids"][:, :4], batch["ids"][:, :4])
-    np.testing.assert_array_equal(there["ids"][:, 4:8], batch["ids"][:, 12:])
-    np.testing.assert_array_equal(there["embeddings"][:, 12:], batch["embeddings"][:, 8:12])
-    assert there["rewards"] is batch["rewards"]
-    for key, x in unzigzag(there, 2).items():
-        np.testing.assert_array_equal(x, batch[key])
+@pytest.mark.parametrize(
+    "axes",
+    [{"context": 2}, {"context": 4, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}],
+    ids=lambda axes: "-".join(f"{a}{n}" for a, n in axes.items()),
+)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_zigzag_reorders_tokens_and_hidden_states_back(axes, sequence_parallel):
+    """Every device sends what it holds, and no more; the gradient comes back the same way."""
+    layout = make_layout(**axes)
+    layout = Layout(layout.mesh, make_rules(3, sequence_parallel))
+    n, ids = axes["context"], np.random.default_rng(0).integers(0, 99, (2, 32)).astype(np.int32)
+    weights = np.random.default_rng(1).normal(size=(2, 32, 4)).astype(np.float32)
+
+    def there_and_back(ids, weights):
+        with use_layout(layout):
+            tokens = Zigzag().tokens(Tokens(ids, ids + 1))
+            assert tokens.segment_ids is None and not tokens.in_order
+            hidden = tokens.ids[..., None] * jnp.ones(4)
+            return tokens, Zigzag().restore(constrain(hidden, "batch", "residual_sequence", None))
+
+    def value(hidden):
+        with use_layout(layout):
+            return jnp.sum(Zigzag().restore(hidden) * weights)
+
+    (tokens, restored), order = jax.jit(there_and_back)(ids, weights), zigzag_order(32, n)
+    np.testing.assert_array_equal(tokens.ids, ids[:, order])
+    np.testing.assert_array_equal(tokens.positions, ids[:, order] + 1)
+    first = np.c_[ids[:, : 16 // n], ids[:, -16 // n :]]  # two of 2 n chunks
+    np.testing.assert_array_equal(tokens.ids[:, : 32 // n], first)
+    np.testing.assert_array_equal(restored, np.repeat(ids[..., None], 4, -1))
+    names = ("batch", "residual_sequence", None)
+    where = named_sharding(layout.mesh, layout.rules.activations, names)
+    gradient = jax.jit(jax.grad(value), in_shardings=where, out_shardings=where)
+    compiled = gradient.lower(weights).compile()
+    np.testing.assert_array_equal(compiled(jax.device_put(weights, where)), weights[:, order])
+    talk = [c for c in collectives(compiled.as_text(), layout.mesh) if c.axes]
+    assert {c.op for c in talk} <= {"collective-permute"}, talk
 
 
 def test_errors_name_what_would_work():
@@ -243,11 +266,14 @@ def test_the_flash_kernel_runs_inside(way):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.max(np.abs(y)))
 
 
-def test_ways_are_checked_by_name_before_anything_is_computed():
+def test_strategies_are_checked_by_name_before_anything_is_computed():
     layout = make_layout(context=4, tensor=2)
-    for way in WAYS:
+    for way in (None, *STRATEGIES):
         check_context(way, layout, 64, [(32, 8), (8, 2)])
         check_context(way, make_layout(tensor=2), 33, [(6, 6)])  # nothing is split
+        assert choose_strategy(way, make_layout(tensor=2)) is None
+        assert choose_strategy(way, layout) == (way or "zigzag")
+        assert (reorder_for(way) is None) == (way != "zigzag")
     with pytest.raises(ValueError, match="unknown; use ring, zigzag, ulysses"):
         context_attention("striped")
     with pytest.raises(ValueError, match="'context'=4 does not divide sequence_length=42"):

@@ -14,7 +14,7 @@ from lm.model import param_specs
 from lm.sharding import MeshShape
 from lm.train.accumulation import Accumulation
 from lm.train.ema import Ema, ema_params
-from lm.train.objective import NextToken
+from lm.train.objective import NextToken, Objective
 from lm.train.optimizers import AdamW, make_optimizer
 from lm.train.stability import Stability, begin_recovery, restart_statistics
 from lm.train.state import Health, abstract_state, init_state
@@ -30,7 +30,7 @@ MESH = Case(MeshShape(data=2, fsdp=2, tensor=2), zero=2, num_micro_batches=2)
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledLoss:
+class ScaledLoss(Objective):
     """The loss of each token times `loss_scale`; what counts is as before."""
 
     inner: NextToken = OBJECTIVE
@@ -38,26 +38,20 @@ class ScaledLoss:
     def inputs(self, batch):
         return self.inner.inputs(batch)
 
-    def loss(self, head, hidden, batch, key):
+    def loss(self, head, output, batch, rng):
         scaled = {**batch, "weights": batch["weights"] * batch["loss_scale"]}
-        terms = self.inner.loss(head, hidden, scaled, key)
+        terms = self.inner.loss(head, output, scaled, rng)
         count = jnp.sum(batch["weights"])
         return {name: dataclasses.replace(term, count=count) for name, term in terms.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledGradient:
+class ScaledGradient(Accumulation):
     """The gradients times the mean of `gradient_scale`; the loss is as before."""
 
-    inner: Accumulation
-
-    @property
-    def config(self):
-        return self.inner.config
-
-    def __call__(self, objective, trainable, frozen, batch, key):
-        gradients, terms = self.inner(objective, trainable, frozen, batch, key)
-        return jax.tree.map(lambda g: g * jnp.mean(batch["gradient_scale"]), gradients), terms
+    def __call__(self, objective, trainable, frozen, batch, rng):
+        gradients, *rest = super().__call__(objective, trainable, frozen, batch, rng)
+        return jax.tree.map(lambda g: g * jnp.mean(batch["gradient_scale"]), gradients), *rest
 
 
 def schedule(step):
@@ -67,10 +61,10 @@ def schedule(step):
 @functools.cache
 def compiled(case: Case):
     optimizer = make_optimizer(AdamW())
+    gradient = ScaledGradient(UNTIED, case.num_micro_batches, loss=case.loss)
     step = make_train_step(
-        ScaledLoss(), optimizer, schedule, case.layout, ScaledGradient(case.gradient),
-        stability=STABILITY, ema=EMA,
-    )  # fmt: skip
+        ScaledLoss(), optimizer, schedule, case.layout, gradient, stability=STABILITY, ema=EMA
+    )
     state = new_state(case)
     return step.lower(state, batch_of(0)).compile()
 
