@@ -90,14 +90,12 @@ def _restore(hidden: jax.Array, context: Context) -> jax.Array:
     def local(x: jax.Array, back: bool) -> jax.Array:
         if pieces == 1:
             return send(x, held[:, 0], back)
-        first, second = x[:, :size], x[:, size:]
         straight = jnp.asarray(even_first)[jax.lax.axis_index(axes)]
-        if not back:
-            first, second = jnp.where(straight, (first, second), (second, first))
-        first, second = send(first, evens, back), send(second, odds, back)
-        if back:
-            first, second = jnp.where(straight, (first, second), (second, first))
-        return jnp.concatenate([first, second], axis=1)
+        halves = jnp.stack([x[:, :size], x[:, size:]])
+        halves = halves if back else jnp.where(straight, halves, halves[::-1])
+        halves = jnp.stack([send(halves[0], evens, back), send(halves[1], odds, back)])
+        halves = jnp.where(straight, halves, halves[::-1]) if back else halves
+        return jnp.concatenate([halves[0], halves[1]], axis=1)
 
     def moved(x: jax.Array, back: bool = False) -> jax.Array:
         return map_devices(functools.partial(local, back=back), spec, spec, mesh)(x)
