@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lm.config import codec
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
+from tests.refuses import refuses
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -139,10 +140,6 @@ def test_edits_of_one_dataclass_are_applied_together():
     base = edited("--config.model.stacks.0.moe.num_experts=8")
     edits = {"model.stacks.0.moe.num_experts": "64", "model.stacks.0.moe.top_k": "16"}
     assert config_lib.override(base, edits).model.stacks[0].moe == Moe(64, 16)
-    with pytest.raises(
-        ConfigError, match=r"top_k=16 exceeds num_experts=8 .*stacks\.0\.moe\.top_k"
-    ):
-        edited("--config.model.stacks.0.moe.top_k=16")
 
 
 @pytest.mark.parametrize(
@@ -150,23 +147,21 @@ def test_edits_of_one_dataclass_are_applied_together():
     [
         ("--config.num_step=3", ["config.num_step;", "did you mean config.num_steps?", "shuffle"]),
         ("--config.learning_rate=3", ["did you mean config.optimizer.learning_rate?"]),
-        ("--config.model.ropes=3", ["config.model.ropes", "did you mean config.model.rope?"]),
         ("--config.zzz=1", ["config.zzz", "the keys of config are model, optimizer"]),
-        ("--config.num_steps=abc", ["config.num_steps", "'abc'", "an int", "config.num_steps=100"]),
-        ("--config.num_steps=1.5", ["'1.5'", "an int"]),
+        ("--config.num_steps=1.5", ["config.num_steps", "'1.5'", "an int", "config.num_steps=100"]),
         ("--config.num_steps=1e999999999", ["an int"]),
         ("--config.shuffle=maybe", ["'maybe'", "true or false", "--config.shuffle=true"]),
         ("--config.model.rope=linear", ["'linear'", "one of plain, yarn"]),
         ("--config.model.remat=half", ["'half'", "one of NONE, FULL"]),
         ("--config.model.window=x", ["'x'", "an int or None", "--config.model.window=8"]),
-        ("--config.shape=1,b", ["'1,b'", "tuple[int, ...]", "--config.shape=1,2"]),
         ("--config.optimizer.betas=0.9", ["tuple[float, float]", "--config.optimizer.betas=0.9,"]),
+        ("--config.optimizer=Lion", ["group of keys"]),
         ("--config.model=x", ["group of keys", "--config.model.stacks=VALUE", "rope"]),
-        ("--config.model.stacks=x", ["group of keys", "--config.model.stacks.0=VALUE"]),
         ("--config.model.stacks.2.num_repeats=1", ["no index '2'", "from 0 to 1"]),
         ("--config.num_steps.x=1", ["config.num_steps is '100'", "no key 'x'"]),
         ("--config.model.window.x=1", ["config.model.window is None"]),
         ("--config.num_steps", ["--config.num_steps needs a value"]),
+        ("--config.model.stacks.0.moe.top_k=16", ["top_k=16 exceeds num_experts=8", "moe.top_k"]),
         ("--config=smal", ["--config=smal", "did you mean small?", "small, sized"]),
         ("--config=small:3", ["takes no argument"]),
         ("--config=sized", ["--config=sized:NUM_STEPS"]),
@@ -174,10 +169,7 @@ def test_edits_of_one_dataclass_are_applied_together():
     ],
 )
 def test_mistakes_name_thing_value_and_remedy(flag, words):
-    with pytest.raises(ConfigError) as caught:
-        edited(flag)
-    for word in words:
-        assert word in str(caught.value)
+    refuses(lambda: edited(flag), *words, error=ConfigError)
 
 
 def test_choosing():
@@ -186,10 +178,10 @@ def test_choosing():
     exec("def tiny(): return 1\ndef _hidden(): return 2\nfrom json import loads", module.__dict__)
     assert config_lib.choose(module, "tiny") == 1
     for name in ("_hidden", "loads"):
-        with pytest.raises(ConfigError, match=r"the choices are tiny$"):
-            config_lib.choose(module, name)
-    with pytest.raises(ConfigError, match="give --config=NAME, one of small, sized"):
-        config_lib.parse(["program"], CONFIGS)
+        refuses(lambda name=name: config_lib.choose(module, name), "the choices are tiny")
+    refuses(
+        lambda: config_lib.parse(["program"], CONFIGS), "give --config=NAME, one of small, sized"
+    )
     assert config_lib.parse(["program"], CONFIGS, default="small")[0] == small()
     argv = ["program", "--workdir=W", "--", "--config.num_steps=3"]
     assert config_lib.parse(argv, CONFIGS, "small") == (small(), argv)
@@ -258,47 +250,33 @@ def test_nan_round_trips(tmp_path):
     assert codec.difference(config, loaded) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda v: v.update(extra=1), r"unknown configuration key config\.extra"),
-        (lambda v: v["model"].update(rope="x"), r"config\.model\.rope='x' is not one of plain"),
-        (lambda v: v.update(num_steps=True), r"config\.num_steps=True is not an int"),
-        (lambda v: v.update(num_steps=1.0), r"config\.num_steps=1\.0 is not an int"),
-        (
-            lambda v: v["optimizer"].update({"class": "SGD"}),
-            r"optimizer\.class='SGD' .*AdamW, Muon",
-        ),
-        (
-            lambda v: v["model"]["stacks"][1].clear(),
-            r"missing configuration key config\.model\.stacks\.1\.num_repeats",
-        ),
-    ],
-)
-def test_load_names_what_does_not_fit(tmp_path, change, message):
+UNFIT = {
+    "unknown configuration key config.extra": lambda v: v.update(extra=1),
+    "config.model.rope='x' is not one of plain": lambda v: v["model"].update(rope="x"),
+    "config.num_steps=True is not an int": lambda v: v.update(num_steps=True),
+    "config.num_steps=1.0 is not an int": lambda v: v.update(num_steps=1.0),
+    "config.optimizer.class='SGD' is not one of AdamW, Muon": lambda v: v["optimizer"].update(
+        {"class": "SGD"}
+    ),
+    "missing configuration key config.model.stacks.1.num_repeats": lambda v: v["model"]["stacks"][
+        1
+    ].clear(),
+}
+
+
+@pytest.mark.parametrize("words", UNFIT)
+def test_load_names_what_does_not_fit(tmp_path, words):
     values = codec.to_dict(small())
-    change(values)
+    UNFIT[words](values)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=message) as caught:
-        codec.load(path, Config)
-    assert str(path) in str(caught.value)
+    refuses(lambda: codec.load(path, Config), words, str(path), error=ConfigError)
 
 
 def test_a_group_changes_its_class_by_name():
     assert edited("--config.optimizer=Muon").optimizer == Muon()
     both = edited("--config.optimizer.learning_rate=1", "--config.optimizer=Muon").optimizer
     assert both == Muon(learning_rate=1.0)
-    with pytest.raises(ConfigError, match=r"config\.optimizer: 'Lion' is not|group of keys"):
-        edited("--config.optimizer=Lion")
-
-
-def test_a_field_younger_than_the_file_takes_its_default(tmp_path):
-    values = codec.to_dict(small())
-    del values["model"]["rope"], values["num_steps"]
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(values))
-    assert codec.load(path, Config) == small()
 
 
 CONFIG_JSON = """{
@@ -313,7 +291,7 @@ CONFIG_JSON = """{
 
 
 def test_a_config_json_of_old_is_read(tmp_path):
-    """The format stands as files hold it, not as this code happens to write it."""
+    """The format is what files hold; fields younger than the file take their defaults."""
     (tmp_path / "config.json").write_text(CONFIG_JSON)
     model = Model((Stack(2), Stack(3, Moe(4))), "yarn", remat=Remat.FULL)
     expected = Config(model, Muon(math.inf, (0.5, 1)), shape=())
@@ -321,18 +299,15 @@ def test_a_config_json_of_old_is_read(tmp_path):
 
 
 def test_load_of_no_file_and_of_no_json(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
-        codec.load(tmp_path / "none.json", Config)
+    refuses(lambda: codec.load(tmp_path / "none.json", Config), "No such file", error=ConfigError)
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"bad\.json"):
-        codec.load(tmp_path / "bad.json", Config)
+    refuses(lambda: codec.load(tmp_path / "bad.json", Config), "bad.json", error=ConfigError)
 
 
 def test_what_json_cannot_hold_is_refused_on_saving(tmp_path):
-    config = dataclasses.replace(small(), name=b"bytes")
-    with pytest.raises(TypeError, match=r"config\.name holds a bytes"):
-        codec.save(config, tmp_path / "config.json")
-    assert not (tmp_path / "config.json").exists()
+    config, path = dataclasses.replace(small(), name=b"bytes"), tmp_path / "config.json"
+    refuses(lambda: codec.save(config, path), "config.name holds a bytes", error=TypeError)
+    assert not path.exists()
 
 
 PROGRAM = '''"""Counts to num_steps."""

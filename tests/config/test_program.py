@@ -12,6 +12,7 @@ import pytest
 
 from experiments import generate
 from lm.config.command_line import ConfigError
+from tests.refuses import refuses
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
@@ -54,6 +55,5 @@ def test_help_lists_the_flags_of_every_model(name: str) -> None:
 )
 def test_rows_that_are_no_prompts_are_refused(tmp_path, line: str, message: str) -> None:
     (tmp_path / "rows.jsonl").write_text(f'\ufeff{{"prompt": "fine"}}\n{line}\n', "utf-8")
-    with pytest.raises(ConfigError, match=message) as refused:
-        list(generate.read_rows(str(tmp_path / "rows.jsonl")))
-    assert "rows.jsonl:2" in str(refused.value)
+    read = lambda: list(generate.read_rows(str(tmp_path / "rows.jsonl")))  # noqa: E731
+    refuses(read, message, "rows.jsonl:2", error=ConfigError)
