@@ -8,9 +8,9 @@
 Compiles this project's training step, prefill or decoding loop for the topology (see
 `lm.hardware.topologies`), and prints memory, operations, collectives and a roofline; with
 `--format=json` one object on the last line. Nothing runs on an accelerator, so every time is a
-prediction. `--config` is any model of `lm.model.known`; `--config.KEY=VALUE` changes a setting (see
-`experiments.configs.aot`). Exit status 0 whether it fits or not, 2 for a question that makes no
-sense.
+prediction. `--config` is any model of `lm.formats.known`; `--config.KEY=VALUE` changes a setting
+(see `experiments.configs.aot`). Exit status 0 whether it fits or not, 2 for a question that makes
+no sense.
 """
 
 from __future__ import annotations

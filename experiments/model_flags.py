@@ -10,9 +10,9 @@ from absl import flags
 
 from lm.adapters import combine
 from lm.config.command_line import ConfigError, input_errors
-from lm.formats import Pretrained, load_pretrained
-from lm.formats.open import DTYPES, malformed
-from lm.formats.peft.io import load_peft
+from lm.formats import Pretrained, load_peft, load_pretrained
+from lm.formats.common import malformed
+from lm.formats.open import DTYPES
 
 _COMMAND = sys.argv[0]  # whose own flags these are, so that its `--help` lists them
 _MODEL = flags.DEFINE_string(

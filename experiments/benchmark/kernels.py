@@ -66,7 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rounds", 10, "Turns of each contender.", lower_bound=1)
     flags.DEFINE_float("timeout", 300, "Seconds a contender may be silent.")
     flags.DEFINE_list(
-        "train_models", ["llama3_2_1b", "llama3_8b"], "On accelerators: names in lm.model.known."
+        "train_models", ["llama3_2_1b", "llama3_8b"], "On accelerators: names in lm.formats.known."
     )
     flags.DEFINE_integer("batch_size", 8, "Training, on accelerators: rows per step.")
 

@@ -46,7 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_list("contenders", list(NEEDS), "On CPU: who takes part.")
     flags.DEFINE_integer("rounds", 10, "Timed steps of each contender.", lower_bound=1)
     flags.DEFINE_string("remat", None, "See lm.model.remat; default none, full on accelerators.")
-    flags.DEFINE_string("model", "llama3_2_1b", "On accelerators: a name in lm.model.known.")
+    flags.DEFINE_string("model", "llama3_2_1b", "On accelerators: a name in lm.formats.known.")
     flags.DEFINE_integer("sequence_length", 4096, "On accelerators.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 8, "On accelerators: rows per step.", lower_bound=1)
     flags.DEFINE_string("attention", None, "On accelerators: implementation; cudnn on GPU.")

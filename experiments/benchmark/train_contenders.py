@@ -54,7 +54,7 @@ def token_ids(size: Size) -> Any:
 
 def jax_worker(size: Size, precision: str, remat: str | None) -> tuple[Callable, Answer]:
     """(a function that does a step and returns the loss, facts about the contender)."""
-    from lm.model.families import make_config
+    from lm.formats.families import make_config
     from lm.run.process import keep_freed_memory
 
     keep_freed_memory()
@@ -181,7 +181,7 @@ def time_accelerator(
     """One model's step in bfloat16 on the first device, as a row.
 
     Args:
-      model: a name in `lm.model.known`.
+      model: a name in `lm.formats.known`.
       batch_size, length: rows of whole documents, and their tokens.
       rounds: timed steps.
       attention: implementation, see `lm.kernels.attention.attention`.
@@ -195,9 +195,9 @@ def time_accelerator(
     import jax
     import numpy as np
 
+    from lm.formats.known import known_model
     from lm.hardware.chips import peak_flops
     from lm.model import num_params, train_flops
-    from lm.model.known import known_model
 
     device = jax.devices()[0]
     peak_tflops = peak_tflops or (peak_flops(device.device_kind) or 0) / 1e12

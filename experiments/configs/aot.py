@@ -1,4 +1,4 @@
-"""Configurations of `experiments.aot`: any model of `lm.model.known`, to train and to serve.
+"""Configurations of `experiments.aot`: any model of `lm.formats.known`, to train and to serve.
 
 --config=llama3_8b --config.mesh.fsdp=16 --config.mesh.tensor=4 --config.train.remat=matmuls
 """
@@ -9,11 +9,11 @@ import functools
 from collections.abc import Callable, Mapping
 
 from lm.aot.question import Aot
-from lm.model.known import KNOWN, known_model
+from lm.formats.known import KNOWN, known_model
 
 
 def configuration(name: str) -> Aot:
-    """That of a model in `lm.model.known`."""
+    """That of a model in `lm.formats.known`."""
     return Aot(known_model(name))
 
 

@@ -1,6 +1,6 @@
 """GGUF and safetensors files: containers, blocks, and models that packages bring. Without JAX."""
 
-from lm.files.base import FileFormatError
+from lm.files.base import FileFormatError, FormatError
 from lm.files.gguf import GGUF, read_gguf
 from lm.files.gguf_blocks import dequantize, quantize
 from lm.files.gguf_writer import GGUFTensor, write_gguf
@@ -11,6 +11,7 @@ from lm.files.safetensors_writer import LazyTensor, write_safetensors, write_sha
 __all__ = [
     "GGUF",
     "FileFormatError",
+    "FormatError",
     "GGUFTensor",
     "LazyTensor",
     "Safetensors",

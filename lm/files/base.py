@@ -12,7 +12,11 @@ from typing import Any, BinaryIO
 Path = str | os.PathLike[str]
 
 
-class FileFormatError(ValueError):
+class FormatError(ValueError):
+    """What is at a path cannot be read as the format it is in; the message says why."""
+
+
+class FileFormatError(FormatError):
     """A file is not what its format says.
 
     Attributes:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import difflib
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.checkpoints import model_json
-from lm.checkpoints.opening import all_steps, find, open_checkpoint
-from lm.checkpoints.store import CheckpointError
-from lm.files.packaged import PACKAGED, find_packaged
+from lm.checkpoints import model_json, open_checkpoint
+from lm.checkpoints.opening import all_steps, find
+from lm.files import FormatError, find_packaged, read_gguf
+from lm.files.packaged import PACKAGED
 from lm.files.safetensors import INDEX, SINGLE
+from lm.formats.common import Path, malformed
 from lm.formats.gguf.io import load_gguf
-from lm.formats.huggingface import io as huggingface
+from lm.formats.huggingface.io import load_huggingface, read_config
 from lm.formats.quantized.io import load_quantized, read_quantization
-from lm.model import ModelConfig, ModelWeights, param_specs, unstack
+from lm.model import ModelConfig, ModelWeights, Stacked, Unstacked, param_specs
 from lm.sharding import Layout
-from lm.tokenizers import Tokenizer, check_fits, open_tokenizer
-from lm.weights import StructuredWeight, cast, is_structured, shardings
+from lm.tokenizers import Tokenizer, check_fits, from_gguf, open_tokenizer
+from lm.weights import cast, is_structured, shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
 _EXPECTED = (
@@ -48,12 +48,12 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(
-    model: str | pathlib.Path,
+    model: Path,
     *,
     dtype: Any = jnp.float32,
     keep_quantized: bool = False,
     layout: Layout | None = None,
-    tokenizer: str | pathlib.Path | None = None,
+    tokenizer: Path | None = None,
 ) -> Pretrained:
     """The model at a path, unstacked, its configuration and its tokenizer.
 
@@ -68,110 +68,128 @@ def load_pretrained(
       tokenizer: where the tokenizer is, if not with the model.
 
     Raises:
-      CheckpointError: there is no model; the message says what was looked for. Or it is not
-        supported, or damaged.
+      FormatError: there is no model; the message says what was looked for. Or it is not supported,
+        or damaged.
+      CheckpointError: every checkpoint of a run is damaged.
       FileNotFoundError: the package of a named model is not installed (the message has the
         command), or there is no tokenizer.
-      ValueError: the tokenizer does not fit, `dtype` or `keep_quantized` is not possible.
+      ValueError: the tokenizer does not fit, or `dtype` or `keep_quantized` is not possible.
     """
     if np.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype {np.dtype(dtype).name} is not one of {', '.join(DTYPES)}")
     with malformed(model):
-        return _load(model, dtype, keep_quantized, layout, tokenizer)
+        path = locate(model)
+        if path.suffix == ".gguf":
+            file = read_gguf(path)
+            text = open_tokenizer(tokenizer) if tokenizer else from_gguf(file.metadata, str(path))
+            params, config = load_gguf(
+                file, dtype=dtype, keep_quantized=keep_quantized, layout=layout
+            )
+        else:
+            text = open_tokenizer(tokenizer or tokenizer_path(path))
+            params, config = _load_directory(path, model, dtype, keep_quantized, layout)
+        check_fits(text, config.vocab_size)
+    return Pretrained(params, config, text)
 
 
-@contextlib.contextmanager
-def malformed(path: str | pathlib.Path) -> Iterator[None]:
-    """Turns what Python says of a value of the wrong kind in a file into a CheckpointError.
-
-    The readers name the key where they look at its kind; this is for those where they do not.
-    """
-    try:
-        yield
-    except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{path} holds a value of another kind than its format has ({type(error).__name__}: "
-            f"{error}); it is damaged, or written by something that takes liberties"
-        ) from error
-
-
-def _load(
-    model: str | pathlib.Path,
-    dtype: Any,
-    keep_quantized: bool,
-    layout: Layout | None,
-    tokenizer: str | pathlib.Path | None,
-) -> Pretrained:
-    path = locate(model)
-    opened_tokenizer = open_tokenizer(tokenizer or tokenizer_path(path))
-    if path.suffix == ".gguf":
-        params, config = load_gguf(path, dtype=dtype, keep_quantized=keep_quantized, layout=layout)
-    elif is_huggingface(path) and read_quantization(path) is not None:
+def _load_directory(
+    path: pathlib.Path, model: Path, dtype: Any, keep_quantized: bool, layout: Layout | None
+) -> tuple[ModelWeights, ModelConfig]:
+    """The model in a Hugging Face directory, or the newest sound checkpoint of `model`."""
+    is_theirs = is_huggingface(path)
+    if is_theirs and read_quantization(path) is not None:
         params, config = load_quantized(path, dtype=dtype, layout=layout)
-        if not keep_quantized:
-            params = _decoded(params, dtype)
-    elif keep_quantized:
+        return params if keep_quantized else _decoded(params, dtype), config
+    if keep_quantized:
         raise ValueError(
             f"keep_quantized: {path} has nothing quantized to keep; leave it out, or give a .gguf "
             "file or a quantized model"
         )
-    elif is_huggingface(path):
-        config = huggingface.read_config(path)
-        places = None
-        if layout is not None:
-            places = shardings(param_specs(config), layout.rules, layout.mesh)
-        params, config = huggingface.load_huggingface(
-            path, config, dtype=dtype, shardings=places, stacked=False
-        )
-    else:
-        params, config = open_checkpoint(path, layout)
-        params = cast(unstack(params), dtype)
-    check_fits(opened_tokenizer, config.vocab_size)
-    return Pretrained(params, config, opened_tokenizer)
+    if is_theirs:
+        config = read_config(path)
+        places = layout and shardings(param_specs(config), layout.rules, layout.mesh)
+        return load_huggingface(path, config, dtype=dtype, shardings=places, stacked=False)
+    params, config = open_checkpoint(model, layout)
+    return _unstacked(params, dtype), config
 
 
 def _decoded(params: ModelWeights, dtype: Any) -> ModelWeights:
-    """Every leaf as an array."""
+    """Every leaf as an array; what it held is freed at once."""
 
-    def leaf(x: Any) -> Any:
-        return x.dequantize(dtype) if isinstance(x, StructuredWeight) else x
+    def decode(weight: Any) -> Any:
+        if not is_structured(weight):
+            return weight
+        array = jax.block_until_ready(weight.dequantize(dtype))
+        _free(weight)
+        return array
 
-    return jax.tree.map(leaf, params, is_leaf=is_structured)
+    return jax.tree.map(decode, params, is_leaf=is_structured)
 
 
-def locate(model: str | pathlib.Path) -> pathlib.Path:
+def _unstacked(params: ModelWeights, dtype: Any) -> ModelWeights:
+    """The serving form in `dtype`, one weight at a time: a stack is freed once it is copied."""
+
+    def layers(stack: Stacked | Unstacked) -> Unstacked:
+        if isinstance(stack, Unstacked):
+            return cast(stack, dtype)
+        columns = [_rows(layer, dtype) for layer in stack.layers]
+        return Unstacked(tuple(layer for repeat in zip(*columns, strict=True) for layer in repeat))
+
+    outside = cast(dataclasses.replace(params, stacks=()), dtype)
+    return dataclasses.replace(outside, stacks=tuple(map(layers, params.stacks)))
+
+
+def _rows(layer: Any, dtype: Any) -> list[Any]:
+    """The layers that are stacked in `layer`, whose arrays are freed."""
+    weights, structure = jax.tree.flatten(layer, is_leaf=is_structured)
+    parts = []
+    for weight in weights:
+        stacked = cast(weight, dtype)
+        count = len(jax.tree.leaves(stacked)[0])
+        parts.append([jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(count)])
+        jax.block_until_ready(parts[-1])
+        _free((weight, stacked))
+    return [structure.unflatten(row) for row in zip(*parts, strict=True)]
+
+
+def _free(tree: Any) -> None:
+    for array in jax.tree.leaves(tree):
+        array.delete()
+
+
+def locate(model: Path) -> pathlib.Path:
     """The GGUF file, the Hugging Face directory or the step directory that `model` names.
 
-    Errors as `load_pretrained`.
+    Of our checkpoints it is the newest, sound or not. Errors as `load_pretrained`.
     """
     path = pathlib.Path(model).expanduser()
     if not path.exists():
         name = str(model)
         if name in PACKAGED:
             return find_packaged(name)
-        raise CheckpointError(_unknown(name))
+        raise FormatError(_unknown(name))
     if path.is_file():
         if path.suffix == ".gguf":
             return path
         hint = f"; give its directory, {path.parent}" if path.suffix == ".safetensors" else ""
-        raise CheckpointError(f"{path} is no model that can be opened{hint}: {_EXPECTED}")
+        raise FormatError(f"{path} is not a model that can be opened{hint}: {_EXPECTED}")
     if is_huggingface(path):
         return path
     steps = (path / model_json.FILE).exists() or all_steps(path)  # type: ignore[arg-type]
     if steps or (path / "checkpoints").is_dir():
-        return pathlib.Path(find(path))
+        return pathlib.Path(find(path, verify=False))
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1 or (files and "-00001-of-" in files[0].name):
         return files[0]
     if files:
         names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{path} has several GGUF files; give one of them: {names}")
+        raise FormatError(f"{path} has several GGUF files; give one of them: {names}")
     found = sorted(entry.name for entry in path.iterdir())
     more = ", ..." if len(found) > 8 else ""
     inside = f"it has {', '.join(found[:8])}{more}" if found else "it is empty"
     if any(name.endswith(".bin") for name in found):
         inside += "; PyTorch's pickled weights are not read: save the model as safetensors"
-    raise CheckpointError(f"{path} holds no model ({inside}): {_EXPECTED}")
+    raise FormatError(f"{path} holds no model ({inside}): {_EXPECTED}")
 
 
 def is_huggingface(path: pathlib.Path) -> bool:
@@ -190,7 +208,7 @@ def tokenizer_path(path: pathlib.Path) -> pathlib.Path:
     """Where the tokenizer of a located model is: with it, or in the run it belongs to.
 
     Raises:
-      FileNotFoundError: a checkpoint lies in no run with a tokenizer.
+      FileNotFoundError: a checkpoint is not in a run with a tokenizer.
     """
     if path.suffix == ".gguf" or is_huggingface(path):
         return path

@@ -13,7 +13,7 @@ from typing import Any
 from lm.aot.programs import Compiled, Name, Program, compile_program, make_program
 from lm.aot.question import Aot, Serve, Train
 from lm.config import command_line as config_lib
-from lm.model.known import known_model
+from lm.formats.known import known_model
 
 GOLDEN = pathlib.Path(__file__).with_name("aot_golden.json")
 LENGTH, LAYERS, WIDTH, VOCAB = 512, 2, 256, 1024

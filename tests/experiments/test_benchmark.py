@@ -19,10 +19,10 @@ from experiments.benchmark import harness, kernels, kernels_contenders, train
 from experiments.benchmark.harness import BenchmarkError, Worker
 from experiments.benchmark.kernels_contenders import Case
 from experiments.benchmark.train_contenders import SIZES, Size, time_accelerator
+from lm.formats.known import known_model
 from lm.kernels.attention import View
 from lm.kernels.attention.reference import mask
 from lm.model import train_flops
-from lm.model.known import known_model
 
 TINY_LLAMA = {"vocab_size": 128, "embed_dim": 32, "num_layers": 2, "num_heads": 4,
               "num_kv_heads": 2, "hidden_dim": 64}  # fmt: skip

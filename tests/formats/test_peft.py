@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lm.checkpoints import CheckpointError
+from lm.files import FormatError
 from lm.formats import from_huggingface, from_tensors
+from lm.formats.families import make_config
 from lm.formats.peft.config import parse_adapter_config
 from lm.formats.peft.io import load_peft, save_peft
 from lm.model import Tokens, forward, make_head, param_specs, unstack
-from lm.model.families import make_config
 from lm.weights import Int8, LoRA, initialize, is_structured, path_name
 from tests.model.huggingface_oracle import make_oracle
 
@@ -129,10 +129,10 @@ def test_exactly_what_is_wrong_is_named(tmp_path):
     files[stem.format(0, "v_proj") + ".lora_B.weight"] = np.zeros((12, 4), np.int32)
     files[stem.format(3, "q_proj") + ".lora_A.weight"] = np.zeros((4, 24), np.float32)
     write(tmp_path, files)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(FormatError) as caught:
         load_peft(tmp_path, base(), CONFIG)
     for part in (
-        "no adapter for this 'llama' model of 3 layers, 4 faults",
+        "not an adapter for this 'llama' model of 3 layers, 4 faults",
         "layers.1.self_attn.q_proj.lora_B.weight [24, 4] is missing",
         "layers.2.self_attn.q_proj.lora_A.weight is [4, 25], the model wants [4, 24]",
         "layers.0.self_attn.v_proj.lora_B.weight is of dtype I32",
@@ -158,30 +158,30 @@ def test_exactly_what_is_wrong_is_named(tmp_path):
 )
 def test_what_is_not_read(tmp_path, keys, message):
     write(tmp_path, tensors(), **keys)
-    with pytest.raises((CheckpointError, ValueError), match=message):
+    with pytest.raises((FormatError, ValueError), match=message):
         load_peft(tmp_path, base(), CONFIG)
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json does not exist"):
+    with pytest.raises(FormatError, match=r"adapter_config\.json does not exist"):
         load_peft(tmp_path, base(), CONFIG)
     write(tmp_path, tensors())
     adapted = load_peft(tmp_path, base(), CONFIG)
     with pytest.raises(ValueError, match="attention/query has an adapter already"):
         load_peft(tmp_path, adapted, CONFIG)
-    with pytest.raises(CheckpointError, match="exists; use another directory, or overwrite"):
+    with pytest.raises(FormatError, match="exists; use another directory, or overwrite"):
         save_peft(adapted, CONFIG, tmp_path)
     save_peft(adapted, CONFIG, tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="no weight of the model has an adapter"):
         save_peft(base(), CONFIG, tmp_path / "none")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"not that")
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
+    with pytest.raises(FormatError, match=r"adapter_model\.safetensors"):
         load_peft(tmp_path, base(), CONFIG)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors does not exist"):
+    with pytest.raises(FormatError, match=r"adapter_model\.safetensors does not exist"):
         load_peft(tmp_path, base(), CONFIG)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is not JSON"):
+    with pytest.raises(FormatError, match="is not JSON"):
         load_peft(tmp_path, base(), CONFIG)
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lm.checkpoints import CheckpointError
+from lm.files import FormatError
 from lm.formats import from_tensors, save_huggingface
+from lm.formats.families import make_config
 from lm.formats.quantized.io import load_quantized
 from lm.formats.quantized.layouts import AWQ, GPTQ, formats_of
 from lm.formats.quantized.words import pack, unpack
 from lm.model import Tokens, forward, make_head, param_specs, stack
-from lm.model.families import make_config
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.weights import (
     NF4,
@@ -400,7 +400,7 @@ def test_exactly_what_is_wrong_is_named(tmp_path):
         files[f"{q}.bias"] = np.zeros(64, np.float16)  # of zeros, as old files have it
 
     edit(tmp_path, change)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(FormatError) as caught:
         load_quantized(tmp_path)
     message = str(caught.value)
     for part in (
@@ -421,7 +421,7 @@ def test_damaged_numbers_are_refused(tmp_path):
         files["model.layers.0.self_attn.q_proj.g_idx"][:] = 0
 
     edit(tmp_path, one_group)
-    with pytest.raises(CheckpointError, match=r"q_proj\.weight: g_idx does not part 64 rows"):
+    with pytest.raises(FormatError, match=r"q_proj\.weight: g_idx does not part 64 rows"):
         load_quantized(tmp_path)
 
 
@@ -447,7 +447,7 @@ def test_what_is_not_read(config, message):
 def test_not_quantized(tmp_path):
     config = make_config("llama", **SIZES)
     save_huggingface(initialize(param_specs(config), jax.random.key(0)), config, tmp_path)
-    with pytest.raises(CheckpointError, match="is not quantized"):
+    with pytest.raises(FormatError, match="is not quantized"):
         load_quantized(tmp_path)
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from lm.adapters.lora import add_lora, trains
 from lm.files.ggml import block_type
+from lm.formats.families import make_config
+from lm.formats.known import known_model
 from lm.infer.cache import make_cache
 from lm.model import ModelConfig, num_bytes, num_params, param_specs, unstack
-from lm.model.families import make_config
-from lm.model.known import known_model
 from lm.train.optimizers import AdamW, make_optimizer
 from lm.train.state import partition
 from lm.weights import GGUFBlocks, abstract, path_name, rtn, specs_of

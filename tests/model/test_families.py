@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lm.formats import from_huggingface
+from lm.formats.families import FAMILIES, make_config
+from lm.formats.known import KNOWN, known_model
 from lm.kernels.attention import View, mask
 from lm.model import forward_flops, num_params, param_specs, train_flops
-from lm.model.families import FAMILIES, make_config
-from lm.model.known import KNOWN, known_model
 from lm.weights import is_spec
 from tests.model.huggingface_oracle import make_oracle
 
@@ -145,7 +145,7 @@ def test_traits_override_the_family():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_weights(family):
     config = make_config(family, **SIZES)
-    assert config.family == FAMILIES[family].architecture
+    assert config.family == FAMILIES[family].name
     assert num_params(config) > 0
 
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lm.formats.families import make_config
 from lm.hardware import topologies
 from lm.infer.cache import make_cache
 from lm.model import Latent, ModelConfig, Tokens, check_mesh, forward, make_head, param_specs
-from lm.model.families import make_config
 from lm.model.latent import expands
 from lm.model.params import unstacked_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout

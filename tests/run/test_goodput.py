@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from lm.formats.known import known_model
 from lm.hardware.chips import CHIPS, chip_of, peak_flops
 from lm.model import train_flops
-from lm.model.known import known_model
 from lm.run.goodput import KINDS, Goodput, Hardware, Throughput, duration, process_age, table
 from lm.run.metrics import MetricsWriter, read
 

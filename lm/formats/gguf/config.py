@@ -7,49 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from lm.checkpoints.store import CheckpointError
+from lm.files import FormatError
+from lm.formats.families import FAMILIES, make_config
+from lm.formats.family import GGUF, Family
 from lm.model import ModelConfig, Rope, RopeScaling
-from lm.model.families import FAMILIES, make_config, nearest
 from lm.model.rope import rope_frequencies
+from lm.model.traits import Kind, nearest
 
-Kinds = list[Literal["local", "global"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """How one `general.architecture` says what the model is.
-
-    Attributes:
-      family: of ours.
-      eps_key: of the norms.
-      period: every so manieth layer is global, the others see a window; 0 where the file has no
-        pattern: with a window all layers see it.
-      traits: of `Family`, where the files of this architecture mean something else.
-    """
-
-    family: str
-    eps_key: str = "attention.layer_norm_rms_epsilon"
-    period: int = 0
-    traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama"),
-    "mistral": Architecture("llama"),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "gemma2": Architecture("gemma2", period=2),
-    "gemma3": Architecture("gemma3", period=6),
-    "olmo2": Architecture("olmo2"),
-    "phi3": Architecture("phi3"),
-    "gptneox": Architecture("gpt_neox", "attention.layer_norm_epsilon"),
+ARCHITECTURES: Mapping[str, Family] = {
+    architecture: family
+    for family in FAMILIES.values()
+    if family.gguf and family is FAMILIES[family.name]
+    for architecture in family.gguf.architectures
 }
-# Gemma's largest models divide the scores by the width of a head of the residual stream.
-_WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
 
 
 class Keys:
@@ -59,11 +33,13 @@ class Keys:
         self.metadata, self.source = metadata, source
         arch: Any = metadata.get("general.architecture")
         if arch not in ARCHITECTURES:
-            raise CheckpointError(
+            raise FormatError(
                 f"{source}: general.architecture is {arch!r}, which is not supported; "
                 f"{nearest(str(arch), list(ARCHITECTURES))}"
             )
-        self.arch = str(arch)
+        self.arch, self.family = str(arch), ARCHITECTURES[str(arch)]
+        assert self.family.gguf is not None
+        self.gguf: GGUF = self.family.gguf
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of the architecture."""
@@ -76,7 +52,7 @@ class Keys:
             value = int(value[0])
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             found = "missing" if value is None else f"{value!r}"
-            raise CheckpointError(
+            raise FormatError(
                 f"{self.source}: {self.arch}.{key} is {found}; it has to be one positive integer"
             )
         return value
@@ -87,7 +63,7 @@ class Keys:
         if value is None:
             return default
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise CheckpointError(f"{self.source}: {self.arch}.{key} is {value!r}, no number")
+            raise FormatError(f"{self.source}: {self.arch}.{key} is {value!r}, not a number")
         return float(str(np.float32(value)))
 
 
@@ -109,17 +85,16 @@ def from_gguf(
       source: of the metadata, for errors.
 
     Raises:
-      CheckpointError: an architecture or a feature of it that is not supported, or a key that is
+      FormatError: an architecture or a feature of it that is not supported, or a key that is
         missing or has a wrong value.
       ValueError: sizes do not fit each other.
     """
     keys = Keys(metadata, source)
-    arch = ARCHITECTURES[keys.arch]
+    gguf, traits = keys.gguf, keys.family.traits
     _check_supported(keys, tensors)
-    family = FAMILIES[arch.family]
     num_layers = keys.size("block_count")
     if num_layers > len(tensors):
-        raise CheckpointError(
+        raise FormatError(
             f"{source}: {keys.arch}.block_count is {num_layers}, and the file has {len(tensors)} "
             "tensors"
         )
@@ -127,31 +102,32 @@ def from_gguf(
     embed_dim = keys.size("embedding_length")
     head_dim = keys.get("attention.key_length", embed_dim // num_heads)
     window = keys.get("attention.sliding_window") or None
-    eps = keys.number(arch.eps_key, None)
+    eps = keys.number(gguf.eps_key, None)
     if eps is None:
-        raise CheckpointError(f"{source}: {keys.arch}.{arch.eps_key} is missing")
-    traits: dict[str, Any] = {
-        **arch.traits,
-        "norm": dataclasses.replace(family.norm, eps=eps),
+        raise FormatError(f"{source}: {keys.arch}.{gguf.eps_key} is missing")
+    changes: dict[str, Any] = {
+        "norm": dataclasses.replace(traits.norm, eps=eps),
         "head_dim": head_dim,
         "window": window,
         "tied": "output.weight" not in tensors,
         "rope": _read_rope(keys, head_dim, tensors, rope_factors),
     }
-    if family.local_rope is not None:
-        traits["local_rope"] = Rope(keys.number("rope.freq_base_swa", 10_000.0) or 10_000.0)
-    traits |= _read_biases(arch.family, tensors)
-    if arch.family in ("gemma2", "gemma3"):
-        softcap = 30.0 if arch.family == "gemma2" else None
-        traits["logit_softcap"] = keys.number("final_logit_softcapping", softcap)
-        if num_layers == _WIDE_SCALE[arch.family]:
-            traits["query_scalar"] = embed_dim // num_heads
-    if arch.family == "gemma2":
-        traits["attention_softcap"] = keys.number("attn_logit_softcapping", 50.0)
-    if arch.family == "gpt_neox":
-        traits["parallel"] = bool(keys.get("use_parallel_residual", True))
+    if traits.local_rope is not None:
+        theta = traits.local_rope.theta
+        changes["local_rope"] = Rope(keys.number("rope.freq_base_swa", theta) or theta)
+    if gguf.has_biases:
+        changes |= {
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "attention_out_bias": "blk.0.attn_output.bias" in tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        }
+    for key, (trait, default) in gguf.keys.items():
+        flag = isinstance(default, bool)
+        changes[trait] = bool(keys.get(key, default)) if flag else keys.number(key, default)
+    if num_layers == gguf.wide_layers:
+        changes["query_scalar"] = embed_dim // num_heads
     return make_config(
-        arch.family,
+        keys.family.name,
         vocab_size=_vocab_size(keys, tensors),
         embed_dim=embed_dim,
         hidden_dim=keys.size("feed_forward_length"),
@@ -160,8 +136,8 @@ def from_gguf(
         num_kv_heads=keys.size("attention.head_count_kv", num_heads),
         max_length=keys.size("context_length"),
         vocab_multiple=vocab_multiple,
-        kinds=_read_kinds(keys, arch, num_layers, window),
-        **traits,
+        kinds=_read_kinds(keys, num_layers, window),
+        **changes,
     )
 
 
@@ -177,7 +153,7 @@ def _check_supported(keys: Keys, tensors: Collection[str]) -> None:
     if keys.metadata.get("general.type", "model") != "model":
         faults.append(f"general.type={keys.metadata['general.type']!r}")
     if faults:
-        raise CheckpointError(f"{keys.source} has {', '.join(faults)}, which is not supported")
+        raise FormatError(f"{keys.source} has {', '.join(faults)}, which is not supported")
 
 
 def _vocab_size(keys: Keys, tensors: Mapping[str, tuple[int, ...]]) -> int:
@@ -186,27 +162,16 @@ def _vocab_size(keys: Keys, tensors: Mapping[str, tuple[int, ...]]) -> int:
     return shape[0] if shape else keys.size("vocab_size")
 
 
-def _read_biases(family: str, tensors: Collection[str]) -> dict[str, bool]:
-    """Which projections have biases; what a family always has is checked with the tensors."""
-    if family != "llama":
-        return {}
-    return {
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "attention_out_bias": "blk.0.attn_output.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-    }
-
-
-def _read_kinds(keys: Keys, arch: Architecture, num_layers: int, window: int | None) -> Kinds:
+def _read_kinds(keys: Keys, num_layers: int, window: int | None) -> list[Kind]:
     pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         local = [bool(x) for x in pattern]
         if len(local) != num_layers:
-            raise CheckpointError(
+            raise FormatError(
                 f"{keys.source}: {keys.arch}.attention.sliding_window_pattern has {len(local)} "
                 f"values for {num_layers} layers"
             )
-    elif period := pattern or arch.period:
+    elif period := pattern or keys.gguf.period:
         local = [(i + 1) % int(period) != 0 for i in range(num_layers)]
     else:
         local = [window is not None] * num_layers
@@ -240,7 +205,7 @@ def _read_rope(
     if kind == "linear" or (kind == "none" and factor != 1.0 and keys.get("rope.scale_linear")):
         return rope if factor == 1.0 else Rope(theta, rope.fraction, RopeScaling("linear", factor))
     if kind != "none":
-        raise CheckpointError(
+        raise FormatError(
             f"{keys.source}: {keys.arch}.rope.scaling.type is {kind!r}; supported are 'none', "
             "'linear' and 'yarn'"
         )
@@ -248,7 +213,7 @@ def _read_rope(
 
 
 def _llama3(keys: Keys, rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
-    """The scaling whose divisors of the frequencies are `factors`, one a pair of dimensions.
+    """The scaling whose divisors of the frequencies are `factors`, one per pair of dimensions.
 
     Converters write the divisors of Llama 3.1's rule, not the rule; its bounds are 1 and 4 turns
     in 8,192 positions in every model published.
@@ -269,7 +234,7 @@ def _llama3(keys: Keys, rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
         if not np.allclose(plain / stretched, factors, rtol=1e-4):
             found = None
     if found is None:
-        raise CheckpointError(
+        raise FormatError(
             f"{keys.source}: rope_freqs.weight {list(factors.shape)} stretches the rotary "
             f"frequencies by up to {factors.max():g} in a way that is not Llama 3's, which is not "
             "supported"

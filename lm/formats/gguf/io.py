@@ -7,7 +7,6 @@ holds about the largest of them. Blocks may be kept as they lie in the file.
 from __future__ import annotations
 
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.checkpoints.store import CheckpointError
-from lm.files import ggml
-from lm.files.base import FileFormatError
-from lm.files.gguf import GGUF, read_gguf
-from lm.files.gguf_blocks import dequantize
+from lm.files import GGUF, dequantize, ggml, read_gguf
+from lm.formats.common import refuse, tree_of
 from lm.formats.gguf.config import Keys, from_gguf
 from lm.formats.gguf.tensors import IGNORED, Rows, rows
-from lm.formats.huggingface.io import _by_layer
 from lm.model import ModelConfig, ModelWeights
 from lm.model.params import unstacked_specs
 from lm.sharding import Layout, named_sharding
-from lm.weights import GGUFBlocks, is_spec, path_name
+from lm.weights import GGUFBlocks
 from lm.weights.gguf import KINDS
 
 INTEGERS = ("I8", "I16", "I32", "I64")
@@ -34,11 +29,11 @@ INTEGERS = ("I8", "I16", "I32", "I64")
 
 def read_gguf_config(path: str | pathlib.Path, *, vocab_multiple: int = 128) -> ModelConfig:
     """The `ModelConfig` of a GGUF file. Errors as `load_gguf`."""
-    return config_of(_open(path), vocab_multiple)
+    return config_of(read_gguf(path), vocab_multiple)
 
 
 def load_gguf(
-    path: str | pathlib.Path,
+    file: str | pathlib.Path | GGUF,
     *,
     dtype: Any = jnp.float32,
     keep_quantized: bool = False,
@@ -48,7 +43,7 @@ def load_gguf(
     """The weights of a GGUF file, unstacked, and the model's configuration.
 
     Args:
-      path: of the file, or of the first part of a split model.
+      file: its path, or that of the first part of a split model; or the open file.
       dtype: of the weights that are arrays.
       keep_quantized: keep matrices in blocks as `lm.weights.GGUFBlocks`; plain numbers, and blocks
         of types that are not computed on, become arrays all the same.
@@ -56,23 +51,22 @@ def load_gguf(
       vocab_multiple: see `ModelConfig`. Rows of padding are zeros.
 
     Raises:
-      CheckpointError: it is no GGUF file, its architecture or something in it is not supported, or
+      FormatError: it is not a GGUF file, its architecture or something in it is not supported, or
         tensors are missing, surplus, or of another shape; all are named.
       OSError: it cannot be opened.
       ValueError: sizes do not fit each other, or a mesh axis does not divide a weight.
     """
-    file = _open(path)
+    if not isinstance(file, GGUF):
+        file = read_gguf(file)
+    source = str(file.paths[0])
     config = config_of(file, vocab_multiple)
-    wanted = list(rows(config, Keys(file.metadata, str(path)).arch))
-    _check_tensors(file, wanted, config, str(path))
+    wanted = list(rows(config, Keys(file.metadata, source).gguf))
+    _check_tensors(file, wanted, config, source)
     done = {}
     for each in wanted:
         done[each.path] = _place(file, each, dtype, keep_quantized, layout)
         file.release(each.tensor)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, _: done[path_name(path)], unstacked_specs(config), is_leaf=is_spec
-    )
-    return params, config
+    return tree_of(done, unstacked_specs(config)), config
 
 
 def config_of(file: GGUF, vocab_multiple: int = 128) -> ModelConfig:
@@ -86,15 +80,8 @@ def config_of(file: GGUF, vocab_multiple: int = 128) -> ModelConfig:
     )
 
 
-def _open(path: str | pathlib.Path) -> GGUF:
-    try:
-        return read_gguf(path)
-    except FileFormatError as error:
-        raise CheckpointError(str(error)) from error
-
-
 def _check_tensors(file: GGUF, wanted: list[Rows], config: ModelConfig, source: str) -> None:
-    """Raises CheckpointError, with every fault, unless the tensors are those of the model."""
+    """Raises FormatError, with every fault, unless the tensors are those of the model."""
     shapes = {each.tensor: each.tensor_shape for each in wanted}
     faults = []
     for name, shape in shapes.items():
@@ -110,13 +97,7 @@ def _check_tensors(file: GGUF, wanted: list[Rows], config: ModelConfig, source: 
         f"{name} {list(file.tensors[name].shape)} is not in this model"
         for name in sorted(file.tensors.keys() - shapes.keys() - set(IGNORED))
     ]
-    if faults:
-        faults = _by_layer([re.sub(r"\bblk\.", "blk.layers.", fault) for fault in faults])
-        listed = "; ".join(faults).replace("blk.layers.", "blk.")
-        raise CheckpointError(
-            f"{source} does not fit a {config.family!r} model of {config.num_layers} layers, "
-            f"{len(faults)} faults: {listed}"
-        )
+    refuse(faults, source, config)
 
 
 def _place(file: GGUF, each: Rows, dtype: Any, keep_quantized: bool, layout: Layout | None) -> Any:
@@ -139,7 +120,7 @@ def _place(file: GGUF, each: Rows, dtype: Any, keep_quantized: bool, layout: Lay
 
 
 def raw_rows(file: GGUF, each: Rows) -> np.ndarray:
-    """The bytes of a weight's rows in our order, uint8 [rows, bytes a row]; padding is zeros."""
+    """The bytes of a weight's rows in our order, uint8 [rows, bytes per row]; padding is zeros."""
     raw = file.raw(each.tensor).reshape(each.tensor_shape[0], -1)
     raw = raw[each.start : each.start + each.count]
     if (order := each.order) is not None:

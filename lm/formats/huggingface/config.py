@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from lm.formats.huggingface.families import (
-    ACTIVATIONS,
-    DEFAULTS,
-    FORMATS,
-    METADATA,
-    NOTHING,
-    Format,
-)
+from lm.formats.families import FAMILIES, family_of, make_config
+from lm.formats.family import Family, HuggingFace
+from lm.formats.huggingface.keys import ACTIVATIONS, DEFAULTS, KEYS, METADATA, NOTHING
 from lm.formats.huggingface.rope import read_rope, rope_type, write_rope
 from lm.model import Latent, ModelConfig, Rope
-from lm.model.families import FAMILIES, make_config
+from lm.model.traits import Kind
 
 # Keys of the fields of `Latent`, in their order.
 LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-MLP_BIASES = ("llama", "deepseek_v2")  # families whose configuration may ask for them
-MAX_LAYERS = 10_000  # of a file that does not lie
+MAX_LAYERS = 10_000  # more are refused before anything is allocated for them
+_KINDS: dict[str, Kind] = {"sliding_attention": "local", "full_attention": "global"}
 
 
 class Reader:
-    """A configuration's dictionary that knows which of its keys were asked for."""
+    """The dictionary of a configuration; it knows which of its keys were asked for."""
 
-    def __init__(self, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        self.data, self.defaults = data, {**DEFAULTS, **defaults}
+    def __init__(self, data: Mapping[str, Any], fmt: HuggingFace) -> None:
+        self.data, self.fmt = data, fmt
+        self.defaults = {**DEFAULTS, **fmt.defaults}
         self.used: set[str] = set()
 
     def __call__(self, key: str) -> Any:
@@ -50,16 +46,16 @@ class Reader:
             )
         return value
 
-    def check_rest(self, fmt: Format, ignore: Collection[str]) -> None:
+    def check_rest(self, ignore: Collection[str]) -> None:
         """Raises ValueError where keys are left that may change what the model computes."""
-        known = self.used | METADATA | set(fmt.own_keys) | set(ignore)
+        known = self.used | METADATA | set(self.fmt.other_keys) | set(ignore)
         rest = {key: value for key, value in self.data.items() if key not in known and value}
         if rest:
             found = ", ".join(f"{key!r}={value!r}" for key, value in sorted(rest.items()))
             raise ValueError(
-                f"config.json of model_type {fmt.model_type!r} has {found}, which is not supported"
-                f"; understood are {', '.join(sorted(self.used))}. Name a key in `ignore` if it "
-                "does not change what the model computes"
+                f"config.json of model_type {self.fmt.model_type!r} has {found}, which is not "
+                f"supported; understood are {', '.join(sorted(self.used))}. Name a key in `ignore` "
+                "if it does not change what the model computes"
             )
 
 
@@ -77,15 +73,16 @@ def from_huggingface(
       ValueError: an unknown model type, activation, rope type or key, or a wrong value; the
         message has key, value, and what is supported.
     """
-    formats = {fmt.model_type: family for family, fmt in FORMATS.items()}
+    families = {family.huggingface.model_type: family for family in FAMILIES.values()}
     model_type = data.get("model_type")
-    if model_type not in formats:
+    if model_type not in families:
         raise ValueError(
-            f"config.json has model_type {model_type!r}; supported are {', '.join(sorted(formats))}"
+            f"config.json has model_type {model_type!r}; supported are "
+            f"{', '.join(sorted(families))}"
         )
-    family = formats[model_type]
-    fmt = FORMATS[family]
-    read = Reader(data, fmt.defaults)
+    family = FAMILIES[families[model_type].name]
+    fmt = family.huggingface
+    read = Reader(data, fmt)
     num_heads = read.size("num_attention_heads")
     num_layers = read.size("num_hidden_layers")
     if num_layers > MAX_LAYERS:
@@ -93,41 +90,29 @@ def from_huggingface(
             f"config.json key 'num_hidden_layers' is {num_layers}; use at most {MAX_LAYERS:,}"
         )
     max_length = read.size("max_position_embeddings")
-    kinds, window = _read_window(read, fmt, num_layers)
-    traits: dict[str, Any] = {"window": window, "tied": bool(read("tie_word_embeddings"))}
-    traits |= _read_rope(read, fmt, family, max_length)
-    traits |= _read_biases(read, fmt, family)
-    traits["norm"] = dataclasses.replace(FAMILIES[family].norm, eps=float(read(fmt.eps_key)))
-    traits["activation"] = _read_activation(read, fmt)
-    num_kv_heads = None
-    if fmt.latent:
-        traits["latent"] = _read_latent(read)
+    kinds, window = _read_window(read, family, num_layers)
+    arguments: dict[str, Any] = {"window": window, "tied": bool(read("tie_word_embeddings"))}
+    arguments |= _read_rope(read, family, max_length)
+    arguments["norm"] = dataclasses.replace(family.traits.norm, eps=float(read(fmt.eps_key)))
+    arguments["activation"] = _read_activation(read)
+    if family.traits.latent is not None:
+        arguments["latent"] = _read_latent(read)
         _check_dense(read, num_layers)
-    elif family != "gpt_neox":
-        traits["head_dim"] = read("head_dim")
-    if family != "gpt_neox":
-        num_kv_heads = read("num_key_value_heads")
-    if family in ("gemma2", "gemma3"):
-        traits["query_scalar"] = read("query_pre_attn_scalar")
-        traits["logit_softcap"] = read("final_logit_softcapping")
-    if family == "gemma2":
-        traits["attention_softcap"] = read("attn_logit_softcapping")
-    if family == "gpt_neox":
-        traits["parallel"] = bool(read("use_parallel_residual"))
+    for key in fmt.keys:
+        arguments |= KEYS[key].read(read(key))
     config = make_config(
-        family,
+        family.name,
         vocab_size=read.size("vocab_size"),
         embed_dim=read.size("hidden_size"),
         hidden_dim=read.size("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
         max_length=max_length,
         vocab_multiple=vocab_multiple,
         kinds=kinds,
-        **traits,
+        **arguments,
     )
-    read.check_rest(fmt, ignore)
+    read.check_rest(ignore)
     return config
 
 
@@ -153,70 +138,62 @@ def _check_dense(read: Reader, num_layers: int) -> None:
         )
 
 
-def _read_activation(read: Reader, fmt: Format) -> str:
-    name = read(fmt.activation_key)
+def _read_activation(read: Reader) -> str:
+    key = read.fmt.activation_key
+    name = read(key)
     if name is None:
-        name = fmt.defaults.get(fmt.activation_key, DEFAULTS["hidden_act"])
+        name = read.defaults.get(key, DEFAULTS["hidden_act"])
     if name not in ACTIVATIONS:
         raise ValueError(
-            f"config.json key {fmt.activation_key!r} is {name!r}; supported are "
-            f"{', '.join(ACTIVATIONS)}"
+            f"config.json key {key!r} is {name!r}; supported are {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
 
 
-def _read_biases(read: Reader, fmt: Format, family: str) -> dict[str, bool]:
-    biases = {}
-    if fmt.bias:
-        bias = bool(read("attention_bias"))
-        biases = {"attention_bias": bias, "attention_out_bias": bias}
-    if family in MLP_BIASES:
-        biases["mlp_bias"] = bool(read("mlp_bias"))
-    return biases
-
-
 def _read_window(
-    read: Reader, fmt: Format, num_layers: int
-) -> tuple[list[Literal["local", "global"]], int | None]:
+    read: Reader, family: Family, num_layers: int
+) -> tuple[Sequence[Kind], int | None]:
     """Kinds of the layers and the window of the local ones."""
-    if fmt.window is None:
-        return ["global"] * num_layers, None
+    how = read.fmt.window
+    if how is None:
+        kinds: list[Kind] = ["global"] * num_layers
+        return kinds, None
     window = read("sliding_window")
-    if fmt.window == "flag" and not read("use_sliding_window"):
+    if how == "flag" and not read("use_sliding_window"):
         window = None
     if window is not None and window < 1:
         raise ValueError(f"config.json key 'sliding_window' is {window}; use null or at least 1")
-    types = None if fmt.window == "all" else read("layer_types")
-    first_local, period = 0, 2
-    if fmt.window == "flag":
-        first_local = read("max_window_layers")
-    if fmt.model_type == "gemma3_text":
-        period = read("sliding_window_pattern") or read("_sliding_window_pattern") or 6
-        read("_sliding_window_pattern")
+    types = None if how == "all" else read("layer_types")
+    first_local = read("max_window_layers") if how == "flag" else 0
+    periods = [period for key in read.fmt.period_keys if (period := read(key))]
     if types is not None:
-        if len(types) != num_layers or not set(types) <= {"sliding_attention", "full_attention"}:
-            raise ValueError(
-                f"config.json key 'layer_types' is {types}; it has to name 'sliding_attention' or "
-                f"'full_attention' for each of num_hidden_layers={num_layers}"
-            )
-        local = [kind == "sliding_attention" for kind in types]
-        if window is None and any(local):
-            raise ValueError(
-                "config.json key 'layer_types' names 'sliding_attention', but there is no "
-                "'sliding_window' in use; give one, or name 'full_attention' only"
-            )
-    elif fmt.window == "all":
-        local = [window is not None] * num_layers
-    elif fmt.window == "flag":
-        local = [window is not None and i >= first_local for i in range(num_layers)]
-    else:
+        return _read_types(types, window, num_layers), window
+    if how == "pattern":
+        period = periods[0] if periods else len(family.traits.pattern)
         local = [(i + 1) % period != 0 for i in range(num_layers)]
+    else:
+        local = [window is not None and i >= first_local for i in range(num_layers)]
     return ["local" if is_local else "global" for is_local in local], window
 
 
-def _read_rope(read: Reader, fmt: Format, family: str, max_length: int) -> dict[str, Rope]:
+def _read_types(types: Sequence[str], window: int | None, num_layers: int) -> list[Kind]:
+    if len(types) != num_layers or not set(types) <= _KINDS.keys():
+        raise ValueError(
+            f"config.json key 'layer_types' is {types}; it has to name 'sliding_attention' or "
+            f"'full_attention' for each of num_hidden_layers={num_layers}"
+        )
+    if window is None and "sliding_attention" in types:
+        raise ValueError(
+            "config.json key 'layer_types' names 'sliding_attention', but there is no "
+            "'sliding_window' in use; give one, or name 'full_attention' only"
+        )
+    return [_KINDS[kind] for kind in types]
+
+
+def _read_rope(read: Reader, family: Family, max_length: int) -> dict[str, Rope]:
     """The rotary embeddings, of whichever way they are written."""
-    theta_key, fraction_key = fmt.rope_keys
+    theta_key, fraction_key = read.fmt.rope_keys
+    traits = family.traits
     old, new = read("rope_scaling") or {}, read("rope_parameters") or {}
     theta = read(theta_key)
     outside = {"rope_theta": theta} if theta is not None else {}
@@ -230,21 +207,28 @@ def _read_rope(read: Reader, fmt: Format, family: str, max_length: int) -> dict[
             # Where both say it, transformers believes this one.
             original = "original_max_position_embeddings"
             parameters[original] = read(original) or parameters.get(original)
-        return read_rope(parameters, max_length, fmt.scalings, fraction_key is not None, fmt.latent)
+        return read_rope(
+            parameters,
+            max_length,
+            read.fmt.scalings,
+            partial=fraction_key is not None,
+            scores=traits.latent is not None,
+        )
 
-    if family != "gemma3":
+    if traits.local_rope is None:
         return {"rope": parse(old or new, 10_000.0)}
     everywhere = {**(new.get("full_attention") or {}), **old}
     local = dict(new.get("sliding_attention") or {})
     local_theta = read("rope_local_base_freq")
-    local.setdefault("rope_theta", 10_000.0 if local_theta is None else local_theta)
+    default = traits.local_rope.theta
+    local.setdefault("rope_theta", default if local_theta is None else local_theta)
     surplus = new.keys() - {"full_attention", "sliding_attention"}
     if surplus:
         raise ValueError(
             f"config.json key 'rope_parameters' has {sorted(surplus)}; of model_type "
-            f"{fmt.model_type!r} it holds 'full_attention' and 'sliding_attention'"
+            f"{read.fmt.model_type!r} it holds 'full_attention' and 'sliding_attention'"
         )
-    return {"rope": parse(everywhere, 1_000_000.0), "local_rope": parse(local, 10_000.0)}
+    return {"rope": parse(everywhere, traits.rope.theta), "local_rope": parse(local, default)}
 
 
 def to_huggingface(config: ModelConfig, extra: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
@@ -257,16 +241,12 @@ def to_huggingface(config: ModelConfig, extra: Mapping[str, Any] = NOTHING) -> d
       extra: further keys (`bos_token_id`, `eos_token_id`, ...); these change nothing.
 
     Raises:
-      ValueError: the family has no format, or its format cannot say what the model is; the
-        message names the fields.
+      ValueError: the family is unknown, or its format cannot say what the model is; the message
+        names the fields.
     """
-    if config.family not in FORMATS:
-        raise ValueError(
-            f"family {config.family!r} has no Hugging Face format; use {', '.join(FORMATS)}"
-        )
-    fmt = FORMATS[config.family]
+    family = family_of(config)
+    fmt = family.huggingface
     layer = config.layers[0]
-    attention, feed_forward = layer.attention, layer.feed_forward
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     data: dict[str, Any] = {
         "architectures": [fmt.class_name],
@@ -276,33 +256,18 @@ def to_huggingface(config: ModelConfig, extra: Mapping[str, Any] = NOTHING) -> d
         "pad_token_id": None,
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
-        "intermediate_size": feed_forward.hidden_dim,
+        "intermediate_size": layer.feed_forward.hidden_dim,
         "num_hidden_layers": config.num_layers,
-        "num_attention_heads": attention.num_heads,
-        fmt.activation_key: names[feed_forward.activation],
+        "num_attention_heads": layer.attention.num_heads,
+        fmt.activation_key: names[layer.feed_forward.activation],
         "max_position_embeddings": config.max_length,
         fmt.eps_key: config.norm.eps,
         "tie_word_embeddings": config.tied,
     }
-    if config.family != "gpt_neox":
-        data["num_key_value_heads"] = attention.num_kv_heads
-    if fmt.latent:
-        data |= _write_latent(attention.latent, config.num_layers)
-    elif config.family != "gpt_neox":
-        data["head_dim"] = attention.head_dim
-    if fmt.bias:
-        data["attention_bias"] = attention.bias
-    if config.family in MLP_BIASES:
-        data["mlp_bias"] = feed_forward.bias
-    if config.family in ("gemma2", "gemma3"):
-        scale = attention.scale
-        data["query_pre_attn_scalar"] = attention.head_dim if scale is None else round(scale**-2)
-        data["final_logit_softcapping"] = config.logit_softcap
-    if config.family == "gemma2":
-        data["attn_logit_softcapping"] = attention.softcap
-    if config.family == "gpt_neox":
-        data["use_parallel_residual"] = layer.parallel
-    data |= _write_window(config, fmt) | _write_rope(config, fmt)
+    data |= {key: KEYS[key].write(config, layer) for key in fmt.keys}
+    if family.traits.latent is not None:
+        data |= _write_latent(layer.attention.latent, config.num_layers)
+    data |= _write_window(config, fmt) | _write_rope(config, family)
     _check_same(config, data)
     return {**data, **extra}
 
@@ -320,7 +285,7 @@ def _write_latent(latent: Latent | None, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _write_window(config: ModelConfig, fmt: Format) -> dict[str, Any]:
+def _write_window(config: ModelConfig, fmt: HuggingFace) -> dict[str, Any]:
     windows = [layer.attention.window for layer in config.layers]
     window = next((w for w in windows if w is not None), None)
     if fmt.window is None:
@@ -328,24 +293,25 @@ def _write_window(config: ModelConfig, fmt: Format) -> dict[str, Any]:
     if fmt.window == "all":
         return {"sliding_window": window}
     types = ["full_attention" if w is None else "sliding_attention" for w in windows]
+    data = {"sliding_window": window, "layer_types": types}
     if fmt.window == "flag":
         used = window is not None
-        data = {"use_sliding_window": used, "sliding_window": window}
         first = types.index("sliding_attention") if used else config.num_layers
-        return data | {"max_window_layers": first, "layer_types": types}
-    return {"sliding_window": window, "layer_types": types}
+        data |= {"use_sliding_window": used, "max_window_layers": first}
+    return data
 
 
-def _write_rope(config: ModelConfig, fmt: Format) -> dict[str, Any]:
+def _write_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
     attentions = [layer.attention for layer in config.layers]
     local = [a.rope for a in attentions if a.window is not None]
     everywhere = [a.rope for a in attentions if a.window is None]
+    traits = family.traits
     rope = (everywhere or local)[0]
-    if config.family == "gemma3" and not everywhere:
-        rope = FAMILIES["gemma3"].rope
+    if traits.local_rope is not None and not everywhere:
+        rope = traits.rope
     if rope is None:
         raise ValueError("a layer has no rotary embedding; the Hugging Face formats need one")
-    theta_key, fraction_key = fmt.rope_keys
+    theta_key, fraction_key = family.huggingface.rope_keys
     new = write_rope(rope, fraction_key is not None)
     old = {k: v for k, v in new.items() if k not in ("rope_theta", "partial_rotary_factor")}
     data: dict[str, Any] = {theta_key: rope.theta, "rope_parameters": new}
@@ -354,9 +320,8 @@ def _write_rope(config: ModelConfig, fmt: Format) -> dict[str, Any]:
         data[fraction_key] = rope.fraction
     if rope.scaling is not None and rope.scaling.kind == "longrope":
         data["original_max_position_embeddings"] = rope.scaling.original_length
-    if config.family == "gemma3":
-        local_rope = local[0] if local and local[0] is not None else FAMILIES["gemma3"].local_rope
-        assert local_rope is not None
+    if traits.local_rope is not None:
+        local_rope = next(filter(None, local), traits.local_rope)
         data["rope_local_base_freq"] = local_rope.theta
         data["rope_parameters"] = {
             "full_attention": new,
@@ -385,14 +350,12 @@ def _differences(a: Any, b: Any, name: str) -> Sequence[tuple[str, Any, Any]]:
     """Fields in which two trees of dataclasses differ: name, in `a`, in `b`."""
     if a == b:
         return []
+    if not (dataclasses.is_dataclass(a) and type(a) is type(b)):
+        return [(name, a, b)]
+    fields = [field.name for field in dataclasses.fields(a) if field.name != "stacks"]
+    pairs = [(field, getattr(a, field), getattr(b, field)) for field in fields]
     if isinstance(a, ModelConfig):
-        pairs = [(f.name, getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)]
-        pairs = [pair for pair in pairs if pair[0] != "stacks"]
         rows = enumerate(zip(a.layers, b.layers, strict=True))
         pairs += [(f"layers/{i}", ours, theirs) for i, (ours, theirs) in rows]
-    elif dataclasses.is_dataclass(a) and type(a) is type(b):
-        pairs = [(f.name, getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)]
-    else:
-        return [(name, a, b)]
     prefix = f"{name}/" if name else ""
     return [found for n, ours, theirs in pairs for found in _differences(ours, theirs, prefix + n)]

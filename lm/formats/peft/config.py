@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -11,7 +10,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from lm.checkpoints.checksums import CheckpointError
+from lm.files import FormatError
+from lm.formats.common import read_json
 
 CONFIG = "adapter_config.json"
 Values = Mapping[str, Any]
@@ -27,7 +27,7 @@ alpha_pattern bias exclude_modules layers_pattern layers_to_transform lora_alpha
 rank_pattern target_modules use_dora use_rslora
 """
 _METADATA, _READ = frozenset(_METADATA_KEYS.split()), frozenset(_READ_KEYS.split())
-# Ways to begin that leave the base as it was; others (PiSSA, OLoRA, ...) take the adapter from it.
+# Initializations that leave the base as it was; others (PiSSA, OLoRA, ...) subtract from it.
 _INITS = (True, False, None, "true", "gaussian", "eva", "orthogonal")
 
 
@@ -37,10 +37,10 @@ class AdapterConfig:
 
     Attributes:
       rank, alpha: of modules that no pattern names.
-      target_modules: a regular expression, or names and ends of names; None where it is not said.
-      exclude_modules: the same, of modules that have none.
+      target_modules: a regular expression, or names and ends of names; None where it is not given.
+      exclude_modules: the same, of modules without an adapter.
       rank_pattern, alpha_pattern: regular expression of a name's end -> rank, alpha.
-      layers, layers_pattern: only these layers, found behind one of these names.
+      layers, layers_pattern: only these layers, whose numbers follow one of these names.
       rslora, dora: see `LoRA`.
       modules_to_save: ends of names of modules that the adapter replaces.
     """
@@ -109,19 +109,14 @@ def read_adapter_config(directory: pathlib.Path) -> AdapterConfig:
     """The `adapter_config.json` in a directory.
 
     Raises:
-      CheckpointError: there is none, it is not JSON, or of another kind of adapter than LoRA.
+      FormatError: there is none, it is not JSON, or of another kind of adapter than LoRA.
       ValueError: it asks for what is not supported; the message names the key.
     """
     file = directory / CONFIG
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} does not exist; give a PEFT adapter's directory") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    values = read_json(file, "; give a PEFT adapter's directory")
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         kind = values.get("peft_type") if isinstance(values, dict) else values
-        raise CheckpointError(f"{file} has peft_type {kind!r}; only 'LORA' is read here")
+        raise FormatError(f"{file} has peft_type {kind!r}; only 'LORA' is read here")
     return parse_adapter_config(values)
 
 
@@ -207,6 +202,6 @@ def write_adapter_config(
 
 
 def _number(x: float) -> float:
-    """A whole number as such: what float32 makes of it is taken for it."""
+    """An integer where `x` is one but for the rounding of float32."""
     near = round(x)
     return near if abs(x - near) < 1e-6 * max(1.0, abs(x)) else x

@@ -2,7 +2,7 @@
 
 An adapter of module m is `base_model.model.m.lora_A.weight` [r, in] and `lora_B.weight` [out, r],
 of an embedding `lora_embedding_A` [r, vocab] and `lora_embedding_B` [dim, r]; DoRA adds
-`lora_magnitude_vector` [out]. Which of our weights m is comes from the family's table.
+`lora_magnitude_vector` [out]. The family's record says which of our weights m is.
 Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -19,18 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.checkpoints.checksums import CheckpointError
-from lm.files.safetensors import Safetensors
-from lm.files.safetensors_writer import write_safetensors
-from lm.formats.huggingface.io import DTYPES, _by_layer, _open, _weight
-from lm.formats.huggingface.tensors import Place, Tensor, Transform, Vocabulary, tensors
+from lm.files import FormatError, Safetensors, open_safetensors, write_safetensors
+from lm.formats.common import DTYPES, Path, refuse
+from lm.formats.huggingface.tensors import Place, Tensor, tensors
+from lm.formats.huggingface.transforms import Transform, Vocabulary
 from lm.formats.peft.config import CONFIG, AdapterConfig, read_adapter_config, write_adapter_config
 from lm.model import ModelConfig, ModelWeights, Unstacked
-from lm.weights import LoRA, MultiLoRA, StructuredWeight, path_name
+from lm.weights import LoRA, MultiLoRA, StructuredWeight, is_structured, path_name
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-Path = str | pathlib.Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +79,7 @@ class _Module:
     def _read(self, theirs: np.ndarray, rank: int, ours: int = 1) -> list[np.ndarray]:
         sizes = [place.shape[ours] for place in self.tensor.places]
         shapes = [(rank, n) if ours else (n, rank) for n in sizes]
-        return self.tensor.transform.read(theirs, shapes, self.tensor.layer)
+        return self.tensor.read(theirs, shapes)
 
     def write(self, b: list[np.ndarray]) -> np.ndarray:
         """Their [out, r] from our [r, out]."""
@@ -111,7 +109,7 @@ def load_peft(
       dtype: of `a` and `b`; None for the file's.
 
     Raises:
-      CheckpointError: no such adapter, or one for another model: tensors are missing, surplus, of
+      FormatError: no such adapter, or one for another model: tensors are missing, surplus, of
         another shape or not floating-point; all are named.
       ValueError: `adapter_config.json` asks for what is not supported, or a weight of the model
         has an adapter already.
@@ -119,8 +117,8 @@ def load_peft(
     directory = pathlib.Path(path)
     adapter = read_adapter_config(directory)
     if not (directory / WEIGHTS).exists():
-        raise CheckpointError(f"{directory / WEIGHTS} does not exist")
-    file = _open(directory / WEIGHTS)
+        raise FormatError(f"{directory / WEIGHTS} does not exist")
+    file = open_safetensors(directory / WEIGHTS)
     whole = _whole(adapter, file, config)
     modules = _targeted(adapter, file, config)
     _check(adapter, modules, whole, file, config, str(directory))
@@ -133,13 +131,12 @@ def load_peft(
         parts = module.read(a, b, length)
         for place, part in zip(module.tensor.places, parts, strict=True):
             leaf = _leaf(part, scale, dtype)
-            key, index = _ours(place, params, config)
+            key, index = _ours(place, params)
             found.setdefault(key, {})[index] = leaf
     replaced = {}
     for name, tensor in whole.items():
-        (place,) = tensor.places
-        (value,) = tensor.transform.read(file.array(name), [place.shape], None)
-        replaced[place.path] = jnp.array(value)
+        (value,) = tensor.read(file.array(name))
+        replaced[tensor.places[0].path] = jnp.array(value)
     return _insert(params, found, replaced)
 
 
@@ -154,12 +151,11 @@ def _leaf(part: tuple[Any, Any, Any], scale: float, dtype: Any) -> LoRA:
     )
 
 
-def _ours(place: Place, params: ModelWeights, config: ModelConfig) -> tuple[str, int]:
+def _ours(place: Place, params: ModelWeights) -> tuple[str, int]:
     """Path of a weight in the tree, stacked or not, and its repeat."""
-    if place.stack is None or not isinstance(params.stacks[place.stack], Unstacked):
-        return place.path, place.repeat
-    index = place.repeat * len(config.stacks[place.stack].pattern) + place.position
-    return f"stacks/{place.stack}/layers/{index}/{place.field}", 0
+    if place.stack is not None and isinstance(params.stacks[place.stack], Unstacked):
+        return place.unstacked_path, 0
+    return place.path, place.repeat
 
 
 def _targeted(adapter: AdapterConfig, file: Safetensors, config: ModelConfig) -> list[_Module]:
@@ -197,7 +193,7 @@ def _check(
     config: ModelConfig,
     source: str,
 ) -> None:
-    """Raises CheckpointError with every fault."""
+    """Raises FormatError with every fault."""
     wanted: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in whole.items()}
     for module in modules:
         shapes = module.shapes(adapter.rank_of(module.name))
@@ -217,15 +213,11 @@ def _check(
         faults.append(f"{name} {shape} is not in this model, or not among its target_modules")
     if not modules:
         faults.append(f"target_modules {adapter.target_modules!r} names no module of this model")
-    if faults:
-        raise CheckpointError(
-            f"{source} is no adapter for this {config.family!r} model of {config.num_layers} "
-            f"layers, {len(faults)} faults: " + "; ".join(_by_layer(faults))
-        )
+    refuse(faults, source, config, "is not an adapter for this")
 
 
 def _check_tied(modules: list[_Module], whole: dict[str, Tensor], config: ModelConfig) -> None:
-    """PEFT leaves a tied output as it was; ours would follow its embedding."""
+    """Refuses adapters of a tied embedding: PEFT leaves the output as it was, ours would follow."""
     touched = [m.name for m in modules if m.is_embedding]
     touched += [tensor.name for tensor in whole.values() if tensor.places[0].field == "embed"]
     if config.tied and touched:
@@ -248,8 +240,7 @@ def _insert(
             raise ValueError(f"{name} has an adapter already; merge or remove it first")
         return _joined(base, found[name])
 
-    is_leaf = lambda x: isinstance(x, StructuredWeight)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_structured)
 
 
 def _joined(base: Any, parts: dict[int, LoRA]) -> LoRA:
@@ -296,7 +287,7 @@ def save_peft(
       overwrite: replace the adapter that is there.
 
     Raises:
-      CheckpointError: an adapter is there already.
+      FormatError: an adapter is there already.
       ValueError: no weight has an adapter, one has several, only some have magnitudes, or the
         embedding has one and the output is tied to it.
     """
@@ -306,7 +297,7 @@ def save_peft(
     lengths: dict[str, bool] = {}
     others: set[str] = set()
     for module in _modules(config):
-        weights = [_adapter_at(params, config, place) for place in module.tensor.places]
+        weights = [_adapter_at(params, place) for place in module.tensor.places]
         adapter = _of_module(weights, module)
         if adapter is None:
             others.add(module.name)
@@ -330,7 +321,7 @@ def save_peft(
         raise ValueError(f"{without} has no magnitude but others have; PEFT has all or none (DoRA)")
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / WEIGHTS).exists() and not overwrite:
-        raise CheckpointError(f"{directory / WEIGHTS} exists; use another directory, or overwrite")
+        raise FormatError(f"{directory / WEIGHTS} exists; use another directory, or overwrite")
     data = write_adapter_config(modules, others, any(lengths.values()), base_model)
     write_safetensors(directory / WEIGHTS, written, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -340,9 +331,9 @@ def _as(array: np.ndarray, dtype: Any) -> np.ndarray:
     return array if dtype is None else array.astype(dtype)
 
 
-def _adapter_at(params: ModelWeights, config: ModelConfig, place: Place) -> LoRA | None:
+def _adapter_at(params: ModelWeights, place: Place) -> LoRA | None:
     """The adapter of one layer's weight, on the host, without its base."""
-    weight = _weight(params, config, place)
+    weight = place.weight(params)
     if isinstance(weight, MultiLoRA):
         raise ValueError(f"{place.path} has {weight.num_adapters} adapters; select one first")
     if not isinstance(weight, LoRA):

@@ -1,14 +1,13 @@
 """Quantized models of others, straight into leaves: GPTQ, AWQ, compressed-tensors, bitsandbytes.
 
-A directory is as Hugging Face's, with `quantization_config` in its `config.json` and, in place of a
-module's `weight`, the tensors of a format (`quantized_formats.py`). A module without them is read
-as it is. The family's table says which of our weights a module holds.
+A directory is like Hugging Face's, with `quantization_config` in its `config.json` and, in place of
+a module's `weight`, the tensors of a format (`layouts.py`). A module without them is read as it is.
+The family's record says which of our weights a module holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Collection, Mapping
@@ -18,29 +17,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.checkpoints.checksums import CheckpointError
-from lm.files.safetensors import Safetensors
+from lm.files import FormatError, Safetensors, open_safetensors
+from lm.formats.common import Path, by_path, put, read_json, refuse, tree_of
+from lm.formats.families import family_of
 from lm.formats.huggingface.config import from_huggingface
-from lm.formats.huggingface.io import DTYPES, _by_layer, _open, _put, _unstacked_path
-from lm.formats.huggingface.tensors import TABLES, Tensor, Transform, Vocabulary, tensors
+from lm.formats.huggingface.io import TIED, tensor_fault
+from lm.formats.huggingface.tensors import Tensor, tensors
+from lm.formats.huggingface.transforms import Transform, Vocabulary
 from lm.formats.quantized.layouts import Format, formats_of
 from lm.model import ModelConfig, ModelWeights
 from lm.model.params import unstacked_specs
 from lm.sharding import Layout, named_sharding
-from lm.weights import NF4, Fp8, ParamSpec, is_spec, path_name
+from lm.weights import NF4, Fp8, ParamSpec
 from lm.weights.blocked import Blocked
 
-Path = str | pathlib.Path
-# Beside a module's own: what formats keep of activations and caches, which here stay in float.
+# Beside a module's own: scales of activations and caches, which here stay in floating point.
 IGNORED = r".*\.(input_scale|output_scale|input_zero_point|k_scale|v_scale|q_scale|weight_format)"
 
 
 def read_quantization(path: Path) -> Mapping[str, Any] | None:
     """`quantization_config` of a directory's `config.json` or `quantize_config.json`, or None."""
     directory = pathlib.Path(path)
-    q = _json(directory / "config.json").get("quantization_config")
+    q = read_json(directory / "config.json").get("quantization_config")
     if q is None and (directory / "quantize_config.json").exists():
-        q = {"quant_method": "gptq", **_json(directory / "quantize_config.json")}
+        q = {"quant_method": "gptq", **read_json(directory / "quantize_config.json")}
     return q
 
 
@@ -66,7 +66,7 @@ def load_quantized(
       ignore: see `from_huggingface`.
 
     Raises:
-      CheckpointError: tensors are missing, surplus, of another shape or dtype; all are named. Or
+      FormatError: tensors are missing, surplus, of another shape or dtype; all are named. Or
         what they hold is not as the format has it.
       ValueError: the model or its quantization is not supported, or a shard would end inside a
         block.
@@ -74,38 +74,30 @@ def load_quantized(
     directory = pathlib.Path(path)
     q = read_quantization(directory)
     if q is None:
-        raise CheckpointError(
-            f"{directory} is not quantized: config.json has no 'quantization_config'"
-        )
+        raise FormatError(f"{directory} is not quantized: config.json has no 'quantization_config'")
     formats = formats_of(q)
-    data = {k: v for k, v in _json(directory / "config.json").items() if k != "quantization_config"}
+    data = {**read_json(directory / "config.json"), "quantization_config": None}
     config = from_huggingface(data, vocab_multiple=vocab_multiple, ignore=ignore)
-    file = _open(directory)
+    file = open_safetensors(directory)
     modules = _match(config, formats, file, str(directory))
     specs = unstacked_specs(config)
-    spec_of = {
-        path_name(path): spec
-        for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
-    }
+    spec_of = by_path(specs)
     done: dict[str, Any] = {}
     for module in modules:
         for place, weight in zip(module.tensor.places, _parts(module, file, dtype), strict=True):
-            own = place.path if place.stack is None else _unstacked_path(place, config)
+            own = place.unstacked_path
             done[own] = _placed(weight, spec_of[own], layout, own)
         for name in module.names.values():
             file.release(name)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, _: done[path_name(path)], specs, is_leaf=is_spec
-    )
-    return params, config
+    return tree_of(done, specs), config
 
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """One tensor of the family's table, and what the file has for it.
+    """One tensor of the family, and what the file has for it.
 
     Attributes:
-      tensor: of the table.
+      tensor: of the family.
       format: None where the file has the tensor itself.
       names: ends of the format's names (or "") -> names in the file.
     """
@@ -115,26 +107,16 @@ class _Module:
     names: dict[str, str]
 
 
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} does not exist") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-
-
 def _match(
     config: ModelConfig, formats: tuple[Format, ...], file: Safetensors, source: str
 ) -> list[_Module]:
-    """What the file has for every tensor. Raises CheckpointError with every fault."""
+    """What the file has for every tensor. Raises FormatError with every fault."""
     faults: list[str] = []
-    modules = [_find(tensor, formats, file, faults) for tensor in tensors(config)]
+    modules = [_find(tensor, formats, file, faults, config) for tensor in tensors(config)]
     known = {name for module in modules for name in module.names.values()}
     quantized = {n.removesuffix(f".{m.format.marker}") for m in modules if m.format
                  for n in m.names.values() if n.endswith(f".{m.format.marker}")}  # fmt: skip
-    ignored = (*TABLES[config.family].ignored, IGNORED)
-    ignored += (r"lm_head\..*", r"embed_out\..*") if config.tied else ()
+    ignored = (*family_of(config).huggingface.ignored, IGNORED, *(TIED if config.tied else ()))
     for name in sorted(file.tensors.keys() - known):
         if any(re.fullmatch(pattern, name) for pattern in ignored):
             continue
@@ -143,16 +125,16 @@ def _match(
         if stem != name and stem in quantized and not np.any(file.array(name)):
             continue
         faults.append(f"{name} {list(file.tensors[name].shape)} is not in this model")
-    if faults:
-        raise CheckpointError(
-            f"{source} does not fit a {config.family!r} model of {config.num_layers} layers, "
-            f"{len(faults)} faults: " + "; ".join(_by_layer(faults))
-        )
+    refuse(faults, source, config)
     return modules
 
 
 def _find(
-    tensor: Tensor, formats: tuple[Format, ...], file: Safetensors, faults: list[str]
+    tensor: Tensor,
+    formats: tuple[Format, ...],
+    file: Safetensors,
+    faults: list[str],
+    config: ModelConfig,
 ) -> _Module:
     for each in (tensor.name, *tensor.aliases):
         stem = each.removesuffix(".weight")
@@ -161,11 +143,8 @@ def _find(
                 return _quantized(tensor, stem, form, file, faults)
         if each in file.tensors:
             info = file.tensors[each]
-            if info.dtype not in DTYPES:
-                faults.append(f"{each} is of dtype {info.dtype}; weights are {', '.join(DTYPES)}")
-            elif info.shape != tensor.shape:
-                wanted = list(tensor.shape)
-                faults.append(f"{each} is {list(info.shape)}, the model wants {wanted}")
+            if fault := tensor_fault(tensor, each, info.shape, info.dtype, config):
+                faults.append(fault)
             return _Module(tensor, None, {"": each})
     markers = " or ".join(form.marker for form in formats) if _is_matrix(tensor) else ""
     hint = f", and so is {markers} in its place" if markers else ""
@@ -189,7 +168,7 @@ def _quantized(
     }
     try:
         wanted = form.wanted(tensor.shape, present)
-    except CheckpointError as error:
+    except FormatError as error:
         faults.append(f"{stem}: {error}")
         return _Module(tensor, form, {end: prefix + end for end in present})
     names = {}
@@ -209,20 +188,18 @@ def _quantized(
 def _parts(module: _Module, file: Safetensors, dtype: Any) -> list[Any]:
     """Our weights out of a module: arrays, or leaves of arrays, on the host."""
     tensor = module.tensor
-    shapes = [place.shape for place in tensor.places]
     if module.format is None:
-        array = file.array(module.names[""])
-        parts = tensor.transform.read(array, shapes, tensor.layer)
+        parts = tensor.read(file.array(module.names[""]))
         return [part.astype(dtype or part.dtype, copy=False) for part in parts]
     arrays = {end: file.array(name) for end, name in module.names.items()}
     try:
         leaf = module.format.leaf(arrays, tensor.shape)
-    except CheckpointError as error:
-        raise CheckpointError(f"{tensor.name}: {error}") from None
-    # Which of the module's columns are each weight's: those of a matrix that holds their numbers.
+    except FormatError as error:
+        raise FormatError(f"{tensor.name}: {error}") from None
+    # The columns of the module that each weight has, read off a matrix of their numbers.
     numbers = np.arange(1, tensor.shape[0] + 1)[:, None]
-    ours = [(1, shape[1]) for shape in shapes]
-    columns = [part[0] - 1 for part in tensor.transform.read(numbers, ours, tensor.layer)]
+    ours = [(1, place.shape[1]) for place in tensor.places]
+    columns = [part[0] - 1 for part in tensor.read(numbers, ours)]
     if len(columns) == 1 and np.array_equal(columns[0], numbers[:, 0] - 1):
         return [leaf]
     try:
@@ -265,4 +242,4 @@ def _placed(weight: Any, spec: ParamSpec, layout: Layout | None, path: str) -> A
             wanted = named_sharding(layout.mesh, layout.rules.weights, spec.axes, spec.shape)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return jax.tree.map(_put, weight, wanted)
+    return jax.tree.map(put, weight, wanted)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lm.checkpoints.checksums import CheckpointError
+from lm.files import FormatError
 from lm.formats.quantized.words import pack, unpack
 from lm.weights import NF4, Fp8, Int4, Int8, Int8Groups
 from lm.weights.blocked import Blocked
@@ -38,7 +38,7 @@ class Format:
         """Ends of names -> what the tensors of a module [out, in] must be.
 
         Raises:
-          CheckpointError: the module's size does not fit the format.
+          FormatError: the module's size does not fit the format.
         """
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class Format:
 
 def _whole(size: int, part: int, what: str) -> int:
     if size % part:
-        raise CheckpointError(f"{what}={size} is not a multiple of {part}")
+        raise FormatError(f"{what}={size} is not a multiple of {part}")
     return size // part
 
 
@@ -68,7 +68,7 @@ def _order(g_idx: np.ndarray, groups: int) -> np.ndarray | None:
     rows = len(g_idx)
     counts = np.bincount(g_idx, minlength=groups) if g_idx.min(initial=0) >= 0 else np.zeros(1)
     if len(counts) != groups or np.any(counts != rows // groups):
-        raise CheckpointError(f"g_idx does not part {rows} rows into {groups} equal groups")
+        raise FormatError(f"g_idx does not part {rows} rows into {groups} equal groups")
     order = np.argsort(g_idx, kind="stable").astype(np.int32)
     return None if np.array_equal(order, np.arange(rows)) else order
 
@@ -218,7 +218,7 @@ class PackQuantized(Format):
         words = present["weight_packed"][0][-1]
         bits = 32 * words // rows
         if bits not in (4, 8) or words * 32 != bits * rows:
-            raise CheckpointError(f"{words} words for in={rows} are neither 4 nor 8 bits a number")
+            raise FormatError(f"{words} words for in={rows} are neither 4 nor 8 bits a number")
         groups = present.get("weight_scale", ((out, 1),))[0][-1]
         _whole(rows, groups, "in")
         wanted: dict[str, Wanted] = {
@@ -235,7 +235,7 @@ class PackQuantized(Format):
 
     def leaf(self, arrays, shape):
         if tuple(arrays["weight_shape"]) != tuple(shape):
-            raise CheckpointError(
+            raise FormatError(
                 f"weight_shape is {arrays['weight_shape'].tolist()}, the model wants {list(shape)}"
             )
         bits = 32 * arrays["weight_packed"].shape[1] // shape[1]
@@ -280,7 +280,7 @@ class Plain(Format):
         values, scale = arrays["weight"].T, np.atleast_1d(arrays["weight_scale"])
         zero = arrays.get("weight_zero_point")
         if zero is not None and np.any(zero.astype(np.float32)):
-            raise CheckpointError("weight_zero_point is not 0: only symmetric eight-bit is read")
+            raise FormatError("weight_zero_point is not 0: only symmetric eight-bit is read")
         if scale.size == 1:
             scale = scale.reshape(1, 1)
         if values.dtype == np.int8:
@@ -290,14 +290,14 @@ class Plain(Format):
             return Fp8(values, np.ascontiguousarray(scale.T))
         if scale.shape == (-(-out // FP8_BLOCK), -(-rows // FP8_BLOCK)):
             return Fp8(values, np.ascontiguousarray(scale.T), FP8_BLOCK)
-        raise CheckpointError(f"weight_scale {list(scale.shape)} is none of {list(shape)}'s")
+        raise FormatError(f"weight_scale {list(scale.shape)} is none of {list(shape)}'s")
 
     def _int8(self, values: np.ndarray, scale: np.ndarray, shape: Shape) -> Blocked:
         out, rows = shape
         if scale.shape == (1, 1):
             scale = np.broadcast_to(scale, (out, 1))
         if scale.ndim != 2 or scale.shape[0] != out or rows % scale.shape[1]:
-            raise CheckpointError(f"weight_scale {list(scale.shape)} is none of {list(shape)}'s")
+            raise FormatError(f"weight_scale {list(scale.shape)} is none of {list(shape)}'s")
         if scale.shape[1] == 1:
             scale = np.ascontiguousarray(scale.T, np.float32)
             return Int8(np.ascontiguousarray(values), scale, self.dynamic)
@@ -351,22 +351,22 @@ class BitsAndBytes(Format):
     def leaf(self, arrays, shape):
         state = json.loads(arrays[self.state].tobytes())
         if tuple(state["shape"]) != tuple(shape) or state["quant_type"] != self.kind:
-            raise CheckpointError(f"{self.state} says {state}, the model wants {list(shape)}")
+            raise FormatError(f"{self.state} says {state}, the model wants {list(shape)}")
         block, absmax = state["blocksize"], arrays["weight.absmax"]
         blocks = -(-shape[0] * shape[1] // block)
         levels = np.array(LEVELS[self.kind], np.float32)
         # A map in another order, or of other levels, would make other numbers of the same codes.
         if not np.allclose(arrays["weight.quant_map"], levels, atol=1e-6):
-            raise CheckpointError(f"weight.quant_map is not that of {self.kind}")
+            raise FormatError(f"weight.quant_map is not that of {self.kind}")
         nested = offset = None
         if "weight.nested_absmax" in arrays:
             nested, offset = arrays["weight.nested_absmax"], np.float32(state["nested_offset"])
             if state["nested_blocksize"] != NESTED_BLOCK or not np.allclose(
                 arrays["weight.nested_quant_map"], dynamic_map(), atol=1e-6
             ):
-                raise CheckpointError("weight.nested_quant_map or nested_blocksize is not usual")
+                raise FormatError("weight.nested_quant_map or nested_blocksize is not usual")
         if absmax.shape != (blocks,):
-            raise CheckpointError(f"weight.absmax is {list(absmax.shape)}, not {[blocks]}")
+            raise FormatError(f"weight.absmax is {list(absmax.shape)}, not {[blocks]}")
         codes = arrays["weight"].reshape(-1)
         offset = None if offset is None else np.asarray(offset)
         return NF4.from_bytes(codes, absmax, nested, offset, (shape[0], shape[1]), self.kind, block)

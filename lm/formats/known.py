@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lm.formats.families import make_config
 from lm.model.config import ModelConfig, Norm, Rope, RopeScaling
-from lm.model.families import make_config, nearest
+from lm.model.traits import nearest
 
 Row = tuple[str, dict[str, Any]]
 
