@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lm.formats.families import make_config
 from lm.hardware import topologies
 from lm.infer.programs import CacheConfig, SamplingParams, decode, prefill
 from lm.infer.score import logprobs
-from lm.model.families import make_config
 from lm.model.params import unstacked_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.weights import abstract
