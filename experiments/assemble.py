@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from experiments.configs.pretrain import Pretrain
 from lm.checkpoints import Checkpoints
 from lm.config.command_line import ConfigError
-from lm.data.batches import Batches, HeldOut, PackedSource
+from lm.data.batches import Batches, HeldOut
 from lm.data.mixtures import Share
+from lm.data.packed import PackedSource
 from lm.data.stages import DataStage
 from lm.hardware.chips import peak_flops
 from lm.kernels.attention import IMPLEMENTATIONS

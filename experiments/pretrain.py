@@ -28,9 +28,9 @@ from lm import distributed
 from lm.config import codec, program
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError, input_errors
-from lm.data.batches import HeldOut, PackedSource
+from lm.data.batches import HeldOut
 from lm.data.corpus import Corpus, open_corpus
-from lm.data.packing import make_plan
+from lm.data.packed import pack_source
 from lm.run.parts import Run
 from lm.run.session import session
 
@@ -80,7 +80,7 @@ def assemble(
         held_out = {}
         for name in corpus.validation_names:
             source = corpus.source("validation", name).head(config.data.max_held_out_tokens)
-            packed = PackedSource(source, make_plan(source, length), name)
+            packed = pack_source(source, length, name=name)
             held_out[name] = HeldOut(packed, config.train.batch_size)
         mixture = tuple(source.share for source in config.data.sources) or None
         sources = [corpus.packed("train", length, name) for name in corpus.names]

@@ -114,7 +114,7 @@ def held_out_figures(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def held_out_documents(run: Run, corpus: Corpus) -> list[bytes]:
     """The text of the first held-out set, as far as training was evaluated on it."""
     name, held_out = next(iter(run.held_out.items()))
-    count = len(held_out.packed.source)
+    count = sum(len(source) for source, _ in held_out.packed.shards)
     return [t.encode() for t in itertools.islice(corpus.texts("validation", name), count)]
 
 

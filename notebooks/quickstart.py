@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from data_pipelines import local_text
-from lm.data.batches import Batches, HeldOut, PackedSource
+from lm.data.batches import Batches, HeldOut
 from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
 from lm.model import (
@@ -68,8 +68,8 @@ print(tokenizer.encode("def main():"))
 # so any step can be looked at, on any machine, at any time.
 
 # %%
-packed = PackedSource(text.source("train"), text.plan("train", 128))
-held_out = HeldOut(PackedSource(text.source("validation"), text.plan("validation", 128)), 16)
+packed = text.packed("train", 128)
+held_out = HeldOut(text.packed("validation", 128), 16)
 batches = Batches([packed], batch_size=16)
 batch = batches.host_batch(step=7)
 print({name: array.shape for name, array in batch.items()})

@@ -5,10 +5,11 @@ the step before, a global row names a source and a row of its plan, a row names 
 A checkpoint stores the step, the stages and skips so far, and the hashes of the plans.
 """
 
-from lm.data.batches import Batches, HeldOut, PackedSource
+from lm.data.batches import Batches, HeldOut
 from lm.data.mixtures import Share
 from lm.data.ngram import ByteNgram
 from lm.data.order import permute
+from lm.data.packed import PackedSource, pack_source
 from lm.data.packing import PackPlan, open_plan, pack
 from lm.data.prefetch import Prefetcher
 from lm.data.sources import ArraySource, Document, TokenSource, open_source, write_dataset
@@ -29,6 +30,7 @@ __all__ = [
     "open_plan",
     "open_source",
     "pack",
+    "pack_source",
     "permute",
     "write_dataset",
 ]

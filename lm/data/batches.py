@@ -4,7 +4,6 @@ Legend: B rows of a batch, T positions of a row, N rows asked for.
 """
 
 import copy
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -15,9 +14,8 @@ import numpy as np
 
 from lm.data.mixtures import CappedShare, Share
 from lm.data.order import DEFAULT_BLOCK, epoch_row
-from lm.data.packing import PackPlan
+from lm.data.packed import PackedSource
 from lm.data.prefetch import Prefetcher
-from lm.data.sources import TokenSource
 from lm.data.stages import ActiveStage, DataStage, Timeline
 
 if TYPE_CHECKING:
@@ -32,28 +30,6 @@ _DTYPES = {
     "segment_ids": np.int32,
     "weights": np.float32,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedSource:
-    """Documents and the plan that packs them."""
-
-    source: TokenSource
-    plan: PackPlan
-    name: str = ""
-
-    def fill(self, row: int, out: Mapping[str, np.ndarray], i: int) -> None:
-        """Writes plan row `row` into row i of zeroed arrays of a batch."""
-        at = 0
-        for segment, (document, start, length) in enumerate(self.plan.row(row).tolist(), 1):
-            tokens = self.source.read(document, start, length + 1)
-            to = at + length
-            out["ids"][i, at:to] = tokens[:-1]
-            out["targets"][i, at:to] = tokens[1:]
-            out["positions"][i, at:to] = np.arange(length)
-            out["segment_ids"][i, at:to] = segment
-            out["weights"][i, at:to] = 1.0
-            at = to
 
 
 class Batches:
@@ -102,8 +78,7 @@ class Batches:
         self.sources = tuple(sources)
         # What is known of a source without its data: of those here and those of earlier stages.
         self._about = {
-            s.name: {"plan": s.plan.hash, "num_rows": s.plan.num_rows, "seq_len": s.plan.seq_len}
-            for s in sources
+            s.name: {"plan": s.hash, "num_rows": s.num_rows, "seq_len": s.seq_len} for s in sources
         }
         stages = [DataStage(batch_size)] if isinstance(batch_size, int) else list(batch_size)
         self.timeline = Timeline(names, self._active(stages), (), seed, block, num_steps)
@@ -123,7 +98,7 @@ class Batches:
 
     def _capped(self, mixture: Sequence[Share] | None) -> tuple[CappedShare, ...]:
         if mixture is None:
-            mixture = [Share(s.name, s.plan.num_rows) for s in self.sources]
+            mixture = [Share(s.name, s.num_rows) for s in self.sources]
         names = [share.source for share in mixture]
         unknown = [name for name in names if name not in self._about]
         if unknown or len(set(names)) < len(names):
@@ -170,29 +145,26 @@ class Batches:
     @property
     def num_rows(self) -> int:
         """Rows of all plans together."""
-        return sum(s.plan.num_rows for s in self.sources)
+        return sum(s.num_rows for s in self.sources)
 
     @property
     def pairs_per_row(self) -> float:
         """Mean number of targets that count in a row of the first mixture, padding left out."""
         shares = self.timeline.stage(0).shares
-        means = {s.name: s.plan.num_pairs / s.plan.num_rows for s in self.sources}
+        means = {s.name: s.num_pairs / s.num_rows for s in self.sources}
         return sum(s.weight * means[s.source] for s in shares) / sum(s.weight for s in shares)
 
     def num_tokens(self, step: int) -> float:
         """Targets that count in the batches before `step`, by the mean row of each source."""
         drawn = self.timeline.drawn(step)
-        pairs = sum(
-            n * s.plan.num_pairs / s.plan.num_rows
-            for n, s in zip(drawn, self.sources, strict=False)
-        )
+        pairs = sum(n * s.num_pairs / s.num_rows for n, s in zip(drawn, self.sources, strict=False))
         skipped = self.timeline.num_skipped(step)
         return pairs * (1 - skipped / max(1, sum(drawn)))
 
     def epochs(self, step: int) -> list[float]:
         """How often each source has been gone through before `step`, skipped rows included."""
         drawn = self.timeline.drawn(step)
-        return [n / s.plan.num_rows for n, s in zip(drawn, self.sources, strict=False)]
+        return [n / s.num_rows for n, s in zip(drawn, self.sources, strict=False)]
 
     def first_row(self, step: int) -> int:
         """The first global row of a step, rows skipped at it left behind."""
@@ -382,12 +354,12 @@ class HeldOut:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.packed, self.batch_size = packed, batch_size
-        self.seq_len = packed.plan.seq_len
-        self.num_bytes = int(np.sum(packed.source.num_bytes))
-        self.num_pairs = packed.plan.num_pairs
+        self.seq_len = packed.seq_len
+        self.num_bytes = packed.num_bytes
+        self.num_pairs = packed.num_pairs
 
     def __len__(self) -> int:
-        return -(-self.packed.plan.num_rows // self.batch_size)
+        return -(-self.packed.num_rows // self.batch_size)
 
     def host_batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
         """Batch `step` < len(self), or some rows of it, as `Batches.host_batch`."""
@@ -395,7 +367,7 @@ class HeldOut:
         batch = _empty(len(wanted), self.seq_len)
         for i, r in enumerate(wanted):
             row = step * self.batch_size + int(r)
-            if row < self.packed.plan.num_rows:
+            if row < self.packed.num_rows:
                 self.packed.fill(row, batch, i)
         return batch
 

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm.data.batches import PackedSource
-from lm.data.packing import PackPlan, open_plan
+from lm.data.packed import PackedSource, pack_source
 from lm.data.sources import ArraySource, open_source
 from lm.tokenizers import SentencePieceTokenizer
 
@@ -73,16 +72,14 @@ class Corpus:
         dataset = self.directory / str(name) / "1.0.0"
         return open_source(dataset, split, self.directory / "token_cache")
 
-    def plan(self, split: str, seq_len: int, name: str | None = None) -> PackPlan:
-        """The pack plan of a split, made the first time; its hash covers text and tokenizer."""
-        fingerprint = self.summary["tokenizer"]["fingerprint"]
-        source = self.source(split, name)
-        return open_plan(source, seq_len, self.directory / "plans", fingerprint)
-
     def packed(self, split: str, seq_len: int, name: str | None = None) -> PackedSource:
-        """Documents and plan of a split, under the name of their source."""
-        plan = self.plan(split, seq_len, name)
-        return PackedSource(self.source(split, name), plan, name or self.names[0])
+        """The packed rows of a split, under the name of their source.
+
+        Plans are made the first time; their hash covers text and tokenizer.
+        """
+        source, fingerprint = self.source(split, name), self.summary["tokenizer"]["fingerprint"]
+        plans = self.directory / "plans"
+        return pack_source(source, seq_len, plans, fingerprint, name=name or self.names[0])
 
     def texts(self, split: str, name: str | None = None) -> Iterator[str]:
         """The documents of a split as text, decoded from their tokens; None is all sources."""

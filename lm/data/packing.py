@@ -1,8 +1,8 @@
 """Pack plans: which pieces of which documents fill each row.
 
 A document of n tokens, BOS and EOS included, has n - 1 (input, target) pairs. A piece (document,
-start, length) covers the inputs at start, ..., start + length - 1; its targets lie one token
-further and so inside the document. Every pair of every document is in exactly one piece, every
+start, length) covers the inputs at start, ..., start + length - 1; its targets are one token
+further on and so inside the document. Every pair of every document is in exactly one piece, every
 piece in exactly one row, and no row holds more than `seq_len` pairs.
 """
 
@@ -31,7 +31,7 @@ class PackPlan:
       pieces: int32 or int64 [P, 3] of (document, start, length).
       seq_len: pairs a row has room for.
       num_pairs: (input, target) pairs in all rows.
-      hash: names the plan: its pieces, its data set and its tokenizer.
+      hash: names the plan: its pieces, its dataset and its tokenizer.
     """
 
     row_offsets: np.ndarray
@@ -58,11 +58,12 @@ def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits documents into pieces of at most `seq_len` pairs and packs them best-fit decreasing.
 
     Pieces go, longest first, to the row with the least room that still holds them (Johnson, 1973).
-    Rows are kept by the room they have left, so the cost is a sort and O(seq_len / 64) a piece.
+    Rows are kept by the room they have left, so the cost is a sort and, per distinct length, a few
+    vector operations.
 
     Args:
-      lengths: int [documents], tokens a document, BOS and EOS included.
-      seq_len: pairs a row.
+      lengths: int [documents], tokens per document, BOS and EOS included.
+      seq_len: pairs per row.
 
     Returns:
       (row_offsets int64 [rows + 1], pieces [P, 3]), see `PackPlan`.
@@ -81,7 +82,9 @@ def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     whole = np.stack([documents, nth * seq_len, np.full(num_full, seq_len)], axis=1)
 
     tails = np.flatnonzero(rest)
-    tails = tails[np.argsort(-rest[tails], kind="stable")]
+    # Of 16 bits at most, so that the sort is by radix.
+    keys = (seq_len - rest[tails]).astype(np.min_scalar_type(seq_len))
+    tails = tails[np.argsort(keys, kind="stable")]
     rows = _best_fit(rest[tails], seq_len)
     by_row = np.argsort(rows, kind="stable")
     tails = tails[by_row]
@@ -95,27 +98,45 @@ def pack(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """Row of each piece, given in decreasing order of length."""
-    rows_with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    """Row of each piece, given in decreasing order of length.
+
+    Pieces of one length are placed together: the row that holds the first of them has, if it holds
+    a second, the least room for that too. So a row is filled with as many as it holds, and all
+    rows of equal room are filled at once.
+    """
+    rows_with_room: list[list[np.ndarray]] = [[] for _ in range(seq_len + 1)]
     occupied = 0  # bit s is set where rows_with_room[s] is not empty
-    num_rows = 0
-    chosen = []
-    for length in lengths.tolist():
-        fitting = occupied >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = rows_with_room[room].pop()
-            if not rows_with_room[room]:
-                occupied ^= 1 << room
-        else:
-            room, row = seq_len, num_rows
-            num_rows += 1
-        room -= length
-        if room:
-            rows_with_room[room].append(row)
-            occupied |= 1 << room
-        chosen.append(row)
-    return np.asarray(chosen, dtype=np.int64)
+    num_rows = at = 0
+    chosen = np.empty(len(lengths), np.int64)
+    values, counts = np.unique(lengths, return_counts=True)
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            fitting = occupied >> length
+            if fitting:
+                room = length + (fitting & -fitting).bit_length() - 1
+                rows = rows_with_room[room].pop()
+                needed = -(-count // (room // length))
+                if needed < len(rows):
+                    rows_with_room[room].append(rows[:-needed])
+                    rows = rows[-needed:]
+                rows = rows[::-1]
+                if not rows_with_room[room]:
+                    occupied ^= 1 << room
+            else:
+                room = seq_len
+                rows = np.arange(num_rows, num_rows - (-count // (room // length)))
+                num_rows += len(rows)
+            each = room // length
+            placed = min(count, each * len(rows))
+            chosen[at : at + placed] = np.repeat(rows, each)[:placed]
+            at, count = at + placed, count - placed
+            last = placed - each * (len(rows) - 1)  # pieces in the last row
+            for filled, pieces in ((rows[:-1], each), (rows[-1:], last)):
+                left = room - pieces * length
+                if left and len(filled):
+                    rows_with_room[left].append(filled)
+                    occupied |= 1 << left
+    return chosen
 
 
 def make_plan(source: TokenSource, seq_len: int, tokenizer_fingerprint: str = "") -> PackPlan:
@@ -127,7 +148,7 @@ def make_plan(source: TokenSource, seq_len: int, tokenizer_fingerprint: str = ""
     row_offsets, pieces = pack(source.lengths, seq_len)
     if not len(pieces):
         raise ValueError(
-            f"the {len(source)} documents of data set {source.fingerprint} hold no (input, "
+            f"the {len(source)} documents of dataset {source.fingerprint} hold no (input, "
             "target) pair; each needs at least two tokens"
         )
     digest = hashlib.sha256(json.dumps(_key(source, seq_len, tokenizer_fingerprint)).encode())
@@ -146,7 +167,7 @@ def open_plan(
 ) -> PackPlan:
     """The plan of `source` below `directory`, made and written there the first time.
 
-    A plan is named by its data set, tokenizer, sequence length and algorithm; its arrays are
+    A plan is named by its dataset, tokenizer, sequence length and algorithm; its arrays are
     memory-mapped. Writing is atomic: processes that race write the same plan and one of them stays.
 
     Raises:

@@ -71,7 +71,7 @@ class ArraySource:
     ):
         self._tokens, self._offsets = tokens, offsets
         self.num_bytes = num_bytes
-        self.lengths = np.diff(offsets)
+        self._lengths: np.ndarray | None = None  # of all documents, so only when asked for
         self.fingerprint = fingerprint
 
     @classmethod
@@ -87,7 +87,13 @@ class ArraySource:
         return cls(tokens, offsets, num_bytes, digest.hexdigest()[:32])
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        if self._lengths is None:
+            self._lengths = np.diff(self._offsets)
+        return self._lengths
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         begin, end = int(self._offsets[document]) + start, int(self._offsets[document + 1])
@@ -103,6 +109,15 @@ class ArraySource:
             self._offsets[: documents + 1],
             self.num_bytes[:documents],
             f"{self.fingerprint}:{documents}",
+        )
+
+    def part(self, start: int, stop: int) -> "ArraySource":
+        """Documents `start` to `stop` - 1 (or the last), numbered from 0; copies nothing."""
+        return ArraySource(
+            self._tokens,
+            self._offsets[start : stop + 1],
+            self.num_bytes[start:stop],
+            f"{self.fingerprint}:{start}-{min(stop, len(self))}",
         )
 
 
@@ -193,7 +208,9 @@ def open_source(
     arrays = {n: np.load(path / f"{n}.npy", mmap_mode="r") for n in ("tokens", "offsets")}
     about = json.loads((path / "about.json").read_text())
     return ArraySource(
-        **arrays, num_bytes=np.load(path / "num_bytes.npy"), fingerprint=about["fingerprint"]
+        **arrays,
+        num_bytes=np.load(path / "num_bytes.npy", mmap_mode="r"),
+        fingerprint=about["fingerprint"],
     )
 
 

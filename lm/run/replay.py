@@ -210,7 +210,7 @@ def describe_rows(
     described = []
     for r in wanted:
         packed, plan_row, at, pieces = stream.sources[sources[r]], int(plan_rows[r]), 0, []
-        for document, start, length in packed.plan.row(plan_row).tolist():
+        for document, start, length in packed.row(plan_row)[1].tolist():
             to = at + length
             ids = [int(batch["ids"][r, at]), *batch["targets"][r, at:to].tolist()]
             pieces.append({

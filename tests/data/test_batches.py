@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm.data.batches import Batches, HeldOut, PackedSource
-from lm.data.packing import make_plan
+from lm.data.batches import Batches, HeldOut
+from lm.data.packed import SHARD_DOCUMENTS, pack_source
 from lm.data.sources import ArraySource, Document
 
 SEQ_LEN = 16
 
 
-def packed(num_documents, seed=0, seq_len=SEQ_LEN, longest=60):
+def packed(num_documents, seed=0, seq_len=SEQ_LEN, longest=60, shard=SHARD_DOCUMENTS):
     """Documents of distinct tokens, so that a token tells its document and place."""
     lengths = np.random.default_rng(seed).integers(2, longest, num_documents)
     starts = 100_000 * seed + 1 + np.cumsum(lengths) - lengths
@@ -22,11 +22,11 @@ def packed(num_documents, seed=0, seq_len=SEQ_LEN, longest=60):
         Document(np.arange(s, s + n, dtype=np.int32), 3 * int(n))
         for s, n in zip(starts, lengths, strict=True)
     )
-    return PackedSource(source, make_plan(source, seq_len), f"source{seed}")
+    return pack_source(source, seq_len, name=f"source{seed}", shard_documents=shard)
 
 
-def all_pairs(source):
-    tokens = [source.read(d) for d in range(len(source))]
+def all_pairs(data):
+    tokens = [source.read(d) for source, _ in data.shards for d in range(len(source))]
     return sorted((int(a), int(b)) for t in tokens for a, b in itertools.pairwise(t))
 
 
@@ -37,15 +37,17 @@ def pairs_of(batch):
     )
 
 
-def test_a_batch_is_its_documents():
-    data = packed(40)
+@pytest.mark.parametrize("shard", [40, 7])
+def test_a_batch_is_its_documents(shard):
+    data = packed(40, shard=shard)
+    assert len(data.shards) == -(-40 // shard)
     batches = Batches([data], 4)
     for step in range(8):
         batch = batches.host_batch(step)
         for i, row in enumerate(batches.rows(step)[1].tolist()):
-            at = 0
-            for segment, (document, start, length) in enumerate(data.plan.row(row).tolist(), 1):
-                tokens = data.source.read(document)
+            at, (source, pieces) = 0, data.row(row)
+            for segment, (document, start, length) in enumerate(pieces.tolist(), 1):
+                tokens = source.read(document)
                 here = (i, slice(at, at + length))
                 np.testing.assert_array_equal(batch["ids"][here], tokens[start:][:length])
                 np.testing.assert_array_equal(batch["targets"][here], tokens[start + 1 :][:length])
@@ -65,16 +67,16 @@ def test_a_batch_is_its_documents():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 9))
-def test_an_epoch_is_every_pair_once(num_documents, batch_size, seed):
-    data = packed(num_documents)
-    num_rows = data.plan.num_rows
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 9), st.integers(1, 30))
+def test_an_epoch_is_every_pair_once(num_documents, batch_size, seed, shard):
+    data = packed(num_documents, shard=shard)
+    num_rows = data.num_rows
     batches = Batches([data], batch_size, seed=seed)
     rows = np.concatenate([batches.rows(s)[1] for s in range(-(-2 * num_rows // batch_size))])
     for epoch in rows[: 2 * num_rows].reshape(2, num_rows):
         assert sorted(epoch.tolist()) == list(range(num_rows))
     one = Batches([data], num_rows, seed=seed).host_batch(0)
-    assert sorted(pairs_of(one)) == all_pairs(data.source)
+    assert sorted(pairs_of(one)) == all_pairs(data)
 
 
 @pytest.mark.parametrize("spec", [("data", None), (None, "data"), (("data", "seq"), None), ()])
@@ -113,16 +115,16 @@ def test_device_batch_reads_only_rows_of_this_host(monkeypatch):
     np.testing.assert_array_equal(placed["ids"], host_batch(batches, 3)["ids"][[2, 3, 6, 7]])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 1000])
-def test_held_out_reads_every_pair_once(batch_size):
-    data = packed(25)
+@pytest.mark.parametrize(("batch_size", "shard"), [(1, 25), (3, 8), (1000, 25)])
+def test_held_out_reads_every_pair_once(batch_size, shard):
+    data = packed(25, shard=shard)
     held_out = HeldOut(data, batch_size)
     batches = list(held_out)
     assert len(batches) == len(held_out)
     assert {b["ids"].shape for b in batches} == {(batch_size, SEQ_LEN)}
-    assert sorted(pair for b in batches for pair in pairs_of(b)) == all_pairs(data.source)
-    assert held_out.num_pairs == len(all_pairs(data.source))
-    assert held_out.num_bytes == 3 * data.source.lengths.sum()
+    assert sorted(pair for b in batches for pair in pairs_of(b)) == all_pairs(data)
+    assert held_out.num_pairs == len(all_pairs(data))
+    assert held_out.num_bytes == 3 * sum(int(source.lengths.sum()) for source, _ in data.shards)
     for batch in batches:
         np.testing.assert_array_equal(batch["segment_ids"] > 0, batch["weights"] > 0)
 

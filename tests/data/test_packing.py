@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm.data.packed import PackedSource, pack_source
 from lm.data.packing import make_plan, open_plan, pack
 from lm.data.sources import ArraySource, Document
 
@@ -37,19 +39,54 @@ def test_best_fit_leaves_no_two_rows_that_fit_in_one(lengths):
     assert len(used) < 2 or used[0] + used[1] > 32
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(2, 21), min_size=1, max_size=40))
-def test_rows_equal_a_plain_best_fit_decreasing(lengths):
-    rooms: list[int] = []
-    for n in sorted((n - 1 for n in lengths), reverse=True):
-        fitting = [i for i, room in enumerate(rooms) if room >= n]
-        if fitting:
-            rooms[min(fitting, key=lambda i: rooms[i])] -= n
-        else:
-            rooms.append(20 - n)
-    row_offsets, pieces = pack(np.asarray(lengths), 20)
-    used = np.add.reduceat(pieces[:, 2], row_offsets[:-1])
-    assert sorted(used.tolist()) == sorted(20 - room for room in rooms)
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 80), max_size=60), st.integers(1, 30))
+def test_rows_are_those_of_a_plain_best_fit_decreasing(lengths, seq_len):
+    """Among rows of equal room, the one that came to it last; whole rows first."""
+    rows, room, stamp = [], [], []
+    order = sorted(((n - 1) % seq_len, d) for d, n in enumerate(lengths) if (n - 1) % seq_len)
+    for n, d in sorted(order, key=lambda piece: -piece[0]):
+        fitting = [i for i in range(len(rows)) if room[i] >= n]
+        if not fitting:
+            fitting = [len(rows)]
+            rows.append([])
+            room.append(seq_len)
+            stamp.append(0)
+        i = min(fitting, key=lambda i: (room[i], -stamp[i]))
+        rows[i].append([d, (lengths[d] - 1) // seq_len * seq_len, n])
+        room[i] -= n
+        stamp[i] = sum(map(len, rows))
+    whole = [[[d, k * seq_len, seq_len]] for d, n in enumerate(lengths)
+             for k in range((n - 1) // seq_len)]  # fmt: skip
+    row_offsets, pieces = pack(np.asarray(lengths, int), seq_len)
+    found = [pieces[a:b].tolist() for a, b in itertools.pairwise(row_offsets)]
+    assert found == whole + rows
+
+
+def test_plans_stay_what_they_were():
+    assert make_plan(source_of([5, 40, 3, 17]), 16, "tokenizer").hash.startswith("691835c43ccdc3")
+    lengths = np.random.default_rng(0).lognormal(6, 1.3, 20_000).astype(int) + 2
+    source = ArraySource(np.zeros(0), np.cumsum([0, *lengths]), lengths, "f")
+    assert make_plan(source, 1024).hash == "8fc481a109aaa43ef6d8e6b324a7201b"
+
+
+def test_a_source_is_packed_shard_by_shard(tmp_path):
+    source = source_of([5, 40, 3, 17, 1, 1, 9])
+    one = pack_source(source, 16, tmp_path, "t")
+    assert one.hash == make_plan(source, 16, "t").hash
+    assert one.shards[0][0] is source
+    several = pack_source(source, 16, tmp_path, "t", shard_documents=2)
+    assert [len(part) for part, _ in several.shards] == [2, 2, 1]  # one without pairs is left out
+    assert several.num_pairs == one.num_pairs == 69
+    assert several.num_bytes == sum([5, 40, 3, 17, 9])
+    assert several.num_rows == sum(plan.num_rows for _, plan in several.shards)
+    assert several.waste == 1 - 69 / (several.num_rows * 16)
+    again = pack_source(source, 16, tmp_path, "t", shard_documents=2)
+    assert again.hash == several.hash
+    assert len(list(tmp_path.iterdir())) == 4
+    assert several.hash not in (one.hash, pack_source(source, 16, shard_documents=3).hash)
+    with pytest.raises(ValueError, match=r"'mixed' have plans of seq_len \[8, 16\]"):
+        PackedSource((*one.shards, *pack_source(source, 8).shards), "mixed")
 
 
 @settings(deadline=None)

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data import ArraySource, Batches, DataStage, Document, PackedSource, Share
-from lm.data.packing import make_plan
+from lm.data import ArraySource, Batches, DataStage, Document, Share, pack_source
 
 SEQ_LEN = 8
 NAMES = ("web", "books", "code")
@@ -20,16 +19,16 @@ NAMES = ("web", "books", "code")
 
 @functools.cache
 def source(name, num_rows, seq_len=SEQ_LEN):
-    """One document a row, of tokens that tell source, row and place."""
+    """One document per row, of tokens that tell source, row and place."""
     base = 1_000_000 * (NAMES.index(name) + 1)
     documents = (
         Document(base + 100 * row + np.arange(seq_len + 1, dtype=np.int32), seq_len)
         for row in range(num_rows)
     )
     tokens = ArraySource.from_documents(documents)
-    plan = make_plan(tokens, seq_len)
-    assert plan.num_rows == num_rows
-    return PackedSource(tokens, plan, name)
+    packed = pack_source(tokens, seq_len, name=name)
+    assert packed.num_rows == num_rows
+    return packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +126,14 @@ def test_an_epoch_of_a_source_is_each_of_its_rows_once(case):
     rows = all_rows(batches, case.num_steps)
     for data in case.sources:
         drawn = [row for name, row in rows if name == data.name]
-        size = data.plan.num_rows
+        size = data.num_rows
         for start in range(0, len(drawn), size):
             epoch = drawn[start : start + size]
             assert len(set(epoch)) == len(epoch)
     # Before any step, by counting.
     for n in range(case.num_steps):
         before = [name for name, _ in rows[: batches.timeline.first_row(n)]]
-        assert batches.epochs(n) == [before.count(d.name) / d.plan.num_rows for d in case.sources]
+        assert batches.epochs(n) == [before.count(d.name) / d.num_rows for d in case.sources]
 
 
 @settings(max_examples=60, deadline=None)
@@ -144,7 +143,7 @@ def test_shares_are_exact_in_blocks_and_caps_hold(case):
     stage = dataclasses.replace(case.stages[-1], batch_size=7, first_step=0)
     case = dataclasses.replace(case, stages=(stage,), skips=())
     rows = [name for name, _ in all_rows(case.batches(), 60)]
-    sizes = {d.name: d.plan.num_rows for d in case.sources}
+    sizes = {d.name: d.num_rows for d in case.sources}
     caps = {}
     for share in stage.mixture:
         some = [
@@ -189,7 +188,7 @@ def test_hosts_read_the_parts_of_one_batch(case, step, random):
         first = 1_000_000 * (NAMES.index(name) + 1)
         [document] = {(t - first) // 100 for t in whole["ids"][i].tolist()}
         data = next(d for d in case.sources if d.name == name)
-        assert document == data.plan.row(row)[0, 0]
+        assert document == data.row(row)[1][0, 0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -227,7 +226,7 @@ def test_a_changed_configuration_starts_a_recorded_stage(case, data):
     rows = all_rows(stream, 20)
     for source_ in case.sources:
         drawn = [row for name, row in rows if name == source_.name]
-        size = source_.plan.num_rows
+        size = source_.num_rows
         assert all(
             len(set(drawn[i : i + size])) == len(drawn[i : i + size])
             for i in range(0, len(drawn), size)

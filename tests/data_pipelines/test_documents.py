@@ -113,10 +113,10 @@ def test_one_tokenizer_and_its_mark_on_every_plan(corpus, tmp_path):
     again = build(tmp_path / "out", **options, tokenizer=built.tokenizer_path)
     assert again.summary["tokenizer"] == built.summary["tokenizer"]
     # Under another tokenizer the same text is another plan, even where the tokens agree.
-    assert again.plan("train", 32, "books").hash == built.plan("train", 32, "books").hash
+    assert again.packed("train", 32, "books").hash == built.packed("train", 32, "books").hash
     marked = dataclasses.replace(again, summary=again.summary | {"tokenizer": {"fingerprint": "x"}})
     assert marked.source("train", "books").fingerprint == built.source("train", "books").fingerprint
-    assert marked.plan("train", 32, "books").hash != built.plan("train", 32, "books").hash
+    assert marked.packed("train", 32, "books").hash != built.packed("train", 32, "books").hash
 
 
 def test_the_tokenizer_is_trained_by_weight(tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_a_name_is_asked_for_where_there_are_several(corpus):
     with pytest.raises(CorpusError, match=r"has no None; name one of \('web', 'wiki', 'books', 'e"):
         built.source("train")
     with pytest.raises(CorpusError, match="has no 'webb'"):
-        built.plan("train", 32, "webb")
+        built.packed("train", 32, "webb")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])

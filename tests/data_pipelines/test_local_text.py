@@ -12,7 +12,7 @@ import pytest
 
 from data_pipelines import local_text
 from data_pipelines.local_text import build, open_corpus
-from lm.data import HeldOut, PackedSource
+from lm.data import HeldOut
 from lm.data.corpus import CorpusError
 
 TEXT = (
@@ -72,8 +72,8 @@ def test_documents_carry_bos_and_eos(corpus):
 
 def test_held_out_batches_read_the_validation_text(corpus):
     built, _, _ = corpus
-    source, plan = built.source("validation"), built.plan("validation", 64)
-    held_out = HeldOut(PackedSource(source, plan), 4)
+    source = built.source("validation")
+    held_out = HeldOut(built.packed("validation", 64), 4)
     assert held_out.num_bytes == splits_of(built)["validation"]["bytes"]
     targets = [int(t) for b in held_out for t in b["targets"][b["weights"] > 0]]
     expected = [int(t) for d in range(len(source)) for t in source.read(d)[1:]]
@@ -170,7 +170,7 @@ def test_the_system_has_text(tmp_path):
     assert kinds["source"] / sum(kinds.values()) == pytest.approx(0.7, abs=0.1)
     assert splits_of(built)["train"]["bytes_per_token"] > 1.8
     assert "def " in "".join(built.texts("train"))
-    waste = built.plan("train", 256).waste
+    waste = built.packed("train", 256).waste
     assert waste < 0.01
     assert np.all(built.source("train").lengths > 2)
 

@@ -54,8 +54,8 @@ def exchange() -> None:
 
 def train_once(path: pathlib.Path) -> None:
     """Metrics and gradients of one step, and held-out loss, written by process 0."""
-    from lm.data.batches import Batches, HeldOut, PackedSource
-    from lm.data.packing import make_plan
+    from lm.data.batches import Batches, HeldOut
+    from lm.data.packed import pack_source
     from lm.data.sources import ArraySource, Document
     from lm.sharding import MeshShape, named_sharding
     from lm.train.state import init_state
@@ -68,7 +68,7 @@ def train_once(path: pathlib.Path) -> None:
         Document(rng.integers(0, tiny.UNTIED.vocab_size, n, dtype=np.int32), int(n))
         for n in rng.integers(2, 40, 60)
     )
-    packed = PackedSource(source, make_plan(source, 16), "text")
+    packed = pack_source(source, 16, name="text")
     case = tiny.Case(mesh=MeshShape(fsdp=4, tensor=2))
     layout = case.layout
     rows = named_sharding(layout.mesh, layout.rules.activations, ("batch", "sequence"))
