@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,18 +16,19 @@ import jax
 import jax.numpy as jnp
 
 from lm.model import ModelConfig, ModelWeights
-from lm.model.params import Stacked, specs_for
+from lm.model.params import Stacked, param_specs, specs_for, unstacked_specs
 from lm.sharding import Layout
 from lm.weights import LoRA, MultiLoRA, ParamSpec, StructuredWeight, is_spec, path_name, shardings
 
 Tree = Any
-_LATENT = "query_down|query_up|key_value_down|key_value_up"
-_LINEAR = re.compile(rf"stacks/.*/(query|key|value|out|gate|up|down|{_LATENT})")
 
 
-def linear_layers(path: str) -> bool:
+def linear_layers(config: ModelConfig) -> Callable[[str], bool]:
     """The predicate of every matrix of every layer; neither the embedding nor the output."""
-    return _LINEAR.fullmatch(path) is not None
+    trees = param_specs(config), unstacked_specs(config)
+    specs = jax.tree_util.tree_leaves_with_path(trees, is_leaf=is_spec)
+    paths = {path_name(path[1:]) for path, spec in specs if spec.kind == "matrix"}
+    return paths.__contains__
 
 
 def trains(path: str) -> bool:
@@ -54,7 +54,7 @@ def add_lora(
     *,
     rank: int = 8,
     alpha: float | None = None,
-    targets: Callable[[str], bool] = linear_layers,
+    targets: Callable[[str], bool] | None = None,
     rslora: bool = False,
     dora: bool = False,
     dtype: Any = jnp.float32,
@@ -71,7 +71,7 @@ def add_lora(
       key: random key; that of a weight is folded from its path.
       rank: r.
       alpha: what is added is multiplied by alpha / r; None for `rank`, that is 1.
-      targets: which weights, by path.
+      targets: which weights, by path; None for `linear_layers(config)`.
       rslora: multiply by alpha / sqrt(r) instead (arXiv:2312.03732).
       dora: with magnitudes (arXiv:2402.09353).
       dtype: of `a` and `b`.
@@ -87,9 +87,10 @@ def add_lora(
     specs = jax.tree_util.tree_leaves_with_path(specs_for(params, config), is_leaf=is_spec)
     spec_of: dict[str, ParamSpec] = {path_name(path): spec for path, spec in specs}
     chosen: list[str] = []
+    is_target = targets or linear_layers(config)
 
     def add(path: str, weight: Any) -> Any:
-        if not targets(path):
+        if not is_target(path):
             return weight
         chosen.append(path)
         _check_matrix(params, path, weight)

@@ -224,6 +224,7 @@ class ModelConfig:
         every shard a whole number of lanes. Padding is masked in loss and sampler.
       max_length: context length the model is made for; see `RopeScaling.long_factors`.
       family: name of the table it came from.
+      score_dim: scores per token of a reward or value head beside the output; None for no head.
     """
 
     vocab_size: int
@@ -236,6 +237,7 @@ class ModelConfig:
     vocab_multiple: int = 128
     max_length: int = 2048
     family: str = "llama"
+    score_dim: int | None = None
 
     @property
     def padded_vocab_size(self) -> int:

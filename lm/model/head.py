@@ -24,11 +24,13 @@ class Head:
       weight: [D, V padded], or [V padded, D] where tied.
       config: the model.
       loss: implementation of `token_logprobs`; None lets the size of the logits decide.
+      score: [D, score_dim], or None.
     """
 
     weight: Weight
     config: ModelConfig
     loss: str | None = None
+    score: Weight | None = None
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, T, D] -> float32 [B, T, V padded], soft-capped; padding is masked."""
@@ -43,6 +45,17 @@ class Head:
             real = jnp.arange(self.config.padded_vocab_size) < self.config.vocab_size
             logits = jnp.where(real, logits, MASKED)
         return logits
+
+    def scores(self, hidden: jax.Array) -> jax.Array:
+        """Scores of every token: hidden [B, T, D] -> float32 [B, T, score_dim].
+
+        Raises:
+          ValueError: the model has no score head.
+        """
+        if self.score is None:
+            raise ValueError("the model has no score head; set score_dim of its ModelConfig")
+        weight = gather(self.score, param_specs(self.config).score)
+        return unembed(constrain(hidden, "batch", "sequence", None), weight, False)
 
     def logprobs(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Log-probability of `targets` [B, T] and the log-sum-exp, both float32 [B, T].
@@ -66,4 +79,4 @@ class Head:
 def make_head(params: ModelWeights, config: ModelConfig, loss: str | None = None) -> Head:
     """The head of a model."""
     weight = params.embed if params.output is None else params.output
-    return Head(weight, config, loss)
+    return Head(weight, config, loss, params.score)

@@ -7,7 +7,7 @@ for `lax.scan`; `Unstacked` is the serving form, each layer its own arrays and l
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -105,19 +105,25 @@ class ModelWeights:
     stacks: tuple[Stacked | Unstacked, ...]
     norm: NormWeights
     output: Slot = None
+    score: Slot = None
+
+
+def vector(size: int, axis: str | None, init: Literal["ones", "zeros"] = "zeros") -> ParamSpec:
+    """The spec of a scale or a bias."""
+    return ParamSpec((size,), (axis,), init, kind="vector")
 
 
 def norm_specs(norm: Norm, size: int, axis: str | None = "norm") -> NormWeights:
     init = "zeros" if norm.plus_one else "ones"
-    bias = ParamSpec((size,), (axis,), "zeros") if norm.bias else None
-    return NormWeights(ParamSpec((size,), (axis,), init), bias)
+    bias = vector(size, axis) if norm.bias else None
+    return NormWeights(vector(size, axis, init), bias)
 
 
 def attention_specs(a: Attention, norm: Norm, D: int, out_scale: float) -> AttentionWeights:
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
 
     def bias(size: int, axis: str, present: bool) -> ParamSpec | None:
-        return ParamSpec((size,), (axis,), "zeros") if present else None
+        return vector(size, axis) if present else None
 
     query_norm = key_norm = None
     if a.qk_norm == "head":
@@ -151,11 +157,11 @@ def latent_attention_specs(
         return ParamSpec((rank, size), ("embed", "heads"), scale=rank**-0.5)
 
     def bias(size: int, axis: str | None, present: bool) -> ParamSpec | None:
-        return ParamSpec((size,), (axis,), "zeros") if present else None
+        return vector(size, axis) if present else None
 
     weights = LatentAttentionWeights(
         key_value_down=down(R + latent.rope_dim),
-        key_value_norm=ParamSpec((R,), (None,), "ones"),
+        key_value_norm=vector(R, None, "ones"),
         key_value_up=up(R, a.num_heads * latent.nope_dim + v),
         out=ParamSpec((v, D), ("heads", "embed"), scale=v**-0.5 * out_scale),
         key_value_down_bias=bias(R + latent.rope_dim, None, a.bias),
@@ -167,7 +173,7 @@ def latent_attention_specs(
     return dataclasses.replace(
         weights,
         query_down=down(rank),
-        query_norm=ParamSpec((rank,), (None,), "ones"),
+        query_norm=vector(rank, None, "ones"),
         query_up=up(rank, q),
         query_down_bias=bias(rank, None, a.bias),
     )
@@ -175,14 +181,14 @@ def latent_attention_specs(
 
 def feed_forward_specs(f: FeedForward, D: int, out_scale: float) -> FeedForwardWeights:
     F = f.hidden_dim
-    inner = ParamSpec((F,), ("ffn",), "zeros") if f.bias else None
+    inner = vector(F, "ffn") if f.bias else None
     matrix = ParamSpec((D, F), ("embed", "ffn"), scale=D**-0.5)
     return FeedForwardWeights(
         up=matrix,
         down=ParamSpec((F, D), ("ffn", "embed"), scale=F**-0.5 * out_scale),
         gate=matrix if f.gated else None,
         up_bias=inner,
-        down_bias=ParamSpec((D,), ("norm",), "zeros") if f.bias else None,
+        down_bias=vector(D, "norm") if f.bias else None,
         gate_bias=inner if f.gated else None,
     )
 
@@ -208,9 +214,8 @@ def layer_specs(layer: Layer, D: int, num_layers: int) -> LayerWeights:
 
 def stack_specs(stack: Stack, D: int, num_layers: int) -> Stacked:
     def stacked(spec: ParamSpec) -> ParamSpec:
-        return ParamSpec(
-            (stack.num_repeats, *spec.shape), ("layers", *spec.axes), spec.init, spec.scale
-        )
+        shape, axes = (stack.num_repeats, *spec.shape), ("layers", *spec.axes)
+        return dataclasses.replace(spec, shape=shape, axes=axes)
 
     specs = tuple(layer_specs(layer, D, num_layers) for layer in stack.pattern)
     return Stacked(map_specs(stacked, specs))
@@ -221,11 +226,16 @@ def param_specs(config: ModelConfig) -> ModelWeights:
     D, V = config.embed_dim, config.padded_vocab_size
     # A scaled embedding (Gemma) starts small enough that the residual stream starts near one.
     embed_scale = 1.0 / config.embed_scale if config.embed_scale else 0.02
+
+    def head(size: int, axis: str | None) -> ParamSpec:
+        return ParamSpec((D, size), ("embed", axis), scale=D**-0.5, kind="embedding")
+
     return ModelWeights(
-        embed=ParamSpec((V, D), ("vocab", "embed"), scale=embed_scale),
+        embed=ParamSpec((V, D), ("vocab", "embed"), scale=embed_scale, kind="embedding"),
         stacks=tuple(stack_specs(stack, D, config.num_layers) for stack in config.stacks),
         norm=norm_specs(config.norm, D),
-        output=None if config.tied else ParamSpec((D, V), ("embed", "vocab"), scale=D**-0.5),
+        output=None if config.tied else head(V, "vocab"),
+        score=None if config.score_dim is None else head(config.score_dim, None),
     )
 
 

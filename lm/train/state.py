@@ -13,6 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.sharding import Layout, named_sharding
+from lm.train.optimizers import with_specs
 from lm.weights import (
     LoRA,
     StructuredWeight,
@@ -235,7 +236,7 @@ def state_of(
     trainable, frozen = jax.device_put(partition(params, trains), (wanted.trainable, wanted.frozen))
 
     def make(trainable: Tree) -> TrainState:
-        state = _begin(trainable, None, optimizer, **with_parts)
+        state = _begin(trainable, None, with_specs(optimizer, specs), **with_parts)
         return dataclasses.replace(state, trainable=None)
 
     places = dataclasses.replace(wanted, trainable=None, frozen=None)
@@ -270,8 +271,10 @@ def _maker(
     trains: Callable[[str], bool],
     **parts: Unpack[Parts],
 ) -> Callable[[jax.Array], TrainState]:
+    own = with_specs(optimizer, specs)
+
     def make(key: jax.Array) -> TrainState:
-        return _begin(*partition(initialize(specs, key), trains), optimizer, **parts)
+        return _begin(*partition(initialize(specs, key), trains), own, **parts)
 
     return make
 

@@ -19,7 +19,7 @@ from lm.sharding import Layout, step_options, use_layout
 from lm.train.batch import batch_shardings
 from lm.train.ema import Ema, num_updates
 from lm.train.objective import Batch, Objective, Term, total_loss
-from lm.train.optimizers import clip_by_global_norm
+from lm.train.optimizers import clip_by_global_norm, with_specs
 from lm.train.stability import Stability, learning_rate
 from lm.train.state import TrainState, everything, partition, state_shardings
 from lm.weights import cast, shard_like
@@ -141,6 +141,7 @@ def make_train_step(
     `grad_norm` (before clipping), `learning_rate` (this step's), `tokens`, the objective's
     `num_tokens`, and `Stability.guard`'s.
     """
+    optimizer = with_specs(optimizer, gradient.specs)
     wanted = state_shardings(
         gradient.specs, optimizer, layout, trains,
         ema=ema is not None, health=stability is not None, buffers=objective.init_buffers(),

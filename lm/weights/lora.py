@@ -25,7 +25,7 @@ from lm.weights.leaf import (
     take,
     unembed,
 )
-from lm.weights.specs import ParamSpec, cast, shardings
+from lm.weights.specs import Kind, ParamSpec, cast, shardings
 
 Tree = Any
 
@@ -41,8 +41,10 @@ def _base_specs(base: Any, spec: ParamSpec) -> Any:
     return None if base is None else dataclasses.replace(spec, dtype=base.dtype)
 
 
-def _spec(array: Any, axes: tuple[str | None, ...]) -> ParamSpec | None:
-    return None if array is None else ParamSpec(array.shape, axes, "zeros", dtype=array.dtype)
+def _spec(array: Any, axes: tuple[str | None, ...], kind: Kind = "vector") -> ParamSpec | None:
+    if array is None:
+        return None
+    return ParamSpec(array.shape, axes, "zeros", dtype=array.dtype, kind=kind)
 
 
 @flax.struct.dataclass
@@ -134,8 +136,8 @@ class LoRA(StructuredWeight):
         *stack, rows, columns = spec.axes
         return type(self)(
             _base_specs(self.base, spec),
-            _spec(self.a, (*stack, rows, None)),
-            _spec(self.b, (*stack, None, columns)),
+            _spec(self.a, (*stack, rows, None), spec.kind),
+            _spec(self.b, (*stack, None, columns), spec.kind),
             _spec(self.scale, tuple(stack)),
             _spec(self.magnitude, (*stack, columns)),
         )
@@ -240,8 +242,8 @@ class MultiLoRA(StructuredWeight):
         *stack, rows, columns = spec.axes
         return type(self)(
             _base_specs(self.base, spec),
-            _spec(self.a, (*stack, None, rows, None)),
-            _spec(self.b, (*stack, None, None, columns)),
+            _spec(self.a, (*stack, None, rows, None), spec.kind),
+            _spec(self.b, (*stack, None, None, columns), spec.kind),
             _spec(self.scale, (*stack, None)),
             _spec(self.rows, (*stack, None)),
         )

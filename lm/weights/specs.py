@@ -20,6 +20,7 @@ from lm.sharding import Rules, current_layout, gather_weight, named_sharding
 from lm.weights.leaf import StructuredWeight, is_structured
 
 Tree = Any
+Kind = Literal["matrix", "embedding", "vector"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,9 @@ class ParamSpec:
       dtype: of the master weight.
       leaf: what holds the weight if it is not an array: a `StructuredWeight` of ShapeDtypeStructs.
         Such a weight comes from a file or a quantizer, never from `initialize`.
+      kind: what optimizers and adapters treat it as: a "matrix" of a layer, an "embedding" (the
+        output matrix and other heads too), or a "vector" (scales, biases, magnitudes), however many
+        layers are stacked.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +46,7 @@ class ParamSpec:
     scale: float = 0.02
     dtype: Any = jnp.float32
     leaf: Any = None
+    kind: Kind = "matrix"
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):

@@ -37,7 +37,7 @@ def plain(tied: bool = False):
 def quantized():
     """Every matrix of the layers in int8."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, w: Int8.quantize(w) if linear_layers(path_name(path)) else w, plain()
+        lambda path, w: Int8.quantize(w) if linear_layers(UNTIED)(path_name(path)) else w, plain()
     )
 
 
@@ -109,7 +109,7 @@ def test_targets_ranks_and_scales():
 def test_merging_keeps_the_logits(tied, dora):
     """Adapters on every matrix, the embedding and the output too, stacked and unstacked."""
     config = TIED if tied else UNTIED
-    everywhere = lambda p: linear_layers(p) or p in ("embed", "output")  # noqa: E731
+    everywhere = lambda p: linear_layers(config)(p) or p in ("embed", "output")  # noqa: E731
     adapted = trained(add_lora(plain(tied), config, KEY, targets=everywhere, dora=dora))
     expected = logits(adapted, IDS, config)
     assert np.abs(expected - logits(plain(tied), IDS, config)).max() > 0.1
@@ -231,7 +231,7 @@ def test_adapters_made_on_a_mesh_are_the_same():
 def test_every_row_its_own_adapter(form):
     """Ranks, scales and adapted weights differ; each row is what it is with its adapter alone."""
     base = plain()
-    attention = lambda path: "/attention/" in path and linear_layers(path)  # noqa: E731
+    attention = lambda path: "/attention/" in path and linear_layers(UNTIED)(path)  # noqa: E731
     one = trained(add_lora(base, UNTIED, KEY, rank=2, alpha=3), 1)
     two = trained(add_lora(base, UNTIED, KEY, rank=5, targets=attention), 2)
     head = trained(add_lora(base, UNTIED, KEY, rank=1, targets=lambda p: p == "output"), 3)

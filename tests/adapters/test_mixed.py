@@ -75,7 +75,7 @@ def mixed():
 
     params = jax.tree_util.tree_map_with_path(leaf, initialize(param_specs(CONFIG), KEY))
     params = add_lora(params, CONFIG, KEY, rank=4, targets=lambda p: not re.search("key|up", p)
-                      and linear_layers(p), dora=True)  # fmt: skip
+                      and linear_layers(CONFIG)(p), dora=True)  # fmt: skip
     params = add_lora(params, CONFIG, KEY, rank=2, targets=lambda p: re.search("key", p))
     noise = iter(range(1000))
 

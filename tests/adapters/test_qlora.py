@@ -35,7 +35,7 @@ def host_model():
     def make():
         params = initialize(param_specs(CONFIG), KEY)
         params = jax.tree_util.tree_map_with_path(
-            lambda path, w: NF4.quantize(w) if linear_layers(path_name(path)) else w, params
+            lambda path, w: NF4.quantize(w) if linear_layers(CONFIG)(path_name(path)) else w, params
         )
         return add_lora(params, CONFIG, KEY, rank=RANK)
 

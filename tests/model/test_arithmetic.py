@@ -196,7 +196,7 @@ def test_qlora_of_65b_fits_in_48_gb():
         base, jax.eval_shape(lambda: jax.random.key(0)),
     )  # fmt: skip
     trainable, frozen = partition(adapted, trains)
-    optimizer = make_optimizer(AdamW())
+    optimizer = make_optimizer(AdamW(), specs_of(adapted, param_specs(config)))
     parts = {
         "base": gigabytes(frozen),
         "adapters": gigabytes(trainable),

@@ -1,12 +1,15 @@
 """Optimizers against PyTorch's and optax's, and on a mesh against one device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from lm.model import param_specs
+from lm.model import Attention, FeedForward, Layer, ModelConfig, Norm, Stack, param_specs
+from lm.model.config import Latent
 from lm.sharding import MeshShape
 from lm.train.optimizers import (
     NEWTON_SCHULZ,
@@ -15,18 +18,17 @@ from lm.train.optimizers import (
     Muon,
     Soap,
     clip_by_global_norm,
-    is_hidden_matrix,
-    is_matrix,
     make_optimizer,
     orthogonalize,
 )
 from lm.train.state import init_state
 from lm.train.step import make_train_step
-from lm.weights import path_name
+from lm.weights import LoRA, ParamSpec, path_name
 from tests.train.tiny import OBJECTIVE, TIED, Case, make_batch
 from tests.train.trajectories import (
     GRADIENTS,
     assert_close,
+    on_tree,
     random_tree,
     schedule,
     scheduled,
@@ -47,7 +49,7 @@ def test_adamw_equals_pytorch():
         ]
         return [torch.optim.AdamW(groups, betas=(0.8, 0.97), eps=1e-5, weight_decay=0.3)]
 
-    ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
+    ours = trajectory(scheduled(on_tree(config)), random_tree(0), GRADIENTS)
     assert_close(ours, torch_trajectory(make, GRADIENTS))
 
 
@@ -56,7 +58,7 @@ def test_adamw_equals_optax():
     mask = {"stacks": {"up": True, "down": True, "square": True}, "embed": True}
     mask |= {"norm": {"scale": False}, "up_bias": False}
     other = optax.adamw(schedule, 0.8, 0.97, 1e-6, weight_decay=0.3, mask=mask)
-    ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
+    ours = trajectory(scheduled(on_tree(config)), random_tree(0), GRADIENTS)
     theirs = trajectory(other, random_tree(0), GRADIENTS)
     assert_close(ours, theirs, 1e-6, 1e-7)
 
@@ -77,7 +79,7 @@ def test_muon_equals_pytorch(monkeypatch):
         )
         return [muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
 
-    ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
+    ours = trajectory(scheduled(on_tree(config)), random_tree(0), GRADIENTS)
     assert_close(ours, torch_trajectory(make, GRADIENTS), atol=1e-5)
 
 
@@ -117,15 +119,32 @@ def test_orthogonalize_of_nothing_is_nothing():
     assert not np.any(orthogonalize(jnp.zeros((4, 6))))
 
 
-def test_which_weights_are_matrices():
-    specs = jax.tree_util.tree_leaves_with_path(param_specs(TIED))
-    for path, spec in specs:
+def test_every_weight_says_what_it_is():
+    everywhere = Attention(4, 2, 8, bias=True, out_bias=True, qk_norm="head")
+    latent = Attention(4, 4, 12, bias=True, latent=Latent(8, 8, 4, 8, 6))
+    layers = [
+        Layer(a, FeedForward(32, bias=True), Norm(bias=True), "both") for a in (everywhere, latent)
+    ]
+    config = ModelConfig(500, 32, tuple(Stack((x,), 2) for x in layers), score_dim=2)
+    for path, spec in jax.tree_util.tree_leaves_with_path(param_specs(config)):
         name = path_name(path)
-        stacked = len(spec.shape) - name.startswith("stacks/")
-        assert is_matrix(name) == (stacked == 2), name
-        assert is_hidden_matrix(name) == (stacked == 2 and name != "embed"), name
-    for name in ("query_bias", "query_norm", "down_bias"):
-        assert not is_matrix(f"stacks/0/layers/0/attention/{name}")
+        in_layer = name.startswith("stacks/")
+        matrix = len(spec.shape) - in_layer == 2
+        assert spec.kind == (("matrix" if in_layer else "embedding") if matrix else "vector"), name
+
+
+@pytest.mark.parametrize("config", [Muon(), Soap(), Adafactor(), AdamW()])
+def test_stacked_vectors_are_no_matrices(config):
+    """DoRA's magnitude [layers, out] and LoRA's scale are each layer's vector."""
+    weight = LoRA(*(jnp.zeros((3, *s)) for s in ((8, 6), (8, 2), (2, 6), (), (6,))))
+    specs = weight.specs(ParamSpec((3, 8, 6), ("layers", "embed", "heads")))
+    assert [s.kind for s in (specs.a, specs.b, specs.scale, specs.magnitude)] == [
+        "matrix", "matrix", "vector", "vector",
+    ]  # fmt: skip
+    state = make_optimizer(config).specs({"query": dataclasses.replace(specs, base=None)})
+    whole = {n for n, slot in state.slots.items() if getattr(slot["query"], "magnitude", None)}
+    assert whole == ({"nu"} if isinstance(config, Adafactor) else {"mu", "nu"})
+    assert config.decay(specs.magnitude) == 0 < config.decay(specs.a)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from lm.config import codec
 from lm.config import command_line as config_lib
 from lm.model import param_specs
 from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, PathRule, Soap, make_optimizer
-from lm.weights import path_name
+from lm.weights import ParamSpec, path_name
 from tests.train.tiny import UNTIED
 from tests.train.trajectories import (
     GRADIENTS,
+    SPECS,
     assert_close,
     flat,
+    on_tree,
     random_tree,
     scheduled,
     torch_trajectory,
@@ -49,7 +51,7 @@ def test_rules_equal_pytorchs_parameter_groups():
         return [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)]
 
     config = AdamW(weight_decay=0.3, rules=rules)
-    ours = trajectory(scheduled(make_optimizer(config)), random_tree(0), GRADIENTS)
+    ours = trajectory(scheduled(on_tree(config)), random_tree(0), GRADIENTS)
     assert_close(ours, torch_trajectory(make, GRADIENTS))
 
 
@@ -60,7 +62,7 @@ def test_every_optimizer_takes_factor_and_decay_from_the_rules(config):
     params, gradient = random_tree(0), GRADIENTS[0]
 
     def directions(config, rounds=2):
-        optimizer = make_optimizer(config)
+        optimizer = on_tree(config)
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for _ in range(rounds):
             found, state = update(gradient, state, params)
@@ -69,7 +71,7 @@ def test_every_optimizer_takes_factor_and_decay_from_the_rules(config):
     plain, ruled = (directions(dataclasses.replace(config, rules=r)) for r in ((), rules))
     weights = flat(params)
     assert not np.any(ruled["stacks/up"]) and np.any(plain["stacks/up"])
-    own = config.decay("stacks/down")
+    own = config.decay(SPECS["stacks"]["down"])
     for name, factor, decay in (("stacks/down", 2.0, own), ("norm/scale", 1.0, 0.0)):
         expected = factor * (plain[name] + (5.0 - decay) * weights[name])
         np.testing.assert_allclose(ruled[name], expected, rtol=1e-4, atol=1e-5)
@@ -78,13 +80,15 @@ def test_every_optimizer_takes_factor_and_decay_from_the_rules(config):
 
 @each
 def test_decay_is_of_matrices_alone_by_default(config):
-    paths = ["stacks/0/layers/0/attention/query", "embed", "stacks/0/layers/0/norm/scale", "bias"]
-    assert [config.decay(path) > 0 for path in paths] == [True, True, False, False]
+    kinds = "matrix", "embedding", "vector"
+    specs = [ParamSpec((3, 4), (None, None), kind=kind) for kind in kinds]
+    assert [config.decay(spec) > 0 for spec in specs] == [True, True, False]
 
 
 @each
 def test_a_pattern_that_fits_nothing_names_the_nearest_paths(config):
-    optimizer = make_optimizer(dataclasses.replace(config, rules=(PathRule("attention/qurey"),)))
+    ruled = dataclasses.replace(config, rules=(PathRule("attention/qurey"),))
+    optimizer = make_optimizer(ruled, param_specs(UNTIED))
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), param_specs(UNTIED))
     for make in (lambda: jax.eval_shape(optimizer.init, params), lambda: optimizer.specs(params)):
         with pytest.raises(ValueError, match=r"'attention/qurey' is found in no.*attention/query"):
@@ -94,13 +98,13 @@ def test_a_pattern_that_fits_nothing_names_the_nearest_paths(config):
 def test_a_pattern_for_a_frozen_weight_fits_nothing():
     params = random_tree(0) | {"embed": None}
     with pytest.raises(ValueError, match="'embed' is found in no weight that trains"):
-        make_optimizer(AdamW(rules=(PathRule("embed"),))).init(params)
+        on_tree(AdamW(rules=(PathRule("embed"),))).init(params)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PathRule("(up"), r"pattern '\(up' is no regular expression"),
+        (lambda: PathRule("(up"), r"pattern '\(up' is not a regular expression"),
         (lambda: PathRule("up", -1.0), "no negative learning_rate"),
         (lambda: PathRule("up", 1.0, -1.0), "no negative learning_rate or weight_decay"),
         (lambda: Muon(adam=AdamW(rules=(PathRule("up"),))), "adam.rules are not read here"),
@@ -134,7 +138,7 @@ def test_a_configuration_survives_its_file_and_the_command_line(config):
 def test_frozen_weights_have_no_state_and_no_direction():
     params, gradient = (tree | {"embed": None} for tree in (random_tree(0), GRADIENTS[0]))
     for config in ALL:
-        optimizer = make_optimizer(config)
+        optimizer = on_tree(config)
         state = jax.eval_shape(optimizer.init, params)
         directions, state = jax.eval_shape(optimizer.update, gradient, state, params)
         assert directions["embed"] is None

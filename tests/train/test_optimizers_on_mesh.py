@@ -54,7 +54,7 @@ def promised(config, parts):
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_zero_divides_the_state(config, zero):
     layout = Case(MeshShape(fsdp=8), zero).layout
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, SPECS)
     lies = state_shardings(SPECS, optimizer, layout).opt_state
     state = jax.jit(lambda: optimizer.init(abstract(SPECS)), out_shardings=lies)()
     held = bytes_per_device(state)
@@ -65,7 +65,7 @@ def test_zero_divides_the_state(config, zero):
 @functools.cache
 def updates(config, mesh):
     """(directions and states of some updates, the compiled update), state held between them."""
-    layout, optimizer = Case(mesh, 3).layout, make_optimizer(config)
+    layout, optimizer = Case(mesh, 3).layout, make_optimizer(config, SPECS)
     lies = shardings(SPECS, layout.rules, layout.mesh, kind="optimizer")
     state_lies = state_shardings(SPECS, optimizer, layout).opt_state
 

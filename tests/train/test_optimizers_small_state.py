@@ -6,12 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from lm.train.optimizers import Adafactor, Lion, make_optimizer
+from lm.train.optimizers import Adafactor, Lion
 from tests.train.trajectories import (
     GRADIENTS,
     NOT_MATRICES,
     assert_close,
     flat,
+    on_tree,
     random_tree,
     schedule,
     scheduled,
@@ -24,7 +25,7 @@ def test_lion_equals_optax():
     mask = {"stacks": {"up": True, "down": True, "square": True}, "embed": True}
     mask |= {"norm": {"scale": False}, "up_bias": False}
     theirs = optax.lion(schedule, 0.8, 0.97, weight_decay=0.3, mask=mask)
-    ours = scheduled(make_optimizer(Lion(0.8, 0.97, 0.3)))
+    ours = scheduled(on_tree(Lion(0.8, 0.97, 0.3)))
     assert_close(*(trajectory(o, random_tree(0), GRADIENTS) for o in (ours, theirs)), 1e-6, 1e-7)
 
 
@@ -33,7 +34,7 @@ def test_adafactor_with_relative_steps_equals_optax():
         schedule, min_dim_size_to_factor=1, clipping_threshold=0.9, decay_rate=0.7, eps=1e-12
     )
     config = Adafactor(0.7, 0.9, relative_step=True, eps=1e-12, weight_decay=0.0)
-    ours = scheduled(make_optimizer(config))
+    ours = scheduled(on_tree(config))
     assert_close(*(trajectory(o, random_tree(0), GRADIENTS) for o in (ours, theirs)), 1e-5, 1e-6)
 
 
@@ -42,7 +43,7 @@ def test_adafactor_with_momentum_equals_optax():
     theirs = optax.adafactor(
         0.02, min_dim_size_to_factor=1, multiply_by_parameter_scale=False, momentum=0.9
     )
-    direction = make_optimizer(Adafactor(momentum=0.9, weight_decay=0.0))
+    direction = on_tree(Adafactor(momentum=0.9, weight_decay=0.0))
     ours = optax.chain(direction, optax.scale(-0.02))
     assert_close(*(trajectory(o, random_tree(0), GRADIENTS) for o in (ours, theirs)), 1e-5, 1e-6)
 
@@ -62,9 +63,7 @@ def test_adafactor_equals_transformers():
             )
         ]
 
-    ours = trajectory(
-        scheduled(make_optimizer(Adafactor(weight_decay=0.3))), random_tree(0), GRADIENTS
-    )
+    ours = trajectory(scheduled(on_tree(Adafactor(weight_decay=0.3))), random_tree(0), GRADIENTS)
     assert_close(ours, torch_trajectory(make, GRADIENTS))
 
 
@@ -82,7 +81,7 @@ def test_a_stack_is_each_of_its_weights(config):
     params, *gradients = (
         jax.tree.map(draw, shapes, is_leaf=lambda s: isinstance(s, tuple)) for _ in range(4)
     )
-    optimizer = optax.chain(make_optimizer(config), optax.scale(-0.1))
+    optimizer = optax.chain(on_tree(config), optax.scale(-0.1))
     together = list(trajectory(optimizer, params, gradients))[-1]
     for i in range(3):
         for j in range(2):
@@ -95,7 +94,7 @@ def test_a_stack_is_each_of_its_weights(config):
 
 def test_adafactor_keeps_a_row_and_a_column():
     params = random_tree(0)
-    sizes = {name: x.size for name, x in flat(make_optimizer(Adafactor()).init(params)).items()}
+    sizes = {name: x.size for name, x in flat(on_tree(Adafactor()).init(params)).items()}
     for name, x in flat(params).items():
         kept = sum(size for path, size in sizes.items() if path.endswith("/" + name))
         assert kept == (x.size if name in NOT_MATRICES else sum(x.shape))
@@ -105,6 +104,6 @@ def test_nothing_as_a_gradient_is_no_direction():
     params = random_tree(0)
     zeros = jax.tree.map(jnp.zeros_like, params)
     for config in (Adafactor(weight_decay=0.0, relative_step=True), Lion(weight_decay=0.0)):
-        optimizer = make_optimizer(config)
+        optimizer = on_tree(config)
         directions, _ = optimizer.update(zeros, optimizer.init(params), params)
         assert all(not np.any(x) for x in jax.tree.leaves(directions))

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.train.optimizers import AdamW, Soap, make_optimizer
+from lm.train.optimizers import AdamW, Soap
 from lm.train.optimizers.soap import orthonormal
-from tests.train.trajectories import trajectory
+from tests.train.trajectories import on_tree, trajectory
 
 RATE = 0.03
 # The rounding of a basis shows in all later steps, so exact arithmetic is approached slowly.
@@ -60,7 +60,7 @@ def problem(shape, num_steps=14, seed=0):
 
 def run(config, weight, gradients):
     """Weights after each step, and the bases after the first."""
-    optimizer = make_optimizer(config)
+    optimizer = on_tree(config)
     tree = {"stacks": {"up": jnp.asarray(weight)}}
     update, state = jax.jit(optimizer.update), optimizer.init(tree)
     weights, bases = [], {}
@@ -139,7 +139,7 @@ def test_what_is_not_rotated_is_adams():
     adam = AdamW(0.8, 0.9, 1e-6)
     soap = Soap(max_precond_dim=7, adam=adam)
     for mine, theirs in zip(
-        *(trajectory(make_optimizer(c), params, gradients) for c in (soap, adam)), strict=True
+        *(trajectory(on_tree(c), params, gradients) for c in (soap, adam)), strict=True
     ):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), mine, theirs)
 
@@ -169,7 +169,7 @@ def steps_until_solved(config, rates, num_steps=1500):
     rotation = np.linalg.qr(rng.normal(size=(16, 16)))[0]
     root = jnp.asarray(rotation * np.geomspace(1, 1e-2, 16), jnp.float32)
     target = jnp.asarray(rotation @ rng.normal(size=(16, 8)), jnp.float32)
-    optimizer = make_optimizer(config)
+    optimizer = on_tree(config)
 
     def step(carry, key):
         params, state, rate, left = carry

@@ -6,14 +6,24 @@ import numpy as np
 import optax
 import pytest
 
-from lm.weights import path_name
+from lm.train.optimizers import make_optimizer
+from lm.weights import ParamSpec, path_name
 
+# Specs of every weight of these trees; their shapes are not read.
+KINDS = {"stacks": dict.fromkeys(("up", "down", "square"), "matrix") | {"scale": "vector"}}
+KINDS |= {"embed": "embedding", "norm": {"scale": "vector"}, "up_bias": "vector"}
+SPECS = jax.tree.map(lambda kind: ParamSpec((), (), kind=kind), KINDS)
 NOT_MATRICES = ("norm/scale", "up_bias")
 RATES = [0.01, 0.02, 0.015, 0.01, 0.005, 0.01, 0.02, 0.01, 0.01, 0.03]
 
 
 def schedule(step):
     return jnp.asarray(RATES)[step]
+
+
+def on_tree(config):
+    """The optimizer of a configuration, for these trees."""
+    return make_optimizer(config, SPECS)
 
 
 def scheduled(direction):

@@ -4,6 +4,8 @@ Each is a frozen dataclass of settings in a file of its own; `make_optimizer` ma
 the `init`, `update` and `specs` that training calls.
 """
 
+from typing import Any
+
 from lm.train.optimizers.adafactor import Adafactor
 from lm.train.optimizers.adamw import AdamW
 from lm.train.optimizers.base import (
@@ -12,20 +14,23 @@ from lm.train.optimizers.base import (
     OptimizerState,
     PathRule,
     clip_by_global_norm,
-    is_hidden_matrix,
-    is_matrix,
+    with_specs,
 )
 from lm.train.optimizers.lion import Lion
 from lm.train.optimizers.muon import NEWTON_SCHULZ, Muon, orthogonalize
 from lm.train.optimizers.soap import Soap
 
 
-def make_optimizer(config: OptimizerConfig) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, weights: Any = None) -> Optimizer:
     """The directions of a configuration's optimizer; its state is float32.
 
     The step multiplies them by minus the learning rate and adds them to the weights.
+
+    Args:
+      config: the optimizer's settings.
+      weights: specs of the weights; None where `init_state` and `make_train_step` know them.
     """
-    return Optimizer(config)
+    return Optimizer(config, weights)
 
 
 __all__ = [
@@ -40,8 +45,7 @@ __all__ = [
     "PathRule",
     "Soap",
     "clip_by_global_norm",
-    "is_hidden_matrix",
-    "is_matrix",
     "make_optimizer",
     "orthogonalize",
+    "with_specs",
 ]

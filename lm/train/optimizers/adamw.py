@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lm.train.optimizers.base import PathRule, Slots, is_matrix
+from lm.train.optimizers.base import PathRule, Slots
 from lm.weights import ParamSpec
 
 
@@ -28,11 +28,11 @@ class AdamW:
     weight_decay: float = 0.1
     rules: tuple[PathRule, ...] = ()
 
-    def method(self, path: str, shape: tuple[int, ...]) -> AdamW:
+    def method(self, weight: ParamSpec) -> AdamW:
         return self
 
-    def decay(self, path: str) -> float:
-        return self.weight_decay if is_matrix(path) else 0.0
+    def decay(self, weight: ParamSpec) -> float:
+        return 0.0 if weight.kind == "vector" else self.weight_decay
 
     def slots(self, weight: ParamSpec) -> dict[str, ParamSpec]:
         moment = ParamSpec(weight.shape, weight.axes, "zeros")

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,9 +19,11 @@ import jax.numpy as jnp
 import optax
 
 from lm.weights import ParamSpec, is_spec, path_name
+from lm.weights.specs import Kind
 
 Tree = Any
 Slots = dict[str, jax.Array]
+Kinds = Mapping[str, Kind]  # of weights, by path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class PathRule:
       weight_decay: in place of the optimizer's own; None keeps that.
 
     Raises:
-      ValueError: the pattern is no regular expression, or a number is negative.
+      ValueError: the pattern is not a regular expression, or a number is negative.
     """
 
     pattern: str
@@ -46,7 +49,7 @@ class PathRule:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(
-                f"pattern {self.pattern!r} is no regular expression: {error}"
+                f"pattern {self.pattern!r} is not a regular expression: {error}"
             ) from None
         if self.learning_rate < 0 or (self.weight_decay or 0) < 0:
             raise ValueError(f"{self} must have no negative learning_rate or weight_decay")
@@ -67,14 +70,14 @@ class Method(Protocol):
 
 
 class OptimizerConfig(Protocol):
-    """A frozen dataclass that chooses a method and a weight decay for each path."""
+    """A frozen dataclass that chooses a method and a weight decay for each weight."""
 
     @property
     def rules(self) -> tuple[PathRule, ...]: ...
 
-    def method(self, path: str, shape: tuple[int, ...]) -> Method: ...
+    def method(self, weight: ParamSpec) -> Method: ...
 
-    def decay(self, path: str) -> float: ...
+    def decay(self, weight: ParamSpec) -> float: ...
 
 
 class OptimizerState(NamedTuple):
@@ -91,16 +94,23 @@ class Optimizer(optax.GradientTransformation):
     both numbers by the first rule whose pattern its path holds. The train step multiplies it by
     minus the schedule's rate. State is float32. In trees, None is a weight that does not train.
 
+    Which method a weight has is said by its spec's `kind`. `init_state` and `make_train_step` give
+    the specs; where `init` and `update` are called otherwise, they are an argument.
+
     Raises:
-      ValueError: from `init` and `specs`, a rule's pattern is found in no path.
+      ValueError: from `init` and `specs`, a rule's pattern is found in no path; from `init` and
+        `update`, there are no specs.
     """
 
     config: OptimizerConfig
+    weights: Tree
 
-    def __new__(cls, config: OptimizerConfig) -> Optimizer:
-        update = functools.partial(_update, config)
-        self = super().__new__(cls, functools.partial(_init, config), update)
-        self.config = config
+    def __new__(cls, config: OptimizerConfig, weights: Tree = None) -> Optimizer:
+        named = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_spec)
+        kinds = {path_name(path): spec.kind for path, spec in named}
+        init, update = (functools.partial(f, config, kinds) for f in (_init, _update))
+        self = super().__new__(cls, init, update)
+        self.config, self.weights = config, weights
         return self
 
     def specs(self, params: Tree) -> OptimizerState:
@@ -108,26 +118,38 @@ class Optimizer(optax.GradientTransformation):
         return _specs(self.config, params)
 
 
+def with_specs(optimizer: optax.GradientTransformation, specs: Tree) -> Any:
+    """The optimizer with the specs of the weights, if it is an `Optimizer` without them."""
+    if isinstance(optimizer, Optimizer) and optimizer.weights is None:
+        return Optimizer(optimizer.config, specs)
+    return optimizer
+
+
 def _specs(config: OptimizerConfig, params: Tree) -> OptimizerState:
     named, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_spec)
-    names = [path_name(path) for path, _ in named]
-    check_rules(config.rules, names)
-    slots = [
-        config.method(name, spec.shape).slots(spec)
-        for name, (_, spec) in zip(names, named, strict=True)
-    ]
+    check_rules(config.rules, [path_name(path) for path, _ in named])
+    slots = [config.method(spec).slots(spec) for _, spec in named]
     count = ParamSpec((), (), "zeros", dtype=jnp.int32)
     return OptimizerState(count, _by_name(slots, treedef))
 
 
-def _init(config: OptimizerConfig, params: Tree) -> OptimizerState:
-    specs = jax.tree.map(lambda x: ParamSpec(x.shape, (None,) * len(x.shape)), params)
+def _as_spec(kinds: Kinds, path: Any, weight: Any) -> ParamSpec:
+    name = path_name(path)
+    if name not in kinds:
+        raise ValueError(
+            f"the optimizer has no spec of {name}; give make_optimizer the specs of the weights"
+        )
+    return ParamSpec(weight.shape, (None,) * len(weight.shape), kind=kinds[name])
+
+
+def _init(config: OptimizerConfig, kinds: Kinds, params: Tree) -> OptimizerState:
+    specs = jax.tree_util.tree_map_with_path(functools.partial(_as_spec, kinds), params)
     state = _specs(config, specs)
     return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), state, is_leaf=is_spec)
 
 
 def _update(
-    config: OptimizerConfig, updates: Tree, state: Any, params: Tree = None
+    config: OptimizerConfig, kinds: Kinds, updates: Tree, state: Any, params: Tree = None
 ) -> tuple[Tree, OptimizerState]:
     """(directions, new state); `updates` are gradients in float32."""
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -137,23 +159,24 @@ def _update(
             own |= {} if x is None else {name: x}
     directions = []
     for i, gradient in enumerate(treedef.flatten_up_to(updates)):
-        name, weight = path_name(named[i][0]), named[i][1]
-        method = config.method(name, weight.shape)
+        path, weight = named[i]
+        spec = _as_spec(kinds, path, weight)
+        method = config.method(spec)
         direction, slots[i] = method.update(gradient, slots[i], weight, state.count)
-        factor, decay = _rates(config, name)
+        factor, decay = _rates(config, path_name(path), spec)
         direction = direction + decay * weight if decay else direction
         directions.append(direction if factor == 1 else factor * direction)
     new = OptimizerState(state.count + 1, _by_name(slots, treedef))
     return treedef.unflatten(directions), new
 
 
-def _rates(config: OptimizerConfig, path: str) -> tuple[float, float]:
+def _rates(config: OptimizerConfig, path: str, spec: ParamSpec) -> tuple[float, float]:
     """(factor on the learning rate, weight decay) of a weight."""
     for rule in config.rules:
         if re.search(rule.pattern, path):
             decay = rule.weight_decay
-            return rule.learning_rate, config.decay(path) if decay is None else decay
-    return 1.0, config.decay(path)
+            return rule.learning_rate, config.decay(spec) if decay is None else decay
+    return 1.0, config.decay(spec)
 
 
 def _by_name(slots: list[dict[str, Any]], treedef: Any) -> dict[str, Tree]:
@@ -170,17 +193,6 @@ def check_rules(rules: tuple[PathRule, ...], paths: list[str]) -> None:
                 f"pattern {rule.pattern!r} is found in no weight that trains; the nearest paths "
                 f"are {', '.join(near)}"
             )
-
-
-def is_matrix(path: str) -> bool:
-    """Whether a weight is a matrix: neither a norm's scale nor a bias."""
-    name = path.rsplit("/", 1)[-1]
-    return not (name in ("scale", "bias") or name.endswith(("_bias", "_norm")))
-
-
-def is_hidden_matrix(path: str) -> bool:
-    """Whether a weight is a matrix of a layer: neither embedding nor output."""
-    return is_matrix(path) and path.startswith("stacks/")
 
 
 def refuse_rules(adam: Any) -> None:

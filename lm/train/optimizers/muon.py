@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lm.parallel import distribute_matrices
 from lm.train.optimizers.adamw import AdamW
-from lm.train.optimizers.base import PathRule, Slots, is_hidden_matrix, refuse_rules
+from lm.train.optimizers.base import PathRule, Slots, refuse_rules
 from lm.weights import ParamSpec
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -42,11 +42,11 @@ class Muon:
     def __post_init__(self) -> None:
         refuse_rules(self.adam)
 
-    def method(self, path: str, shape: tuple[int, ...]) -> Muon | AdamW:
-        return self if is_hidden_matrix(path) else self.adam
+    def method(self, weight: ParamSpec) -> Muon | AdamW:
+        return self if weight.kind == "matrix" else self.adam
 
-    def decay(self, path: str) -> float:
-        return self.weight_decay if is_hidden_matrix(path) else self.adam.decay(path)
+    def decay(self, weight: ParamSpec) -> float:
+        return self.weight_decay if weight.kind == "matrix" else self.adam.decay(weight)
 
     def slots(self, weight: ParamSpec) -> dict[str, ParamSpec]:
         return {"momentum": ParamSpec(weight.shape, weight.axes, "zeros")}

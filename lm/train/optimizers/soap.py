@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lm.parallel import distribute_matrices
 from lm.train.optimizers.adamw import AdamW, adam_direction
-from lm.train.optimizers.base import PathRule, Slots, is_hidden_matrix, refuse_rules
+from lm.train.optimizers.base import PathRule, Slots, refuse_rules
 from lm.weights import ParamSpec
 
 SIDES = ("left", "right")
@@ -56,11 +56,11 @@ class Soap:
         if self.frequency < 1:
             raise ValueError(f"frequency={self.frequency} must be at least 1")
 
-    def method(self, path: str, shape: tuple[int, ...]) -> Soap | AdamW:
-        return self if is_hidden_matrix(path) and self.sides(shape) else self.adam
+    def method(self, weight: ParamSpec) -> Soap | AdamW:
+        return self if weight.kind == "matrix" and self.sides(weight.shape) else self.adam
 
-    def decay(self, path: str) -> float:
-        return self.weight_decay if is_hidden_matrix(path) else self.adam.decay(path)
+    def decay(self, weight: ParamSpec) -> float:
+        return self.weight_decay if weight.kind == "matrix" else self.adam.decay(weight)
 
     def sides(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """The sides of a matrix [*stack, in, out] that are rotated."""
