@@ -200,7 +200,7 @@ class Batches:
         """
         source, row = self.rows(step)
         wanted = np.arange(len(row)) if rows is None else np.asarray(rows)
-        batch = _empty(len(wanted), self.seq_len(step))
+        batch = empty_batch(len(wanted), self.seq_len(step))
         for i, r in enumerate(wanted):
             if source[r] >= len(self.sources):
                 name = self.timeline.names[source[r]]
@@ -364,7 +364,7 @@ class HeldOut:
     def host_batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
         """Batch `step` < len(self), or some rows of it, as `Batches.host_batch`."""
         wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows)
-        batch = _empty(len(wanted), self.seq_len)
+        batch = empty_batch(len(wanted), self.seq_len)
         for i, r in enumerate(wanted):
             row = step * self.batch_size + int(r)
             if row < self.packed.num_rows:
@@ -380,7 +380,8 @@ class HeldOut:
         return (self.host_batch(step) for step in range(len(self)))
 
 
-def _empty(num_rows: int, seq_len: int) -> Batch:
+def empty_batch(num_rows: int, seq_len: int) -> Batch:
+    """Arrays [num_rows, seq_len] of padding."""
     return {name: np.zeros((num_rows, seq_len), dtype) for name, dtype in _DTYPES.items()}
 
 
