@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.aot.figures import group_links, usable_bytes
+from lm.aot.figures import chip_for, group_links, usable_bytes
 from lm.aot.programs import Name, check
 from lm.aot.question import Aot
+from lm.hardware import topologies
 from lm.hardware.chips import Chip
 from lm.infer.cache import make_cache
 from lm.model import forward_flops, param_specs
@@ -47,6 +48,12 @@ class Machine:
     def beside(self, shape: MeshShape, axis: str) -> bool:
         """Whether collectives along an axis run beside other work."""
         return self.chip.links == 1 or (self.chip.name in BESIDE and self.span(shape, axis)[0] <= 2)
+
+
+def machine_of(topology: str) -> Machine:
+    """The devices of a topology, see `lm.hardware.topologies`."""
+    devices = topologies.describe(topology)
+    return Machine(devices, chip_for(devices[0]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,22 +36,33 @@ def make_layout(
         pretend_cpu_devices(shape)
     mesh = make_mesh(shape)
     rules = make_rules(sharding.zero, sharding.sequence_parallel, sharding.zero_axes)
+    layout = Layout(mesh, rules)
+    check_sizes(
+        model, layout, sharding, batch_size=batch_size, num_micro_batches=num_micro_batches,
+        sequence_length=sequence_length,
+    )  # fmt: skip
+    return layout
+
+
+def check_sizes(
+    model: ModelConfig, layout: Layout, sharding: Sharding, *, batch_size: int,
+    num_micro_batches: int, sequence_length: int,
+) -> None:  # fmt: skip
+    """Raises ValueError where the mesh, or the number of micro-batches, does not divide a size."""
+    mesh, activations = layout.mesh, layout.rules.activations
     check_mesh(model, mesh)
     if num_micro_batches < 1 or batch_size % num_micro_batches:
         raise ValueError(
-            f"train.num_micro_batches={num_micro_batches} does not divide "
-            f"train.batch_size={batch_size}"
+            f"train.num_micro_batches={num_micro_batches} does not divide the {batch_size} rows of "
+            "a step"
         )
     per_micro_batch = batch_size // num_micro_batches
-    check_divides(
-        mesh, rules.activations["batch"], "batch_size / num_micro_batches", per_micro_batch
-    )
-    check_divides(mesh, rules.activations["residual_sequence"], "sequence_length", sequence_length)
+    check_divides(mesh, activations["batch"], "the rows of a micro-batch", per_micro_batch)
+    check_divides(mesh, activations["residual_sequence"], "sequence_length", sequence_length)
     heads = [(a.num_heads, a.num_kv_heads) for a in (x.attention for x in model.layers)]
-    check_context(sharding.context, Layout(mesh, rules), sequence_length, heads)
+    check_context(sharding.context, layout, sequence_length, heads)
     if sequence_length > model.max_length:
         raise ValueError(
             f"train.sequence_length={sequence_length} is beyond model.max_length="
             f"{model.max_length}; shorten the rows or raise the model's length"
         )
-    return Layout(mesh, rules)

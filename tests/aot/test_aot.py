@@ -13,10 +13,11 @@ import pytest
 
 from experiments import aot
 from experiments.configs.aot import CONFIGS
+from lm.aot.answer import FIGURES, answer, table
 from lm.aot.figures import PUBLISHED, asked_flops, calibration, chip_for, group_links, model_flops
 from lm.aot.programs import bytes_per_device, compile_program, make_program
 from lm.aot.question import Aot
-from lm.aot.search import REMATS, Machine, candidates, first, nothing_fits, remedies
+from lm.aot.search import REMATS, candidates, first, machine_of, nothing_fits, remedies
 from lm.config import command_line as config_lib
 from lm.hardware import topologies
 from lm.hardware.chips import CHIPS
@@ -60,13 +61,13 @@ def test_a_program_sends_holds_and_computes_what_is_recorded(case: str) -> None:
     assert found["argument_bytes"] == golden["argument_bytes"], again
     assert found["collectives"] == golden["collectives"], again
     PROPERTIES[case.split(",")[0]](program, compiled)
-    told = aot.answer(program, compiled)
+    told = answer(program, compiled)
     assert told["fits"]
     parts = {k: v for k, v in told["bytes_per_device"].items() if k != "total"}
     assert sum(parts.values()) == pytest.approx(told["bytes_per_device"]["total"])
     assert all(size >= 0 for size in parts.values()), parts
     assert json.loads(json.dumps(told)) == told
-    assert "predicted" in aot.table(told)
+    assert "predicted" in table(told)
     terms = told["roofline"]
     assert told["predicted_step_seconds"] >= max(terms["compute_seconds"], terms["hbm_seconds"])
     # It counts call-starts twice, and what hosts send between slices not at all.
@@ -161,15 +162,14 @@ def test_what_does_not_fit_is_told_with_the_compilers_figures_and_what_would() -
     config = config_lib.override(CONFIGS["llama3_2_1b"](), edits)
     program = make_program("train", config, "v5e:2x2")
     compiled = compile_program(program)
-    told = aot.answer(program, compiled)
+    told = answer(program, compiled)
     assert not told["fits"]
     assert "exceeds available HBM (15.7" in told["refusal"]
     assert told["hbm_bytes"] == pytest.approx(15.75 * 2**30, rel=0.001)
     total = told["bytes_per_device"]["total"]
     assert total > told["hbm_bytes"]
-    assert "DOES NOT FIT" in aot.table(told)
-    devices = topologies.describe("v5e:2x2")
-    chosen = remedies("train", config, Machine(devices, chip_for(devices[0])), total)
+    assert "DOES NOT FIT" in table(told)
+    chosen = remedies("train", config, machine_of("v5e:2x2"), total)
     assert any(r["change"] == "fewer rows" for r in chosen)
     for remedy in chosen:
         assert remedy["estimated_bytes"] < told["hbm_bytes"]
@@ -179,9 +179,7 @@ def test_what_does_not_fit_is_told_with_the_compilers_figures_and_what_would() -
 @pytest.mark.aot
 def test_a_search_considers_what_fits_and_puts_the_fastest_first() -> None:
     need("v6e:16x16")
-    devices = topologies.describe("v6e:16x16")
-    machine = Machine(devices, chip_for(devices[0]))
-    found = candidates("train", CONFIGS["llama3_70b"](), machine)
+    found = candidates("train", CONFIGS["llama3_70b"](), machine_of("v6e:16x16"))
     speeds = [c.estimate.tokens_per_second for c in found]
     assert speeds == sorted(speeds, reverse=True)
     assert all(c.estimate.total_bytes < 31.25 * 2**30 for c in found)
@@ -322,21 +320,21 @@ def test_serving_that_makes_no_sense_is_refused(edits, message) -> None:
 @pytest.mark.parametrize("mesh", [{}, {"mesh.fsdp": "1"}])
 def test_what_cannot_fit_is_an_answer_with_what_it_needs(mesh) -> None:
     need("v5e:2x2")
-    machine = aot.machine_of("v5e:2x2")
+    machine = machine_of("v5e:2x2")
     config = config_lib.override(CONFIGS["llama3_8b"](), mesh)
     assert candidates("train", config, machine) == []
     assert "optimizer alone are 89.7 GiB: use more than 6 devices" in nothing_fits(
         "train", config, machine
     )
     found = aot.search("train", config, "v5e:2x2", 1, [])
-    assert found["fits"] is False and found["mfu"] is None and set(aot.FIGURES) <= set(found)
-    assert "use more than 6 devices" in aot.table(found)
+    assert found["fits"] is False and found["mfu"] is None and set(FIGURES) <= set(found)
+    assert "use more than 6 devices" in table(found)
 
 
 @pytest.mark.aot
 def test_a_search_passes_over_what_does_not_divide() -> None:
     need("v5e:2x2")
-    machine = aot.machine_of("v5e:2x2")
+    machine = machine_of("v5e:2x2")
     odd = config_lib.override(CONFIG, {"train.sequence_length": "511"})
     found = candidates("train", odd, machine)
     assert found and not any(c.config.sharding.sequence_parallel for c in found)
@@ -373,8 +371,8 @@ def test_a_compiler_that_dies_is_an_answer(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(aot, "__file__", str(tmp_path / "experiments" / "aot.py"))
     found = aot.ask_apart(["--config=llama3_8b"])
     assert found["refusal"] == "the compiler died: Check failed: a < b"
-    assert found["fits"] is False and set(found) == set(aot.FIGURES)
-    assert "Check failed" in aot.table(found)
+    assert found["fits"] is False and set(found) == set(FIGURES)
+    assert "Check failed" in table(found)
 
 
 def test_a_question_that_fails_is_no_answer(tmp_path, monkeypatch, capfd) -> None:
