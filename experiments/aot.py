@@ -134,7 +134,9 @@ def search(
             "estimated_tokens_per_second": each.estimate.tokens_per_second,
             "refusal": answered["refusal"],
         })  # fmt: skip
-        progress(f"  fits, {speed:,.0f} tokens/s" if answered["fits"] else f"  {answered['refusal']}")
+        progress(
+            f"  fits, {speed:,.0f} tokens/s" if answered["fits"] else f"  {answered['refusal']}"
+        )
         if answered["fits"] and (best is None or speed > best["tokens_per_second"]):
             best = answered | {"flags": list(each.flags)}
     return (best or none) | {"search": {"considered": len(found), "compiled": tried}}

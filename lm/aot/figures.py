@@ -26,12 +26,12 @@ class Published:
     Attributes:
       name: of the run.
       chip: as in `lm.hardware.chips`.
-      seconds: of a step, measured.
-      model_flops: a device, by the causal convention of `lm.model.train_flops`.
-      matmul_flops, kernel_flops: a device that are computed: products in the compiled program, and
+      seconds: measured time of a step.
+      model_flops: per device, by the causal convention of `lm.model.train_flops`.
+      matmul_flops, kernel_flops: computed per device: products in the compiled program, and
         attention forward, again forward, and two and a half times that backward.
-      wire_bytes: a device sends, all by collectives that wait.
-      links: over which.
+      wire_bytes: sent by a device, all by synchronous collectives.
+      links: links of a device that carry them.
     """
 
     name: str
@@ -58,7 +58,7 @@ PUBLISHED = (
 
 
 def calibration(chip: Chip) -> list[dict[str, Any]]:
-    """What this roofline makes of published runs on such a chip, beside what was measured."""
+    """Utilization of published runs on a chip: as this roofline predicts it, and measured."""
     rows = []
     for run in PUBLISHED:
         if run.chip != chip.name or chip.link_bandwidth is None:
@@ -76,7 +76,7 @@ def calibration(chip: Chip) -> list[dict[str, Any]]:
 def model_flops(program: Program) -> float:
     """Operations of a run over all devices by the convention of `lm.model.forward_flops`.
 
-    Prefill needs the logits of each row's last token alone; a decoded token sees a full cache.
+    Prefill computes the logits of each row's last token only; a decoded token sees a full cache.
     """
     config, model = program.config, program.config.model
     if program.name == "train":
@@ -90,10 +90,10 @@ def model_flops(program: Program) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Operations that the program asks for before it is compiled, over all devices.
+    """Operations of the traced program, before it is compiled, over all devices.
 
     Attributes:
-      matmul: of matrix products, those that are computed again for the backward pass included.
+      matmul: of matrix products, including those computed again for the backward pass.
       kernels: of Pallas kernels, as they declare them.
     """
 
@@ -102,7 +102,7 @@ class Asked:
 
 
 def asked_flops(program: Program) -> Asked:
-    """Counts the traced program: what is more in the compiled one, the compiler has added."""
+    """Counts the traced program: what the compiled one has beyond it, the compiler added."""
     with jax.set_mesh(program.layout.mesh):
         closed = program.function.trace(*program.call).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -110,7 +110,7 @@ def asked_flops(program: Program) -> Asked:
 
 
 def count_flops(jaxpr: Any) -> np.ndarray:
-    """(matmul, kernels) of a jaxpr; of a `while`, whose turns are not known, one."""
+    """(matmul, kernels) of a jaxpr; the body of a `while`, of unknown length, counts once."""
     total = np.zeros(2)
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -161,11 +161,11 @@ def chip_for(device: Any) -> Chip:
 
 
 def memory(program: Program, compiled: Compiled) -> dict[str, float]:
-    """Bytes a device by kind, which add up to `total`.
+    """Bytes per device by kind, which add up to `total`.
 
-    Arguments are known exactly. Temporaries are what the compiler's peak leaves beside them:
-    activations, gradients, weights in compute precision and gathered, all at their worst moment
-    together. A program that is refused has the compiler's own total.
+    Arguments are known exactly. Temporaries are the rest of the compiler's peak: activations,
+    gradients, weights in compute precision and gathered, all at their worst moment together. A
+    refused program has the compiler's own total.
     """
     found = {kind: float(bytes_per_device(tree)) for kind, tree in program.arguments.items()}
     if compiled.refusal is not None:
@@ -177,7 +177,7 @@ def memory(program: Program, compiled: Compiled) -> dict[str, float]:
     padding = m["argument_size"] - sum(found.values())
     if program.name == "prefill":  # the cache is made, not given
         found["cache"] = float(m["output_size"])
-    # Beside buffers on the host the peak is no figure of the device; this is an upper bound.
+    # With buffers on the host the peak is not the device's; this is an upper bound.
     peak = 0 if m["host_temp_size"] else m["peak_memory"]
     peak = peak or m["argument_size"] + m["temp_size"]
     temporaries = peak - sum(found.values()) - padding
@@ -188,15 +188,15 @@ def memory(program: Program, compiled: Compiled) -> dict[str, float]:
 
 
 def usable_bytes(chip: Chip) -> float:
-    """Memory of a device as JAX counts them."""
+    """Memory of one device as JAX counts devices."""
     assert chip.usable_hbm_bytes is not None
     return chip.usable_hbm_bytes / chip.num_devices
 
 
 def collective_seconds(collective: Collective, mesh: Any, chip: Chip) -> tuple[float, float]:
-    """(seconds on the links between chips, seconds on the data-centre network), run perfectly.
+    """(seconds on the links between chips, seconds on the data-centre network), at best.
 
-    Every link along the dimensions of the torus that the group spans is busy all the time: two a
+    Every link along the torus dimensions that the group spans is busy all the time: two per
     dimension where its ends are joined, one where they are not. Over several slices, a device's
     share after the part inside the slice crosses the network.
     """
@@ -214,12 +214,12 @@ def collective_seconds(collective: Collective, mesh: Any, chip: Chip) -> tuple[f
 
 
 def group_links(axes: Sequence[str], mesh: Any, chip: Chip) -> tuple[int, int]:
-    """(links a device has within a group along these mesh axes, slices the group spans)."""
+    """(links of a device within a group along these mesh axes, slices the group spans)."""
     names = mesh.axis_names
     index = tuple(slice(None) if name in axes else 0 for name in names)
     group = np.atleast_1d(mesh.devices[index]).ravel()
     slices = len({getattr(device, "slice_index", 0) for device in group})
-    if chip.links == 1 or len(group) == 1:  # a switch; or groups that are no axes
+    if chip.links == 1 or len(group) == 1:  # a switch, or groups that are not axes
         return (chip.links or 1) if chip.links == 1 else 2, slices
     everything = mesh.devices.ravel()
     links = 0
@@ -235,10 +235,10 @@ def group_links(axes: Sequence[str], mesh: Any, chip: Chip) -> tuple[int, int]:
 def roofline(
     program: Program, compiled: Compiled, kernel_flops: float, chip: Chip
 ) -> dict[str, Any]:
-    """Seconds of a run by term, and together.
+    """Seconds of a run by term, and in total.
 
-    Compute, memory and collectives that have a start and a done run at once, and the longest
-    counts; collectives without are added, since nothing runs beside them.
+    Compute, memory and asynchronous collectives run at once, and the longest counts; synchronous
+    collectives are added, since nothing runs beside them.
     """
     assert compiled.cost is not None
     found, mesh = compiled.cost, program.layout.mesh
@@ -264,7 +264,7 @@ def roofline(
 
 @functools.cache
 def assumptions(mesh: Any, chip: Chip) -> tuple[str, ...]:
-    """What the prediction takes for granted."""
+    """Assumptions of the prediction."""
     platform = mesh.devices.flat[0].platform
     shared = (
         "every unit at its published peak; compute, memory and asynchronous collectives overlap "

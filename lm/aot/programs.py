@@ -1,5 +1,5 @@
-"""The programs `experiments.aot` compiles: this project's own step, prefill and decoding loop, over
-shapes alone. No array is ever made.
+"""The programs to compile for machines that are not here: this project's training step, prefill
+and decoding loop, over shapes alone. No array is ever made.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from lm.infer.generate import MIN_STOPS
 from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import check_mesh, param_specs
 from lm.model.params import unstacked_specs
-from lm.parallel import check_context, choose_strategy, context_attention, reorder_for
+from lm.parallel import choose_strategy, context_attention, reorder_for
+from lm.run.layout import check_sizes
 from lm.sharding import Layout, check_divides, make_mesh, make_rules, named_sharding
 from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken
@@ -37,7 +38,7 @@ from lm.weights import abstract
 
 Name = Literal["train", "prefill", "decode"]
 Tree = Any
-# Of the effort libtpu spends; 0 is what it does by itself. Ten times faster to compile.
+# Effort that libtpu spends; its default is 0. Compiles ten times faster.
 FAST = {"exec_time_optimization_effort": -1.0}
 
 
@@ -46,13 +47,13 @@ class Program:
     """A program to compile.
 
     Attributes:
-      name: which.
-      config, topology, layout: of the question.
+      name: "train", "prefill" or "decode".
+      config, topology, layout: the question's.
       function: jitted.
       arguments: ShapeDtypeStructs with shardings, by what they are: weights, optimizer, batch, ...
-      call: `function`'s positional arguments, made of those.
-      rows: of one run, over all devices.
-      tokens: of one run, that are trained on, read, or written.
+      call: positional arguments of `function`, made of those.
+      rows: rows of one run, over all devices.
+      tokens: tokens that one run trains on, reads or writes.
     """
 
     name: Name
@@ -79,12 +80,12 @@ class Compiled:
     """What the compiler made of a program, or why it did not.
 
     Attributes:
-      refusal: the compiler's own words where it ran out of memory; None where it did not.
-      needed_bytes, available_bytes: its figures in that case; None where it was not HBM.
-      memory: `memory_analysis()`'s figures, by name; of a refused program none.
+      refusal: the compiler's message where it ran out of memory, else None.
+      needed_bytes, available_bytes: its figures in that case; None where HBM was not the reason.
+      memory: figures of `memory_analysis()`, by name; none of a refused program.
       cost: of the compiled program; None of a refused one.
-      text: the program; "" of a refused one.
-      lower_seconds, compile_seconds: that it took.
+      text: the compiled program; "" of a refused one.
+      lower_seconds, compile_seconds: time that lowering and compiling took.
     """
 
     refusal: str | None
@@ -116,62 +117,43 @@ def check(name: Name, config: Aot, mesh: Any) -> int:
     Raises:
       ValueError: sizes that make no sense, or that the mesh does not divide.
     """
-    check_mesh(config.model, mesh)
-    return _check_train(config, mesh) if name == "train" else _check_serve(name, config, mesh)
-
-
-def global_rows(per_device: float, mesh: Any, key: str) -> int:
-    """Rows over all devices.
-
-    Raises:
-      ValueError: they are not whole.
-    """
+    per_device = config.train.rows_per_device if name == "train" else config.serve.rows_per_device
     rows = per_device * mesh.devices.size
     if not 1 <= rows < math.inf or abs(rows - round(rows)) > 1e-6:
+        key = "train.rows_per_device" if name == "train" else "serve.rows_per_device"
         raise ValueError(
             f"{key}={per_device:g} gives {rows:g} rows on {mesh.devices.size} devices; "
             f"use a multiple of 1/{mesh.devices.size}"
         )
-    return round(rows)
-
-
-def check_length(key: str, length: int, config: Aot) -> None:
-    """Raises ValueError for a length that is none, or beyond the model's."""
-    if length < 1:
-        raise ValueError(f"{key}={length} is no length; use 1 or more")
-    if length > config.model.max_length:
-        raise ValueError(
-            f"{key}={length} is beyond model.max_length={config.model.max_length}; "
-            "shorten the rows or raise the model's length"
-        )
-
-
-def _check_train(config: Aot, mesh: Any) -> int:
-    t, s, length = config.train, config.sharding, config.sequence_length
-    rules = make_rules(s.zero, s.sequence_parallel, s.zero_axes)
-    rows = global_rows(t.rows_per_device, mesh, "train.rows_per_device")
-    if t.num_micro_batches < 1 or rows % t.num_micro_batches:
-        raise ValueError(
-            f"train.num_micro_batches={t.num_micro_batches} does not divide the step's {rows} rows"
-        )
-    check_length("train.sequence_length", length, config)
-    batch_axes = rules.activations["batch"]
-    check_divides(mesh, batch_axes, "the rows of a micro-batch", rows // t.num_micro_batches)
-    check_divides(mesh, rules.activations["residual_sequence"], "train.sequence_length", length)
-    heads = [(a.num_heads, a.num_kv_heads) for a in (x.attention for x in config.model.layers)]
-    check_context(s.context, Layout(mesh, rules), length, heads)
-    check_attention(t.attention, mesh.devices.flat[0].platform)
+    rows = round(rows)
+    if name != "train":
+        _check_serve(name, config, mesh, rows)
+        return rows
+    check_sizes(
+        config.model, _train_layout(config, mesh), config.sharding, batch_size=rows,
+        num_micro_batches=config.train.num_micro_batches, sequence_length=config.sequence_length,
+    )  # fmt: skip
+    check_attention(config.train.attention, mesh.devices.flat[0].platform)
     return rows
 
 
-def _check_serve(name: Name, config: Aot, mesh: Any) -> int:
-    s = config.serve
-    rows = global_rows(s.rows_per_device, mesh, "serve.rows_per_device")
-    check_length("serve.cache_length", config.cache_length, config)
-    if name == "prefill" and not 0 < config.prompt_length < config.cache_length:
+def _train_layout(config: Aot, mesh: Any) -> Layout:
+    s = config.sharding
+    return Layout(mesh, make_rules(s.zero, s.sequence_parallel, s.zero_axes))
+
+
+def _check_serve(name: Name, config: Aot, mesh: Any, rows: int) -> None:
+    check_mesh(config.model, mesh)
+    length = config.cache_length
+    if not 1 <= length <= config.model.max_length:
+        raise ValueError(
+            f"serve.cache_length={length} is not between 1 and model.max_length="
+            f"{config.model.max_length}; use a shorter cache or raise the model's length"
+        )
+    if name == "prefill" and not 0 < config.prompt_length < length:
         raise ValueError(
             f"serve.prompt_length={config.prompt_length} leaves no room in serve.cache_length="
-            f"{config.cache_length}; use a longer cache"
+            f"{length}; use a longer cache"
         )
     if mesh.shape["context"] > 1:
         raise ValueError(
@@ -179,11 +161,10 @@ def _check_serve(name: Name, config: Aot, mesh: Any) -> int:
         )
     if config.train.attention is not None:
         raise ValueError(
-            f"train.attention={config.train.attention!r} is the training step's; {name} takes what "
+            f"train.attention={config.train.attention!r} is the training step's; {name} uses what "
             "its cache chooses, so leave it out"
         )
-    check_divides(mesh, make_rules(s.zero).activations["batch"], "serve's rows", rows)
-    return rows
+    check_divides(mesh, make_rules(config.serve.zero).activations["batch"], "serve's rows", rows)
 
 
 def check_attention(name: str | None, platform: str) -> None:
@@ -207,9 +188,8 @@ def check_attention(name: str | None, platform: str) -> None:
 
 def _train(config: Aot, topology: str, mesh: Any, rows: int) -> Program:
     t, s, length = config.train, config.sharding, config.sequence_length
-    rules = make_rules(s.zero, s.sequence_parallel, s.zero_axes)
-    layout = Layout(mesh, rules)
-    sharding = named_sharding(mesh, rules.activations, ("batch", "sequence"), (rows, length))
+    layout = _train_layout(config, mesh)
+    sharding = named_sharding(mesh, layout.rules.activations, ("batch", "sequence"), (rows, length))
     ids, weights = (
         jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
         for dtype in (jnp.int32, jnp.float32)
@@ -284,9 +264,9 @@ def compile_program(
     """Compiles a program for its topology.
 
     Args:
-      program: what.
-      full: with all the effort the compiler would spend by itself.
-      options: of the compiler, beside those.
+      program: see `make_program`.
+      full: with the compiler's default effort, as for a run.
+      options: further options of the compiler.
 
     Raises:
       ValueError: the program cannot be compiled, for another reason than memory.
@@ -325,8 +305,8 @@ _SIZE = r"([\d.]+)\s*([KMGT]?)i?B?"
 
 
 def _refused(message: str, lower_seconds: float, compile_seconds: float) -> Compiled:
-    """What libtpu says: `total memory required for HLO temporaries (123.90G) exceeds available HBM
-    (95.73G)`, or `Used 20.1G of 15.75G hbm`.
+    """Reads libtpu's message, which says `total memory required for HLO temporaries (123.90G)
+    exceeds available HBM (95.73G)`, or `Used 20.1G of 15.75G hbm`.
     """
     first = message.splitlines()[0]
     match = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
@@ -342,7 +322,7 @@ def _refused(message: str, lower_seconds: float, compile_seconds: float) -> Comp
 
 
 def bytes_per_device(tree: Tree) -> int:
-    """Of arrays as they lie, unpadded."""
+    """Bytes of the arrays on one device, unpadded."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )

@@ -1,4 +1,4 @@
-"""What a question about a machine that is not here is made of."""
+"""Configuration of a question about a machine that is not here."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Train:
     """The training step.
 
     Attributes:
-      rows_per_device: rows of a step over devices; a fraction where a row lies on several.
-      sequence_length: tokens of a row; none for the model's, at most 8,192.
-      num_micro_batches: a step's rows are taken in this many parts.
+      rows_per_device: rows per step and device; a fraction where a row is split over several.
+      sequence_length: tokens per row; None for the model's, at most 8,192.
+      num_micro_batches: parts in which a step takes its rows.
       dtype: of compute; weights and their updates are float32.
       remat: see `lm.model.remat`.
-      attention: implementation; none for what `lm.kernels.attention` chooses for the platform.
-      loss: implementation of the cross-entropy; none for what its size decides.
-      packed: rows hold several documents, so that attention has segments to mask.
+      attention: implementation; None for what `lm.kernels.attention` chooses for the platform.
+      loss: implementation of the cross-entropy; None chooses by its size.
+      packed: rows hold several documents, so that attention masks segments.
     """
 
     rows_per_device: float = 1.0
@@ -40,11 +40,11 @@ class Serve:
     """Prefill and decode.
 
     Attributes:
-      rows_per_device: rows at once over devices.
-      prompt_length: tokens of a prompt; none for half of the cache.
-      cache_length: positions of the cache; none for the model's, at most 4,096.
+      rows_per_device: rows at once, per device.
+      prompt_length: tokens per prompt; None for half of the cache.
+      cache_length: positions of the cache; None for the model's, at most 4,096.
       dtype: of weights, compute and cache.
-      zero: 3 also splits the weights over `fsdp`, and gathers them a layer at a time.
+      zero: 3 also shards the weights over `fsdp`, and gathers them one layer at a time.
     """
 
     rows_per_device: float = 1.0
@@ -56,7 +56,7 @@ class Serve:
 
 @dataclasses.dataclass(frozen=True)
 class Aot:
-    """A model, where it lies, and what it does there."""
+    """A model, how it is sharded, and what it does."""
 
     model: ModelConfig
     mesh: MeshShape = MeshShape(fsdp=-1)

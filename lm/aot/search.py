@@ -1,4 +1,4 @@
-"""Estimates without a compiler: what may fit, what would be fast, and in which order to try it."""
+"""Estimates without a compiler: what may fit, what would be fast, and what to compile first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lm.hardware import topologies
 from lm.hardware.chips import Chip
 from lm.infer.cache import make_cache
 from lm.model import forward_flops, param_specs
-from lm.model.count import mean_positions
+from lm.model.count import activation_widths, mean_positions
 from lm.sharding import MeshShape, make_mesh
 from lm.train.optimizers import make_optimizer
 from lm.train.state import state_specs
@@ -26,14 +26,14 @@ from lm.weights import abstract, is_spec
 
 REMATS = ("none", "matmuls", "save:query,key,value,attention", "save:attention", "full")
 ROWS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0)
-HEADROOM = 0.95  # of the memory, that an estimate may fill
-PER_MESH = 2  # candidates of one mesh among the first
-# Their sparse cores send along one dimension of a torus beside the matrix products.
+HEADROOM = 0.95  # share of the memory that an estimate may fill
+PER_MESH = 2  # candidates of one mesh that are compiled
+# Sparse cores of these chips send along one torus dimension beside the matrix products.
 BESIDE = ("TPU v5p", "TPU v6e", "TPU7x")
 
 
 class Machine:
-    """The devices of a topology, and what was asked of them before."""
+    """The devices of a topology; meshes of them are cached."""
 
     def __init__(self, devices: Sequence[Any], chip: Chip) -> None:
         self.devices, self.chip = devices, chip
@@ -58,14 +58,14 @@ def machine_of(topology: str) -> Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of a device and one run.
+    """What one run takes on one device.
 
     Attributes:
-      bytes: by kind.
+      bytes: memory by kind.
       compute: seconds of the operations.
       beside: seconds of collectives that run beside them.
-      waiting: seconds of those that do not.
-      tokens: of a run over all devices.
+      waiting: seconds of collectives that do not.
+      tokens: tokens of a run over all devices.
     """
 
     bytes: dict[str, float]
@@ -85,7 +85,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A configuration, its flags beside the configuration asked about, and its estimate."""
+    """A configuration, the flags that make it from the one asked about, and its estimate."""
 
     config: Aot
     flags: tuple[str, ...]
@@ -93,7 +93,7 @@ class Candidate:
 
 
 def estimate(name: Name, config: Aot, machine: Machine) -> Estimate:
-    """What a configuration takes, from its sizes.
+    """Memory and time of a configuration, from its sizes.
 
     Memory: what is stored, exactly but for rounding; gradients in float32; weights in compute
     precision; one layer's weights gathered twice over; the values that remat keeps; and the widest
@@ -109,7 +109,7 @@ def estimate(name: Name, config: Aot, machine: Machine) -> Estimate:
 
 @functools.lru_cache(maxsize=64)
 def _stored(model: Any, optimizer: Any) -> tuple[int, int]:
-    """(weights, bytes of optimizer state) of a model."""
+    """(number of parameters, bytes of optimizer state) of a model."""
     specs = param_specs(model)
     leaves = jax.tree.leaves(state_specs(specs, make_optimizer(optimizer)), is_leaf=is_spec)
     state = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
@@ -126,57 +126,37 @@ class _Sizes:
         self.tensor = self.mesh["tensor"]
         self.waits = {True: 0.0, False: 0.0}  # seconds, by whether they run beside other work
         self.weights, self.state = _stored(config.model, config.optimizer)
-        self.layers = config.model.layers
-
-    def widths(self, layer: Any) -> dict[str, float]:
-        """Values a token of each named activation of a layer, on one device."""
-        a, f = layer.attention, layer.feed_forward
-        keys = a.num_kv_heads * a.head_dim / self.tensor
-        inner = f.hidden_dim / self.tensor
-        return {
-            "query": a.num_heads * a.head_dim / self.tensor, "key": keys, "value": keys,
-            "attention": a.num_heads * a.value_dim / self.tensor,
-            "up": inner, "gate": inner if f.gated else 0.0,
-        }  # fmt: skip
+        self.widths = [activation_widths(layer) for layer in config.model.layers]
+        self.widest = max(self.widths, key=lambda widths: sum(widths.values()))
 
     def kept(self, remat: str) -> float:
-        """Values a token that all layers keep for the backward pass."""
+        """Values per token that all layers keep for the backward pass, on one device."""
         model, total = self.config.model, 0.0
         stream = model.embed_dim / (self.tensor if self.config.sharding.sequence_parallel else 1)
-        for layer in self.layers:
-            widths = self.widths(layer)
+        for widths in self.widths:
             total += stream
             if remat.startswith("save:"):
-                total += sum(widths[n] for n in remat.removeprefix("save:").split(",") if n)
+                total += sum(widths[n] for n in saved(remat)) / self.tensor
             elif remat == "matmuls":
-                total += sum(widths.values()) - widths["attention"] + 2 * stream
+                total += (sum(widths.values()) - widths["attention"]) / self.tensor + 2 * stream
             elif remat == "none":
-                total += sum(widths.values()) + widths["query"] + widths["up"] + 4 * stream
+                inside = sum(widths.values()) + widths["query"] + widths["up"]
+                total += inside / self.tensor + 4 * stream
         return total
 
     def again(self, remat: str, length: int) -> float:
-        """Operations a token that are computed again, of all layers."""
-        model, total = self.config.model, 0.0
+        """Operations per token that are computed again, over all layers."""
+        total = 0.0
         if remat == "none":
-            return 0.0
-        names = remat.removeprefix("save:").split(",") if remat.startswith("save:") else []
-        for layer in self.layers:
-            a, f = layer.attention, layer.feed_forward
+            return total
+        names = saved(remat)
+        for layer, widths in zip(self.config.model.layers, self.widths, strict=True):
+            a = layer.attention
             pairs = 2.0 * a.num_heads * (a.head_dim + a.value_dim)
             total += 0.0 if "attention" in names else pairs * mean_positions(length, a.window)
-            if remat == "matmuls":
-                continue
-            columns = {
-                "query": a.num_heads * a.head_dim, "key": a.num_kv_heads * a.head_dim,
-                "value": a.num_kv_heads * a.head_dim, "attention": a.num_heads * a.value_dim,
-                "up": f.hidden_dim, "gate": f.hidden_dim if f.gated else 0,
-            }  # fmt: skip
-            always = {"attention"}  # the projection of what attention returns
-            total += sum(
-                2.0 * model.embed_dim * size
-                for name, size in columns.items()
-                if name in always or name not in names
-            )
+            if remat != "matmuls":  # the projection of what attention returns is always computed
+                again = (w for n, w in widths.items() if n == "attention" or n not in names)
+                total += 2.0 * self.config.model.embed_dim * sum(again)
         return total
 
     def train(self) -> Estimate:
@@ -189,11 +169,10 @@ class _Sizes:
         zero = math.prod(self.mesh[a] for a in sharding.zero_axes)
         split = [self.tensor * (zero if sharding.zero >= stage else 1) for stage in (1, 2, 3)]
         size = jnp.dtype(t.dtype).itemsize
-        layer = max(self.layers, key=lambda each: each.feed_forward.hidden_dim)
         ends = model.padded_vocab_size * model.embed_dim
-        in_layers = (self.weights - (1 if model.tied else 2) * ends) / len(self.layers)
-        widths = self.widths(layer)
-        work = 6 * model.embed_dim + 2 * sum(widths.values()) + 4 * widths["up"]
+        in_layers = (self.weights - (1 if model.tied else 2) * ends) / len(self.widths)
+        inside = 2 * sum(self.widest.values()) + 4 * self.widest["up"]
+        work = 6 * model.embed_dim + inside / self.tensor
         held = {
             "weights": 4.0 * self.weights / split[2],
             "optimizer": self.state / split[0],
@@ -219,7 +198,7 @@ class _Sizes:
             if axis not in sharding.zero_axes:
                 self.send(2.0 * wire, axis)
         passes = 4 if t.remat in ("none", "matmuls") else 6
-        stream = size * here * t.num_micro_batches * model.embed_dim * len(self.layers)
+        stream = size * here * t.num_micro_batches * model.embed_dim * len(self.widths)
         self.send(2.0 * passes * stream, "tensor", wait=True)
         compute = flops / self.num_devices / (self.chip.flops / self.chip.num_devices)
         return Estimate(held, compute, self.waits[True], self.waits[False], tokens)
@@ -238,14 +217,13 @@ class _Sizes:
         cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
         prefill = self.name == "prefill"
         here = rows / shards * (self.config.prompt_length if prefill else 1)
-        widths = self.widths(max(self.layers, key=lambda each: each.feed_forward.hidden_dim))
-        work = 6 * model.embed_dim + 2 * sum(widths.values())
+        work = 6 * model.embed_dim + 2 * sum(self.widest.values()) / self.tensor
         held = {
             "weights": size * self.weights / split,
             "cache": cache * rows / shards / self.tensor,
             "work": size * here * work
             + 8.0 * rows / shards * model.padded_vocab_size
-            + 2.0 * cache * rows / shards / self.tensor / len(self.layers),
+            + 2.0 * cache * rows / shards / self.tensor / len(self.widths),
         }
         read = held["weights"] + (0 if prefill else held["cache"])
         length = self.config.prompt_length if prefill else 2 * self.config.cache_length - 1
@@ -255,7 +233,7 @@ class _Sizes:
             max(flops / self.chip.flops, read / (self.chip.hbm_bandwidth or math.inf))
             * self.chip.num_devices
         )
-        self.send(4.0 * size * here * model.embed_dim * len(self.layers), "tensor", wait=True)
+        self.send(4.0 * size * here * model.embed_dim * len(self.widths), "tensor", wait=True)
         self.send(size * self.weights / self.tensor if s.zero == 3 else 0.0, "fsdp")
         return Estimate(held, compute, self.waits[True], self.waits[False], tokens)
 
@@ -270,6 +248,11 @@ class _Sizes:
         self.waits[beside] += size * (g - 1) / g / ((bandwidth or math.inf) / chip.num_devices)
 
 
+def saved(remat: str) -> list[str]:
+    """Names of the activations that a policy `save:a,b` keeps; none of another policy's."""
+    return [n for n in remat.removeprefix("save:").split(",") if n] if "save:" in remat else []
+
+
 def candidates(
     name: Name, config: Aot, machine: Machine, *, factor: float = 1.0
 ) -> list[Candidate]:
@@ -277,10 +260,10 @@ def candidates(
 
     Args:
       name: of the program.
-      config: what is kept is its model, lengths, optimizer, dtypes and ZeRO stage; mesh, remat and
-        rows are chosen.
+      config: its model, lengths, optimizer, dtypes and ZeRO stage are kept; mesh, remat and rows
+        are chosen.
       machine: what they run on.
-      factor: that estimates of memory are multiplied by.
+      factor: estimates of memory are multiplied by it.
 
     Raises:
       ValueError: no mesh divides the model, its rows and lengths.
@@ -305,7 +288,7 @@ def candidates(
 
 
 def nothing_fits(name: Name, config: Aot, machine: Machine) -> str:
-    """What to say where `candidates` finds none."""
+    """Advice where `candidates` finds none."""
     weights, state = _stored(config.model, config.optimizer)
     held = (
         weights * 4 + state if name == "train" else weights * jnp.dtype(config.serve.dtype).itemsize
@@ -320,7 +303,7 @@ def nothing_fits(name: Name, config: Aot, machine: Machine) -> str:
 
 
 def first(found: Sequence[Candidate], most: int) -> list[Candidate]:
-    """The first `most`, of one mesh no more than `PER_MESH`."""
+    """The first `most`, at most `PER_MESH` of each mesh."""
     chosen: list[Candidate] = []
     for each in found:
         key = each.config.mesh, each.config.sharding.zero_axes
@@ -376,7 +359,7 @@ def _serving(config: Aot, mesh: MeshShape) -> Iterator[Aot]:
 
 
 def flags_of(old: Aot, new: Aot) -> tuple[str, ...]:
-    """The flags that make one configuration of another."""
+    """The flags that turn one configuration into another."""
     from lm.config import codec
 
     changed = codec.difference(old, new)
@@ -387,7 +370,7 @@ def flags_of(old: Aot, new: Aot) -> tuple[str, ...]:
 
 
 def remedies(name: Name, config: Aot, machine: Machine, needed: float) -> list[dict[str, Any]]:
-    """What would fit where a configuration needs `needed` bytes a device and they are not there.
+    """What would fit where a configuration needs `needed` bytes per device, more than there are.
 
     Estimates, scaled by what the compiler needed over what was estimated: on the same mesh the most
     rows with the same remat, and the cheapest remat with the same rows; then the fastest of any

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.model.config import Attention, ModelConfig
+from lm.model.config import Attention, Layer, ModelConfig
 from lm.model.params import param_specs
 from lm.weights import count, is_spec
 
@@ -60,6 +60,17 @@ def forward_flops(config: ModelConfig, length: int) -> float:
         pair = 2.0 * a.num_heads * (a.head_dim + a.value_dim)
         total += pair * mean_positions(length, a.window)
     return total
+
+
+def activation_widths(layer: Layer) -> dict[str, int]:
+    """Values per token of the activations of a layer that `lm.model.remat` names."""
+    a, f = layer.attention, layer.feed_forward
+    keys = a.num_kv_heads * a.head_dim
+    return {
+        "query": a.num_heads * a.head_dim, "key": keys, "value": keys,
+        "attention": a.num_heads * a.value_dim,
+        "up": f.hidden_dim, "gate": f.hidden_dim if f.gated else 0,
+    }  # fmt: skip
 
 
 def _projections(a: Attention, D: int) -> int:

@@ -48,8 +48,13 @@ def check_sizes(
     model: ModelConfig, layout: Layout, sharding: Sharding, *, batch_size: int,
     num_micro_batches: int, sequence_length: int,
 ) -> None:  # fmt: skip
-    """Raises ValueError where the mesh, or the number of micro-batches, does not divide a size."""
+    """Raises ValueError where a size is not divided, or rows are longer than the model allows."""
     mesh, activations = layout.mesh, layout.rules.activations
+    if not 1 <= sequence_length <= model.max_length:
+        raise ValueError(
+            f"train.sequence_length={sequence_length} is not between 1 and model.max_length="
+            f"{model.max_length}; shorten the rows or raise the model's length"
+        )
     check_mesh(model, mesh)
     if num_micro_batches < 1 or batch_size % num_micro_batches:
         raise ValueError(
@@ -61,8 +66,3 @@ def check_sizes(
     check_divides(mesh, activations["residual_sequence"], "sequence_length", sequence_length)
     heads = [(a.num_heads, a.num_kv_heads) for a in (x.attention for x in model.layers)]
     check_context(sharding.context, layout, sequence_length, heads)
-    if sequence_length > model.max_length:
-        raise ValueError(
-            f"train.sequence_length={sequence_length} is beyond model.max_length="
-            f"{model.max_length}; shorten the rows or raise the model's length"
-        )
