@@ -168,7 +168,7 @@ def test_a_mixture_with_named_validation_sets_and_another_batch_size_later(
         ({"mesh__context": "3"}, "'context'=3 does not divide"),
         ({"sharding__zero_axes": "fsdp,tensor"}, "zero_axes=('fsdp', 'tensor')"),
         ({"train__num_micro_batches": "3"}, "num_micro_batches=3 does not divide"),
-        ({"train__sequence_length": "65"}, "beyond model.max_length=64"),
+        ({"train__sequence_length": "65"}, "is not between 1 and model.max_length=64"),
         ({"data__files": "nothing/*.txt"}, "nothing/*.txt"),
         ({"model__vocab_size": "400000"}, "400000"),
     ],
