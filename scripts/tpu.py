@@ -49,7 +49,7 @@ VERSIONS = {  # runtime images by the accelerator type's beginning
 READY = {"READY", "ACTIVE"}
 LOST = {"PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDING", "SUSPENDED", "FAILED", "ABSENT"}
 USAGE_ERROR = 2  # a command that refuses its arguments will refuse them again
-STEADY_SECONDS = 600.0  # a run that lasted this long is no failed attempt
+STEADY_SECONDS = 600.0  # a run that lasted this long does not count as a failed attempt
 
 SETUP = f"""\
 set -e
@@ -62,7 +62,7 @@ fi
 .venv/bin/python -m pip install --quiet --no-input -c constraints.txt -e '.[tpu]'
 """
 
-# The process group of run.pid is the run's; a number that came to name another process is no run.
+# The process group of run.pid is the run's, unless the number now names another process.
 STOP = """\
 pid=$(cat run.pid 2>/dev/null || true)
 if [ -n "$pid" ] && [ "$(readlink /proc/$pid/cwd)" = "$(pwd -P)" ]; then
@@ -357,7 +357,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--spot", action="store_true", help="cheaper, and preempted at any time")
     parser.add_argument("--num_slices", type=int, default=1)
     parser.add_argument("--direct", action="store_true", help="a TPU VM without the queue")
-    parser.add_argument("--interval", type=float, default=60.0, help="seconds between looks")
+    parser.add_argument("--interval", type=float, default=60.0, help="seconds between polls")
     parser.add_argument("--max_restarts", type=int, default=8, help="in a row, before giving up")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run none")
     parser.epilog = "After -- comes the command that run and watch start."
@@ -366,11 +366,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.command = list(argv[cut + 1 :])
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", args.name):
         parser.error(
-            f"--name={args.name}: lower-case letters, digits and -, beginning with a letter"
+            f"--name={args.name}: use lower-case letters, digits and -, beginning with a letter"
         )
     if args.num_slices < 1 or (args.direct and args.num_slices > 1):
         parser.error(
-            f"--num_slices={args.num_slices}: 1 or more, and several only through the queue"
+            f"--num_slices={args.num_slices}: use 1 or more, and several only without --direct"
         )
     if args.verb in ("create", "watch"):
         if not args.accelerator_type:
@@ -382,8 +382,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                 f"(`gcloud compute tpus tpu-vm versions list --zone={args.zone}`)"
             )
         args.version = args.version or known[0]
-    if (args.verb in ("run", "watch")) != bool(args.command):
-        parser.error(f"{args.verb}: {'unexpected' if args.command else 'give'} a command after --")
+    if args.verb in ("run", "watch") and not args.command:
+        parser.error(f"{args.verb} needs a command; give it after --")
+    if args.verb not in ("run", "watch") and args.command:
+        parser.error(f"{args.verb} takes no command; remove what follows --")
     return args
 
 

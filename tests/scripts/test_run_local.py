@@ -1,8 +1,9 @@
-"""Several processes on one machine: what each is told, and how all end."""
+"""Several processes on one machine: what each knows, and how all end."""
 
 from __future__ import annotations
 
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ SCRIPT = [sys.executable, str(ROOT / "scripts" / "run_local.py")]
 
 TELL = """
 import os
-keys = "LM_COORDINATOR LM_NUM_PROCESSES LM_PROCESS_ID JAX_PLATFORMS XLA_FLAGS".split()
+keys = "LM_COORDINATOR LM_RUN_TOKEN LM_NUM_PROCESSES LM_PROCESS_ID JAX_PLATFORMS XLA_FLAGS".split()
 print(*(os.environ[key] for key in keys))
 """
 
@@ -24,16 +25,17 @@ def run(*args: str, **kwargs) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*SCRIPT, *args], capture_output=True, text=True, timeout=120, **kwargs)
 
 
-def test_each_process_is_told_its_place(monkeypatch):
+def test_each_process_knows_its_place_and_the_token(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_other=1")
     result = run("--num_processes=3", "--devices=2", "--", sys.executable, "-c", TELL)
     assert result.returncode == 0
     lines = sorted(result.stdout.splitlines())
-    coordinators = {line.split()[1] for line in lines}
-    assert len(lines) == 3 and len(coordinators) == 1
+    shared = {" ".join(line.split()[1:3]) for line in lines}
+    assert len(lines) == 3 and len(shared) == 1
+    assert re.fullmatch(r"127.0.0.1:\d+ [0-9a-f]{32}", min(shared))
     flags = "--xla_other=1 --xla_force_host_platform_device_count=2"
     for i, line in enumerate(lines):
-        assert line == f"[{i}] {coordinators.copy().pop()} 3 {i} cpu {flags}"
+        assert line == f"[{i}] {min(shared)} 3 {i} cpu {flags}"
 
 
 def test_one_failure_ends_all():

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -18,22 +19,20 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "tpu.py")]
 WHERE = ["--name=llama", "--zone=us-east5-a"]
 
-# From the reference pages of gcloud compute tpus ...: flags that must be there, flags that may.
+# From the reference pages of gcloud compute tpus ...: flags that must be there / that may.
 EVERYWHERE = {"--zone", "--project", "--quiet", "--format"}
 REFERENCE = {
-    ("tpu-vm", "create"): ({"--accelerator-type", "--version"}, {"--spot"}),
-    ("tpu-vm", "describe"): (set(), set()),
-    ("tpu-vm", "delete"): (set(), {"--async"}),
-    ("tpu-vm", "ssh"): (set(), {"--worker", "--command"}),
-    ("tpu-vm", "scp"): (set(), {"--worker", "--recurse", "--compress"}),
-    ("queued-resources", "create"): (
-        {"--accelerator-type", "--runtime-version"},
-        {"--node-id", "--node-count", "--node-prefix", "--spot", "--async"},
-    ),
-    ("queued-resources", "describe"): (set(), set()),
-    ("queued-resources", "delete"): (set(), {"--force", "--async"}),
-    ("queued-resources", "ssh"): (set(), {"--node", "--worker", "--command", "--batch-size"}),
-    ("queued-resources", "scp"): (set(), {"--node", "--worker", "--recurse", "--batch-size"}),
+    "tpu-vm create": "--accelerator-type --version / --spot",
+    "tpu-vm describe": "/",
+    "tpu-vm delete": "/ --async",
+    "tpu-vm ssh": "/ --worker --command",
+    "tpu-vm scp": "/ --worker --recurse --compress",
+    "queued-resources create": "--accelerator-type --runtime-version / "
+    "--node-id --node-count --node-prefix --spot --async",
+    "queued-resources describe": "/",
+    "queued-resources delete": "/ --force --async",
+    "queued-resources ssh": "/ --node --worker --command --batch-size",
+    "queued-resources scp": "/ --node --worker --recurse --batch-size",
 }
 
 
@@ -56,9 +55,11 @@ def test_commands_are_what_the_reference_allows(kind):
     for verb in ("create", "copy", "setup", "status", "teardown"):
         commands += dry(verb, "--accelerator_type=v5litepod-16", *kind)
     assert len(commands) >= 14
+    assert sum(bool(re.search("LM_RUN_TOKEN=[0-9a-f]{32};", " ".join(c))) for c in commands) == 1
     for command in commands:
         assert command[:3] == ["gcloud", "compute", "tpus"]
-        required, allowed = REFERENCE[command[3], command[4]]
+        listed = REFERENCE[" ".join(command[3:5])].split("/")
+        required, allowed = ({*flags.split()} for flags in listed)
         flags = {word.partition("=")[0] for word in command[5:] if word.startswith("--")}
         assert required <= flags <= required | allowed | EVERYWHERE, command
         assert ("--project" in flags) == ("--project=p" in kind)
@@ -66,41 +67,34 @@ def test_commands_are_what_the_reference_allows(kind):
         assert len(places) == (2 if command[4] == "scp" else 1)
 
 
-def test_commands_word_for_word():
-    gcloud, place = ["gcloud", "compute", "tpus"], ["--zone=us-east5-a", "--quiet"]
-    assert dry("create", "--accelerator_type=v6e-64", "--spot") == [
-        [*gcloud, "queued-resources", "create", "llama", "--node-id=llama",
-         "--accelerator-type=v6e-64", "--runtime-version=v2-alpha-tpuv6e", "--spot", *place],
-    ]  # fmt: skip
-    assert dry("create", "--accelerator_type=v5p-8", "--num_slices=4", "--version=mine") == [
-        [*gcloud, "queued-resources", "create", "llama", "--node-count=4", "--node-prefix=llama",
-         "--accelerator-type=v5p-8", "--runtime-version=mine", *place],
-    ]  # fmt: skip
-    assert dry("create", "--accelerator_type=v4-8", "--direct") == [
-        [*gcloud, "tpu-vm", "create", "llama", "--accelerator-type=v4-8",
-         "--version=tpu-ubuntu2204-base", *place],
-    ]  # fmt: skip
-    assert dry("teardown") == [[*gcloud, "queued-resources", "delete", "llama", "--force", *place]]
-    assert dry("teardown", "--direct") == [[*gcloud, "tpu-vm", "delete", "llama", *place]]
-    unpack = "--command=mkdir -p lm && tar -xzf lm.tar.gz -C lm"
-    assert dry("copy")[1] == [*gcloud, "tpu-vm", "ssh", "llama", "--worker=all", unpack, *place]
-    assert dry("copy", "--num_slices=2")[1] == [
-        *gcloud, "queued-resources", "ssh", "llama", "--node=all", "--worker=all", unpack, *place,
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "group", "wanted"),
+    [
+        ("create --accelerator_type=v6e-64 --spot", "queued-resources",
+         "--node-id=llama --runtime-version=v2-alpha-tpuv6e --spot"),
+        ("create --accelerator_type=v5p-8 --num_slices=4 --version=mine", "queued-resources",
+         "--node-count=4 --node-prefix=llama --runtime-version=mine"),
+        ("create --accelerator_type=v4-8 --direct", "tpu-vm", "--version=tpu-ubuntu2204-base"),
+        ("teardown", "queued-resources", "--force"),
+        ("teardown --direct", "tpu-vm", ""),
+        ("setup", "tpu-vm", "--worker=all"),
+        ("setup --num_slices=2", "queued-resources", "--node=all --worker=all"),
+    ],
+)  # fmt: skip
+def test_what_the_options_ask_for(args, group, wanted):
+    (command,) = dry(*args.split())
+    assert command[3] == group and {"llama", *wanted.split()} <= {*command}
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["create"], "create needs --accelerator_type, for example"),
-        (
-            ["create", "--accelerator_type=v99-8"],
-            "no usual runtime image for v99-8; give --version",
-        ),
-        (["run"], "run: give a command after --"),
-        (["setup", "--", "true"], "setup: unexpected a command"),
-        (["setup", "--name=Llama"], "--name=Llama: lower-case letters"),
-        (["setup", "--direct", "--num_slices=2"], "several only through the queue"),
+        (["create", "--accelerator_type=v99-8"], "no usual runtime image for v99-8; give --ver"),
+        (["run"], "run needs a command; give it after --"),
+        (["setup", "--", "true"], "setup takes no command; remove what follows --"),
+        (["setup", "--name=Llama"], "--name=Llama: use lower-case letters"),
+        (["setup", "--direct", "--num_slices=2"], "several only without --direct"),
     ],
 )
 def test_mistakes(args, message):
@@ -233,6 +227,6 @@ def test_a_run_ends_the_one_before(world):
     assert "running" in world.script("status").stdout
 
 
-def test_a_missing_gcloud_is_said():
+def test_a_missing_gcloud_is_named():
     result = call("teardown", *WHERE, env={"PATH": "/nonexistent"})
     assert result.returncode == 1 and "gcloud is not installed; see" in result.stderr
