@@ -43,6 +43,12 @@ class Case:
     window: int | None = None
     softcap: float | None = None
 
+    def scores(self) -> Any:
+        """What `lm.kernels.attention` takes."""
+        from lm.kernels.attention import Scores
+
+        return Scores(self.head_dim**-0.5, window=self.window, softcap=self.softcap)
+
     @property
     def name(self) -> str:
         extra = []
@@ -107,9 +113,8 @@ def expected(case: Case, path: str) -> None:
     @jax.jit
     def run(q, k, v, dout, view):
         attend = functools.partial(
-            attention, view=view, scale=case.head_dim**-0.5, window=case.window,
-            softcap=case.softcap, implementation="reference",
-        )  # fmt: skip
+            attention, view=view, scores=case.scores(), implementation="reference"
+        )
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(dout)
 
@@ -137,10 +142,7 @@ class JaxContender:
 
         def forward(q, k, v, view):
             with use_layout(layout):
-                return attention(
-                    q, k, v, view, scale=case.head_dim**-0.5, window=case.window,
-                    softcap=case.softcap, implementation=implementation,
-                )  # fmt: skip
+                return attention(q, k, v, view, case.scores(), implementation=implementation)
 
         def both(q, k, v, dout, view):
             out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, view), q, k, v)
@@ -229,8 +231,8 @@ def time_paged(name: str, size: str, rounds: int) -> Answer:
     import jax
     import jax.numpy as jnp
 
-    from lm.kernels.attention import View, attention
-    from lm.kernels.paged_attention import make_pages, paged_attention
+    from lm.kernels.attention import Scores, View, attention
+    from lm.kernels.paged_attention import PageBatch, make_pages, paged_attention
 
     B, T, H, K, h, page = (4, 64, 4, 2, 64, 16) if size == "tiny" else (64, 8192, 32, 8, 128, 64)
     keys = [jax.random.key(i) for i in range(3)]
@@ -244,11 +246,13 @@ def time_paged(name: str, size: str, rounds: int) -> Answer:
     rows = data[table[0]].swapaxes(1, 2).reshape(T, K, -1).astype(jnp.float32)
     wanted = attention(
         q[:1, None].astype(jnp.float32), rows[None, ..., :h], rows[None, ..., h : 2 * h],
-        View(np.full((1, 1), T - 1), np.arange(T)[None]), scale=h**-0.5, implementation="reference",
+        View(np.full((1, 1), T - 1), np.arange(T)[None]), Scores(h**-0.5),
+        implementation="reference",
     )[0, 0]  # fmt: skip
-    call = functools.partial(paged_attention, scale=h**-0.5, max_q_len=1, implementation=name)
+    call = functools.partial(paged_attention, scores=Scores(h**-0.5), implementation=name)
     lens, starts = jnp.full((B,), T, jnp.int32), jnp.arange(B + 1, dtype=jnp.int32)
-    arguments = (q, dataclasses.replace(empty, data=data), table, lens, starts)
+    batch = PageBatch(table, lens, starts, max_q_len=1)
+    arguments = (q, dataclasses.replace(empty, data=data), batch)
     run = jax.jit(call).lower(*arguments).compile()
     out = run(*arguments)[0].astype(jnp.float32)
     seconds = _median(run, *arguments, rounds=rounds)

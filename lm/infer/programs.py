@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.infer.cache import CacheKind, make_cache
+from lm.infer.cache import CacheKind, in_pages, make_cache, own_page_table
 from lm.infer.sampling import sample_tokens, token_keys
 from lm.model import ModelConfig, ModelWeights, Tokens, forward, make_head
 from lm.sharding import Layout, constrain, use_layout
@@ -119,7 +119,8 @@ def prefill(
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
         caches = make_cache(config, B, length, cache.dtype, kind=cache.kind)
         params = _bound(params, sampling)
-        output = forward(params, Tokens(ids, positions, segment_ids), config, caches, dtype=dtype)
+        tokens = _placed(Tokens(ids, positions, segment_ids), caches)
+        output = forward(params, tokens, config, caches, dtype=dtype)
         scored = jnp.zeros((B, 0), jnp.float32)
         if score_prompt:
             head = make_head(params, config)
@@ -160,7 +161,7 @@ def decode(
     def step(state: DecodeState) -> DecodeState:
         positions = (state.positions - 1)[:, None]
         live = jnp.where(state.done, 0, 1)[:, None]
-        tokens = Tokens(state.last[:, None], positions, live)
+        tokens = _placed(Tokens(state.last[:, None], positions, live), state.cache)
         output = forward(params, tokens, config, state.cache, dtype=dtype)
         state = dataclasses.replace(state, cache=output.cache)
         return _emit(state, output.hidden, params, sampling, config)
@@ -172,6 +173,12 @@ def decode(
         params = _bound(params, sampling)
         start = jnp.int32(0), state
         return jax.lax.while_loop(more, lambda loop: (loop[0] + 1, step(loop[1])), start)[1]
+
+
+def _placed(tokens: Tokens, cache: Any) -> Tokens:
+    """With the pages of its rows, where the cache has pages."""
+    table = own_page_table(cache, len(tokens.ids))
+    return tokens if table is None else in_pages(tokens, table)
 
 
 def _bound(params: ModelWeights, sampling: SamplingParams) -> ModelWeights:

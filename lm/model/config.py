@@ -114,6 +114,7 @@ class Attention:
       out_bias: of the output projection.
       qk_norm: normalize queries and keys "head" by head (Qwen 3, Gemma 3) or across all of a
         token's heads, "full" (OLMo 2); None for neither.
+      sinks: each head has a learned score of a key without a value (GPT-OSS).
       latent: keys and values come from a latent (MLA); None for projections of their own.
     """
 
@@ -127,6 +128,7 @@ class Attention:
     bias: bool = False
     out_bias: bool = False
     qk_norm: Literal["head", "full"] | None = None
+    sinks: bool = False
     latent: Latent | None = None
 
     def __post_init__(self) -> None:
@@ -140,6 +142,7 @@ class Attention:
             "num_kv_heads": self.num_heads,
             "head_dim": self.latent.nope_dim + self.latent.rope_dim,
             "qk_norm": None,
+            "sinks": False,
         }
         for name, value in wanted.items():
             if getattr(self, name) != value:

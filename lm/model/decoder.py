@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels import attention as attention_kernels
-from lm.kernels.attention import View
+from lm.kernels.attention import Scores, View
 from lm.kernels.embedding import lookup
+from lm.kernels.paged_attention import PageBatch
 from lm.model import latent
 from lm.model.config import Attention, FeedForward, Layer, ModelConfig, Rope, Stack
 from lm.model.norms import elementwise, normalize
@@ -50,28 +51,38 @@ class Tokens:
     Attributes:
       ids: int32 [B, T].
       positions: int32 [B, T], from 0 in each document.
-      segment_ids: int32 [B, T], or None for one document a row; tokens see their own segment only,
-        and 0 marks padding.
-      in_order: tokens of a segment stand in order and without gaps; see `View`.
+      segment_ids: int32 [B, T], or None for one document per row; tokens see their own segment
+        only, and 0 marks padding.
+      pages: where the tokens stand in paged caches. The batch may then be flat, [1, N]: new tokens
+        of several sequences, one after another. None for caches without pages.
+      in_order: tokens of a segment stand in order and without gaps, so that attention need not look
+        at later ones; it must be true where it is said. See `View`.
     """
 
     ids: Any
     positions: Any
     segment_ids: Any = None
-    in_order: bool = flax.struct.field(pytree_node=False, default=True)
+    pages: PageBatch | None = None
+    in_order: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of(cls, ids: jax.Array) -> Tokens:
         """Rows that are whole documents: ids [B, T] at positions 0 .. T-1."""
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-        return cls(ids, positions)
+        return cls(ids, positions, in_order=True)
 
 
 class LayerCache(Protocol):
     """Keys and values of one layer; one call writes the new ones and reads."""
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        tokens: Tokens,
+        scores: Scores,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """q [B, T, H, h], k and v [B, T, K, h] -> ([B, T, H, h], the cache with k and v in it).
 
@@ -82,12 +93,8 @@ class LayerCache(Protocol):
 
 
 @runtime_checkable
-class LatentLayerCache(Protocol):
+class LatentLayerCache(LayerCache, Protocol):
     """A cache of latents in which long prompts may attend in the expanded form."""
-
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
-    ) -> tuple[jax.Array, LayerCache]: ...
 
     def attend_expanded(
         self,
@@ -95,7 +102,7 @@ class LatentLayerCache(Protocol):
         latents: jax.Array,
         expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
         tokens: Tokens,
-        spec: Attention,
+        scores: Scores,
     ) -> tuple[jax.Array, LayerCache]:
         """q [B, T, H, h] and latents [B, T, x] -> ([B, T, H, v], the cache with the latents in it).
 
@@ -270,16 +277,17 @@ class Block:
             table = self.tables[a.rope, a.head_dim]
             q, k = apply_rope(q, table), apply_rope(k, table)
         if cache is None:
-            return self.plain(q, k, v, a), None
-        return cache.attend(*_named(q, k, v), self.tokens, a)
+            return self.plain(q, k, v, a, w.sinks), None
+        return cache.attend(*_named(q, k, v), self.tokens, scores_of(a), w.sinks)
 
-    def plain(self, q: jax.Array, k: jax.Array, v: jax.Array, a: Attention) -> jax.Array:
+    def plain(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, a: Attention, sinks: Any = None
+    ) -> jax.Array:
         """Attention of the tokens to themselves."""
         t = self.tokens
         view = View(t.positions, t.positions, t.segment_ids, t.segment_ids, t.in_order)
-        return self.attention(
-            *_named(q, k, v), view, scale=attention_scale(a), window=a.window, softcap=a.softcap
-        )
+        options = {} if sinks is None else {"sinks": sinks}
+        return self.attention(*_named(q, k, v), view, scores_of(a), **options)
 
     def latent_heads(
         self, x: jax.Array, w: LatentAttentionWeights, a: Attention, cache: LayerCache | None
@@ -292,10 +300,10 @@ class Block:
             return self.plain(q, *latent.expand(latents, w, a), a), None
         if isinstance(cache, LatentLayerCache) and latent.expands(x.shape[1], a):
             expand = functools.partial(latent.expand, w=w, a=a)
-            return cache.attend_expanded(q, latents, expand, self.tokens, a)
+            return cache.attend_expanded(q, latents, expand, self.tokens, scores_of(a))
         key_up, value_up = latent.absorbed(w, a, x.dtype)
         q, k, v = latent.in_latent_space(q, latents, key_up, a)
-        out, cache = cache.attend(q, k, v, self.tokens, a)
+        out, cache = cache.attend(q, k, v, self.tokens, scores_of(a))
         return jnp.einsum("bthr,rhv->bthv", out, value_up), cache
 
 
@@ -304,9 +312,10 @@ def _named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Arr
     return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
 
-def attention_scale(a: Attention) -> float:
-    """What the scores are multiplied by."""
-    return (a.head_dim**-0.5 if a.scale is None else a.scale) * score_factor(a.rope)
+def scores_of(a: Attention) -> Scores:
+    """What a layer's scores mean."""
+    scale = (a.head_dim**-0.5 if a.scale is None else a.scale) * score_factor(a.rope)
+    return Scores(scale, window=a.window, softcap=a.softcap)
 
 
 def gather_sequence(x: jax.Array) -> jax.Array:

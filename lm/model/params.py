@@ -38,6 +38,7 @@ class AttentionWeights:
     out_bias: Any = None
     query_norm: Any = None
     key_norm: Any = None
+    sinks: Any = None
 
 
 @flax.struct.dataclass
@@ -141,6 +142,7 @@ def attention_specs(a: Attention, norm: Norm, D: int, out_scale: float) -> Atten
         out_bias=bias(D, "norm", a.out_bias),
         query_norm=query_norm,
         key_norm=key_norm,
+        sinks=bias(a.num_heads, "heads", a.sinks),
     )
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.kernels.attention import View, attention, attention_backward
+from lm.kernels.attention import Scores, View, attention, attention_backward
 from lm.kernels.attention.reference import NEGATIVE
 from lm.parallel.context import Context, current_context
 from lm.sharding import map_devices
@@ -32,9 +32,8 @@ class Static(NamedTuple):
     context: Context
     steps: int
     parts: int
-    causal: bool
-    window: int | None
-    options: tuple[tuple[str, Any], ...]
+    scores: Scores
+    implementation: str | None
 
 
 class Ranges(NamedTuple):
@@ -68,11 +67,9 @@ def ring_attention(
     k: jax.Array,
     v: jax.Array,
     view: View,
+    scores: Scores,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
+    sinks: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`lm.kernels.attention.attention` of rows that the layout in force splits along the sequence.
@@ -86,19 +83,18 @@ def ring_attention(
     Args:
       q: [B, T, H, h].
       k, v: [B, T, K, h], of the same tokens.
-      view, scale, causal, window, softcap: as `attention`.
+      view, scores: as `attention`.
+      sinks: None; a ring does not merge them.
       implementation: of the attention of one part of a chunk to another.
 
     Raises:
       ValueError: the mesh does not divide batch, sequence or heads, or the implementation cannot.
     """
-    options: dict[str, Any] = {
-        "scale": scale, "causal": causal, "window": window, "softcap": softcap,
-        "implementation": implementation,
-    }  # fmt: skip
     context = current_context()
     if context is None:
-        return attention(q, k, v, view, **options)
+        return attention(q, k, v, view, scores, sinks=sinks, implementation=implementation)
+    if sinks is not None:
+        raise ValueError("ring attention has no sinks; use context='ulysses'")
     if implementation not in (None, "reference", *KERNELS):
         raise ValueError(
             f"implementation={implementation!r} does not give the log-sum-exp by which a ring "
@@ -108,12 +104,12 @@ def ring_attention(
     context.spec(q.shape, "batch", "sequence", "heads", None)  # refuses what does not divide
     chunk = q.shape[1] // context.size
     steps = context.size
-    if causal and window is not None and view.in_order:
-        steps = min(steps, 1 + -(-(window - 1) // chunk))
+    if scores.causal and scores.window is not None and view.in_order:
+        steps = min(steps, 1 + -(-(scores.window - 1) // chunk))
     platform = context.mesh.devices.flat[0].platform
     kernel = implementation in KERNELS or (implementation is None and platform == "tpu")
     parts = _parts(chunk, 2 if kernel else max(2, chunk // LONGEST_PLAIN))
-    static = Static(context, steps, parts, causal, window, tuple(options.items()))
+    static = Static(context, steps, parts, scores, implementation)
     return _ring(q, k, v, view, static)
 
 
@@ -173,7 +169,10 @@ def _forward(static: Static, q, k, v, q_positions, k_positions, q_segments, k_se
 
     def visit(total, keys: Keys):
         def pair(total, i, j):
-            part = attention(*_pair(queries, keys, i, j), return_lse=True, **dict(static.options))
+            part = attention(
+                *_pair(static, queries, keys, i, j), return_lse=True,
+                implementation=static.implementation,
+            )  # fmt: skip
             merged = merge(tuple(x[i] for x in total), part)
             return tuple(x.at[i].set(y) for x, y in zip(total, merged, strict=True))
 
@@ -202,7 +201,9 @@ def _backward(
 
         def pair(total, i, j):
             parts = attention_backward(
-                *_pair(queries, keys, i, j), *(x[i] for x in results), **dict(static.options)
+                *_pair(static, queries, keys, i, j),
+                *(x[i] for x in results),
+                implementation=static.implementation,
             )
             return tuple(x.at[at].add(y) for x, y, at in zip(total, parts, (i, j, j), strict=True))
 
@@ -272,7 +273,9 @@ def _send(static: Static, tree: Any, distance: int = 1) -> Any:
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, route), tree)
 
 
-def _pair(queries: Queries, keys: Keys, i: jax.Array, j: jax.Array) -> tuple[Any, ...]:
+def _pair(
+    static: Static, queries: Queries, keys: Keys, i: jax.Array, j: jax.Array
+) -> tuple[Any, ...]:
     """The arguments of attention: part i of the queries, part j of the keys."""
     view = View(
         queries.positions_PBt[i],
@@ -280,7 +283,7 @@ def _pair(queries: Queries, keys: Keys, i: jax.Array, j: jax.Array) -> tuple[Any
         None if queries.segments_PBt is None else queries.segments_PBt[i],
         None if keys.segments_PBs is None else keys.segments_PBs[j],
     )
-    return queries.q_PBtHh[i], keys.k_PBsKh[j], keys.v_PBsKh[j], view
+    return queries.q_PBtHh[i], keys.k_PBsKh[j], keys.v_PBsKh[j], view, static.scores
 
 
 def _each_pair(static: Static, queries: Queries, keys: Keys, pair: Any, total: Any) -> Any:
@@ -288,8 +291,7 @@ def _each_pair(static: Static, queries: Queries, keys: Keys, pair: Any, total: A
     visible = may_see(
         ranges(queries.positions_PBt, queries.segments_PBt),
         ranges(keys.positions_PBs, keys.segments_PBs),
-        static.causal,
-        static.window,
+        static.scores,
     )
 
     def one(total, index):
@@ -317,7 +319,7 @@ def ranges(positions: jax.Array, segments: jax.Array | None) -> Ranges:
     )
 
 
-def may_see(queries: Ranges, keys: Ranges, causal: bool, window: int | None) -> jax.Array:
+def may_see(queries: Ranges, keys: Ranges, scores: Scores) -> jax.Array:
     """bool [P of queries, P of keys]: whether in some row some query may see some key.
 
     Never false where one does, whatever the order of the tokens: a query sees keys of its own
@@ -327,12 +329,13 @@ def may_see(queries: Ranges, keys: Ranges, causal: bool, window: int | None) -> 
     q = Ranges(*(x[:, None] for x in queries))
     k = Ranges(*(x[None] for x in keys))
     seen = (q.last_segment >= k.first_segment) & (q.first_segment <= k.last_segment)
-    if causal:
+    if scores.causal:
         later = q.last_segment > k.first_segment
         seen &= later | (q.last_position >= k.first_position)
+    window = scores.window
     if window is not None:
         seen &= (q.first_segment < k.last_segment) | (q.first_position - k.last_position < window)
-        if not causal:
+        if not scores.causal:
             seen &= (q.last_segment > k.first_segment) | (
                 k.first_position - q.last_position < window
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.attention import View, attention
+from lm.kernels.attention import Scores, View, attention
 from lm.parallel.context import Context, current_context, divisors
 from lm.sharding import map_devices
 
@@ -15,11 +15,9 @@ def ulysses_attention(
     k: jax.Array,
     v: jax.Array,
     view: View,
+    scores: Scores,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
+    sinks: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`lm.kernels.attention.attention` of rows that the layout in force splits along the sequence.
@@ -30,22 +28,21 @@ def ulysses_attention(
     Args:
       q: [B, T, H, h].
       k, v: [B, T, K, h], of the same tokens.
-      view, scale, causal, window, softcap, implementation: as `attention`.
+      view, scores, sinks, implementation: as `attention`.
 
     Raises:
       ValueError: the mesh does not divide batch or sequence, or its heads are too few or uneven.
     """
-    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
     context = current_context()
     if context is None:
-        return attention(q, k, v, view, implementation=implementation, **options)
+        return attention(q, k, v, view, scores, sinks=sinks, implementation=implementation)
     heads = context.spec(q.shape, "batch", "sequence", "heads", None)
     kv_heads = context.spec(k.shape, "batch", "sequence", "kv_heads", None)
     tokens = context.spec(q.shape[:2], "batch", "sequence")
     repeats = check_heads(context, q.shape[2], k.shape[2])
     axes = context.axes
 
-    def local(q, k, v, *fields):
+    def local(q, k, v, sinks, *fields):
         def to_heads(x: jax.Array) -> jax.Array:
             return jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=1, tiled=True)
 
@@ -54,14 +51,26 @@ def ulysses_attention(
 
         k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
         rows = View(*map(to_rows, fields), in_order=view.in_order)
+        if sinks is not None:
+            mine = sinks.shape[0] // context.size
+            sinks = jax.lax.dynamic_slice_in_dim(sinks, jax.lax.axis_index(axes) * mine, mine)
         out = attention(
-            to_heads(q), to_heads(k), to_heads(v), rows, implementation=implementation, **options
-        )
+            to_heads(q), to_heads(k), to_heads(v), rows, scores, sinks=sinks,
+            implementation=implementation,
+        )  # fmt: skip
         return jax.lax.all_to_all(out, axes, split_axis=1, concat_axis=2, tiled=True)
 
-    specs = (heads, kv_heads, kv_heads, *(tokens,) * 4)
+    of_sinks = None if sinks is None else context.spec(sinks.shape, "heads")
+    specs = (heads, kv_heads, kv_heads, of_sinks, *(tokens,) * 4)
     return map_devices(local, specs, heads, context.mesh)(
-        q, k, v, view.query_positions, view.key_positions, view.query_segments, view.key_segments
+        q,
+        k,
+        v,
+        sinks,
+        view.query_positions,
+        view.key_positions,
+        view.query_segments,
+        view.key_segments,
     )
 
 

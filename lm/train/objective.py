@@ -109,7 +109,7 @@ class NextToken(Objective):
     z_loss: float = 0.0
 
     def inputs(self, batch: Batch) -> Tokens:
-        return Tokens(batch["ids"], batch["positions"], batch.get("segment_ids"))
+        return Tokens(batch["ids"], batch["positions"], batch.get("segment_ids"), in_order=True)
 
     def num_tokens(self, batch: Batch) -> jax.Array:
         return jnp.sum(batch["weights"])

@@ -20,7 +20,7 @@ from experiments.benchmark.harness import BenchmarkError, Worker
 from experiments.benchmark.kernels_contenders import Case
 from experiments.benchmark.train_contenders import SIZES, Size, time_accelerator
 from lm.formats.known import known_model
-from lm.kernels.attention import View
+from lm.kernels.attention import Scores, View
 from lm.kernels.attention.reference import mask
 from lm.model import train_flops
 
@@ -117,7 +117,7 @@ def test_all_kernels_on_a_cpu(tmp_path):
 def test_work_is_that_of_the_mask():
     case = Case(40, 2, 4, 2, 8, num_documents=3, window=7)
     positions, segments = case.rows()
-    seen = mask(View(positions, positions, segments, segments), True, 7)
+    seen = mask(View(positions, positions, segments, segments), Scores(1.0, window=7))
     assert case.flops == 4 * 8 * 4 * int(np.sum(seen))
     assert len(np.unique(segments)) == 3
 

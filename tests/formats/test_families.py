@@ -12,7 +12,7 @@ import pytest
 from lm.formats import from_huggingface
 from lm.formats.families import FAMILIES, make_config
 from lm.formats.known import KNOWN, known_model
-from lm.kernels.attention import View, mask
+from lm.kernels.attention import Scores, View, mask
 from lm.model import forward_flops, num_params, param_specs, train_flops
 from lm.weights import is_spec
 from tests.model.huggingface_oracle import make_oracle
@@ -95,7 +95,7 @@ def test_flops_from_matrices_and_masks(name, length):
     total = 2 * (matrices + config.vocab_size * config.embed_dim)
     positions = jnp.arange(length)[None]
     pairs = {
-        window: int(np.sum(mask(View(positions, positions), True, window)))
+        window: int(np.sum(mask(View(positions, positions), Scores(1.0, window=window))))
         for window in {layer.attention.window for layer in config.layers}
     }
     for layer in config.layers:

@@ -14,10 +14,13 @@ from lm.hardware import topologies
 from lm.infer.cache import (
     OutOfPages,
     PageAllocator,
+    PagedCache,
     SlidingCache,
     copy_pages,
+    in_pages,
     make_cache,
     make_page_table,
+    own_page_table,
 )
 from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
@@ -33,8 +36,9 @@ from lm.model import (
     make_stacks,
     param_specs,
 )
+from lm.model.decoder import scores_of
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
-from lm.weights import is_spec
+from lm.weights import initialize, is_spec
 
 LENGTHS = (43, 20, 31)
 WINDOW = 6
@@ -68,8 +72,12 @@ def config_of(*attentions: Attention) -> ModelConfig:
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def attend(cache, q, k, v, tokens, spec):
-    return cache.attend(q, k, v, tokens, spec)
+def attend(cache, q, k, v, tokens, spec, table=None):
+    """With a cache of pages, rows of its own, or those of a table."""
+    if isinstance(cache, PagedCache):
+        table = own_page_table([cache], len(q)) if table is None else table
+        tokens = in_pages(tokens, table)
+    return cache.attend(q, k, v, tokens, scores_of(spec))
 
 
 def drawn(spec: Attention, seed: int = 0):
@@ -88,10 +96,7 @@ def drawn(spec: Attention, seed: int = 0):
 
 def whole(q, k, v, spec: Attention):
     positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
-    return reference_attention(
-        q, k, v, View(positions, positions), scale=spec.head_dim**-0.5, window=spec.window,
-        softcap=spec.softcap,
-    )  # fmt: skip
+    return reference_attention(q, k, v, View(positions, positions), scores_of(spec))
 
 
 def chunk(arrays, starts, stops, width, seed=0):
@@ -150,7 +155,7 @@ def test_a_sliding_cache_is_as_long_as_the_window():
     assert not isinstance(short, SlidingCache)
     q, k, v = drawn(GLOBAL)
     with pytest.raises(ValueError, match="sliding cache of 6 positions cannot serve window=None"):
-        caches[0].attend(q, k, v, Tokens.of(jnp.zeros(q.shape[:2], jnp.int32)), GLOBAL)
+        caches[0].attend(q, k, v, Tokens.of(jnp.zeros(q.shape[:2], jnp.int32)), scores_of(GLOBAL))
 
 
 def test_forked_sequences_share_full_pages_only():
@@ -166,20 +171,14 @@ def test_forked_sequences_share_full_pages_only():
     for pages in (first, second):
         pages += pool.allocate(pool.pages_for(28) - len(pages))
 
-    table = make_page_table([first, []], 5)
-    (cache,) = make_cache(
-        config_of(spec), 2, 40, kind="paged", page_size=8, page_table=jnp.asarray(table),
-        num_pages=12,
-    )  # fmt: skip
+    tables = [jnp.asarray(make_page_table(rows, 5)) for rows in ([first, []], [first, second])]
+    (cache,) = make_cache(config_of(spec), 2, 40, kind="paged", page_size=8, num_pages=12)
     parts, tokens = chunk((q, k, v), [0, 0], [20, 0], 20)
-    _, cache = attend(cache, *parts, tokens, spec)
-    cache = dataclasses.replace(
-        cache,
-        pages=copy_pages(cache.pages, *(jnp.asarray([page]) for page in copied)),
-        page_table=jnp.asarray(make_page_table([first, second], 5)),
-    )
+    _, cache = attend(cache, *parts, tokens, spec, tables[0])
+    pages = copy_pages(cache.pages, *(jnp.asarray([page]) for page in copied))
+    cache = dataclasses.replace(cache, pages=pages)
     parts, tokens = chunk((q, k, v), [20, 20], [28, 28], 8)
-    out, _ = attend(cache, *parts, tokens, spec)
+    out, _ = attend(cache, *parts, tokens, spec, tables[1])
     np.testing.assert_allclose(out, whole(q, k, v, spec)[:, 20:28], rtol=1e-5, atol=1e-5)
 
     pool.free(first)
@@ -220,8 +219,16 @@ def test_allocator_refuses_and_keeps_what_it_has():
 def test_bad_caches_are_refused():
     with pytest.raises(ValueError, match="'ring' is unknown; use contiguous, sliding, paged"):
         make_cache(config_of(GLOBAL), 3, 48, kind="ring")
-    with pytest.raises(ValueError, match="both or neither"):
-        make_cache(config_of(GLOBAL), 3, 48, kind="paged", num_pages=7)
+    ids = jnp.zeros((1, 4), jnp.int32)
+    config, table = config_of(GLOBAL), jnp.zeros((1, 1), jnp.int32)
+    for kind, tokens, message in (
+        ("paged", Tokens.of(ids), "a paged cache needs Tokens.pages; make them with in_pages"),
+        ("contiguous", in_pages(Tokens.of(ids), table), "tokens with pages go into paged caches"),
+    ):
+        params = jax.eval_shape(lambda: initialize(param_specs(config), jax.random.key(0)))
+        caches = make_cache(config, 1, 48, kind=kind)
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda p, t, c: forward(p, t, config, c), params, tokens, caches)
     with pytest.raises(ValueError, match="not kept in int8; use kind='paged'"):
         make_cache(config_of(LATENT), 3, 48, "int8")
 
@@ -246,7 +253,7 @@ def expected(model):
 def requests():
     rng = np.random.default_rng(1)
     return [
-        Request(prompt_token_ids=rng.integers(0, 50, n).tolist(), max_new_tokens=new, logprobs=True)
+        Request(prompt=rng.integers(0, 50, n).tolist(), max_new_tokens=new, logprobs=True)
         for n, new in ((9, 40), (3, 50), (14, 5))
     ]
 
@@ -293,7 +300,7 @@ def test_decoding_through_pages_compiles_for_split_heads():
         data = placed(cache.pages.data, None, "tensor")
         scales = placed(cache.pages.scales, None, None, "tensor")
         pages = dataclasses.replace(cache.pages, data=data, scales=scales)
-        return dataclasses.replace(cache, pages=pages, page_table=placed(cache.page_table))
+        return dataclasses.replace(cache, pages=pages)
 
     B = 32
     caches = jax.eval_shape(lambda: make_cache(config, B, 4096, "int8", kind="paged"))
@@ -302,7 +309,7 @@ def test_decoding_through_pages_compiles_for_split_heads():
     def run(params, caches, ids, positions):
         def step(_, carry):
             caches, positions = carry
-            tokens = Tokens(ids, positions, jnp.ones_like(ids))
+            tokens = in_pages(Tokens(ids, positions), own_page_table(caches, B))
             output = forward(params, tokens, config, caches, dtype=jnp.bfloat16)
             return output.cache, positions + (output.hidden[..., 0] < 9)
 

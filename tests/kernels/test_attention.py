@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.kernels.attention import View, attention, attention_backward, mask
+from lm.kernels.attention import Scores, View, default_implementation, mask
+from tests.kernels.calls import attention, attention_backward
 
 B, T, S, H, h = 2, 5, 9, 4, 8
-FLAGS = ("scale", "causal", "return_lse", "implementation")
+FLAGS = ("scale", "causal", "window", "softcap", "return_lse", "implementation")
 
 
 @functools.partial(jax.jit, static_argnames=FLAGS)
@@ -93,7 +94,8 @@ def test_equals_a_loop(
     np.testing.assert_allclose(out[defined], expected[defined], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(lse[defined], expected_lse[defined], rtol=1e-5, atol=1e-5)
     assert np.all(lse[~defined] < -1e37)
-    np.testing.assert_array_equal(np.asarray(mask(view, causal, window)).sum(-1), visible[:, :, 0])
+    seen = np.asarray(mask(view, Scores(1.0, causal, window))).sum(-1)
+    np.testing.assert_array_equal(seen, visible[:, :, 0])
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
@@ -120,7 +122,7 @@ def test_equals_jax(num_kv_heads, window, packed):
 def test_rows_without_keys_give_finite_gradients():
     q, k, v = drawn_arrays(0, 2)
     view = View(np.zeros((B, T), int), np.ones((B, S), int))
-    assert not mask(view, True, None).any()
+    assert not mask(view, Scores(1.0)).any()
 
     def total(q, k, v):
         out, lse = attention(q, k, v, view, scale=0.3, return_lse=True)
@@ -216,7 +218,7 @@ def test_bfloat16_stays_close():
             {"v": np.zeros((B, T, 2, h))},
             r"v \(2, 5, 2, 8\) do not go with q .* the same B, S and K",
         ),
-        ({"sinks": np.zeros(2)}, r"sinks has shape \(2,\); give one a query head, \[4\]"),
+        ({"sinks": np.zeros(2)}, r"sinks has shape \(2,\); give one per query head, \[4\]"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
@@ -237,7 +239,7 @@ def test_errors():
     q, k, v = drawn_arrays(0, 2)
     plain = View(np.zeros((B, T), int), np.zeros((B, S), int))
     positions = plain.query_positions, plain.key_positions
-    packed = View(*positions, *positions)
+    packed = View(*positions[:1] * 2, *positions[:1] * 2, in_order=True)
     with pytest.raises(ValueError, match="implementation 'quick' is unknown; use reference, "):
         attention(q, k, v, plain, scale=1.0, implementation="quick")
     in_order = View(plain.query_positions, plain.query_positions, in_order=True)
@@ -248,15 +250,43 @@ def test_errors():
         (in_order, {"return_lse": True}),
     ]:
         keys, values = (x[:, : view.key_positions.shape[1]] for x in (k, v))
-        with pytest.raises(ValueError, match=r"blocked attention is .*; use implementation="):
+        with pytest.raises(ValueError, match=r"blocked attention cannot do .*; use impl"):
             attention(q, keys, values, view, scale=1.0, implementation="blocked", **options)
     refused = {
         "packed segments": (packed, {}),
-        "softcap": (plain, {"softcap": 2.0}),
+        "softcap": (in_order, {"softcap": 2.0}),
         "sinks": (plain, {"sinks": jnp.zeros(H)}),
-        "return_lse": (plain, {"return_lse": True}),
+        r"log-sum-exp \(return_lse\)": (plain, {"return_lse": True}),
         "arbitrary positions": (plain, {}),
     }
     for name, (view, options) in refused.items():
+        keys, values = (x[:, : view.key_positions.shape[1]] for x in (k, v))
         with pytest.raises(ValueError, match=f"cannot do {name}; use implementation='reference'"):
-            attention(q, k, v, view, scale=1.0, implementation="cudnn", **options)
+            attention(q, keys, values, view, scale=1.0, implementation="cudnn", **options)
+
+
+def test_the_default_by_platform():
+    """Of shapes alone: cuDNN on GPUs only where it is right, in training as in inference."""
+    rows = np.tile(np.arange(64), (2, 1))
+    in_order, packed = View(rows, rows, in_order=True), View(rows, rows, rows, rows, True)
+
+    def chosen(platform="gpu", view=in_order, plain=True, dtype=None, h=None, one="qkv", **scores):
+        arrays = {name: jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16) for name in "qkv"}
+        for name in one:
+            arrays[name] = jax.ShapeDtypeStruct((2, 64, 4, h or 64), dtype or jnp.bfloat16)
+        scores = Scores(0.1, **scores)
+        return default_implementation(platform, *arrays.values(), view, scores, plain)
+
+    for case in ({}, {"dtype": jnp.float16}, {"window": 9}, {"causal": False}, {"h": 128}):
+        assert chosen(**case) == "cudnn", case
+    for case in (
+        {"dtype": jnp.float32}, {"h": 256}, {"h": 60}, {"softcap": 3.0}, {"view": packed},
+        {"one": "v", "h": 128}, {"one": "k", "dtype": jnp.float16}, {"platform": "cpu"},
+        {"platform": None},
+    ):  # fmt: skip
+        assert chosen(**case) == "blocked", case
+    for case in ({"plain": False}, {"view": View(rows, rows)}, {"softcap": 3.0, "causal": False}):
+        assert chosen(**case) == "reference", case
+    assert chosen("tpu") == chosen("tpu", plain=False) == chosen("tpu", View(rows, rows)) == "flash"
+    short = [jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.bfloat16)] * 3
+    assert default_implementation("tpu", *short, View(0, 0), Scores(1.0), True) == "reference"

@@ -9,11 +9,12 @@ import pytest
 from jax.experimental import pallas as pl
 
 from lm.aot.figures import count_flops
-from lm.kernels.attention import View, attention, mask
+from lm.kernels.attention import Scores, View, mask
 from lm.kernels.attention.common import num_scores
 from lm.kernels.attention.flash import flash_attention
 from lm.kernels.attention.flash_blocks import Blocks
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
+from tests.kernels.calls import attention
 
 # Of the gradients, in products of the size of one forward; JAX's and the GPU's kernels compute the
 # scores and the gradient of the weights for dq, and again for dk and dv.
@@ -25,21 +26,21 @@ def view_of(T: int, S: int, B: int = 1) -> View:
 
 
 def exact(T: int, S: int, causal: bool, window: int | None) -> int:
-    return int(np.asarray(mask(view_of(T, S), causal, window)).sum())
+    return int(np.asarray(mask(view_of(T, S), Scores(1.0, causal, window))).sum())
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 4, 20])
 @pytest.mark.parametrize(("T", "S"), [(9, 9), (5, 9), (16, 64), (9, 5), (30, 4)])
 def test_scores_that_count(T, S, window, causal):
-    assert num_scores(T, S, causal, window) == exact(T, S, causal, window)
+    assert num_scores(T, S, Scores(1.0, causal, window)) == exact(T, S, causal, window)
 
 
 def declared(function, T, S, *, gradient=False, H=4, K=2, h=64):
     """Of one row, over all heads, in products: twice the head size for a score."""
 
     def run(q, k, v):
-        out = function(q, k, v, view_of(T, S), scale=0.1)
+        out = function(q, k, v, view_of(T, S))
         return out.astype(jnp.float32).sum()
 
     shapes = [(1, T, H, h), (1, S, K, h), (1, S, K, h)]
@@ -80,7 +81,7 @@ def test_on_a_mesh_every_device_counts():
 
 def test_calls_of_parts_of_the_keys_declare_parts():
     blocks = Blocks(forward=(16, 32), backward=(32, 16), heads=2, resident=48)
-    attend = functools.partial(flash_attention, blocks=blocks, interpret=True)
+    attend = functools.partial(flash_attention, scores=Scores(0.1), blocks=blocks, interpret=True)
     scores = exact(96, 96, True, None)
     assert declared(attend, 96, 96, gradient=True) == 7 * scores
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.attention import View, attention, attention_backward, flash_kernels, mask
+from lm.kernels import attention as kernels
+from lm.kernels.attention import Scores, View, flash_kernels, mask
 from lm.kernels.attention.flash import flash_attention, flash_attention_backward
 from lm.kernels.attention.flash_blocks import TABLE, Blocks, blocks_for
 from lm.kernels.attention.schedule import FIRST, LAST, RUN, Rows, key_block, query_block, schedule
@@ -45,10 +46,8 @@ class Case(NamedTuple):
     B: int = 2
 
     @property
-    def options(self):
-        return {
-            "scale": 0.3, "causal": self.causal, "window": self.window, "softcap": self.softcap,
-        }  # fmt: skip
+    def scores(self) -> Scores:
+        return Scores(0.3, self.causal, self.window, self.softcap)
 
     def view(self, rng) -> View:
         B, T, S = self.B, self.T, self.S
@@ -87,7 +86,7 @@ def value_and_gradients(function, case: Case):
     def run(q, k, v, sinks, dout, dlse, view):
         def apply(q, k, v, sinks):
             return function(
-                q, k, v, view, sinks=sinks if case.sinks else None, return_lse=True, **case.options
+                q, k, v, view, case.scores, sinks=sinks if case.sinks else None, return_lse=True
             )
 
         results, pull = jax.vjp(apply, q, k, v, sinks)
@@ -101,7 +100,8 @@ def value_and_gradients(function, case: Case):
 def test_equals_reference(case):
     """Output, log-sum-exp and the gradients of q, k, v and sinks, over drawn positions."""
     flash = value_and_gradients(functools.partial(flash_attention, blocks=BLOCKS), case)
-    reference = value_and_gradients(functools.partial(attention, implementation="reference"), case)
+    plain = functools.partial(kernels.attention, implementation="reference")
+    reference = value_and_gradients(plain, case)
     for seed in range(4):
         rng = np.random.default_rng(seed)
         given, view = arrays(case, rng), case.view(rng)
@@ -109,7 +109,7 @@ def test_equals_reference(case):
         names = ("out", "lse", "dq", "dk", "dv", "dsinks")
         for name, a, e in zip(names, actual, expected, strict=True):
             np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5, err_msg=f"{name}, draw {seed}")
-        blind = ~mask(view, case.causal, case.window).any(2)
+        blind = ~mask(view, case.scores).any(2)
         if not case.sinks:
             assert not np.any(actual[0][blind])
             assert np.all(np.asarray(actual[1])[blind] == np.asarray(expected[1])[blind])
@@ -123,13 +123,16 @@ def test_parts_of_keys_add_up():
 
     @jax.jit
     def run(q, k, v, view):
-        return attention(q, k, v, view, return_lse=True, **case.options)
+        return kernels.attention(q, k, v, view, case.scores, return_lse=True)
 
     out, lse = run(q, k, v, view)
     dlse = jnp.where(lse < -1e37, 0, dlse)
-    given = {"dlse": dlse, **case.options}
-    expected = attention_backward(q, k, v, view, out, lse, dout, **given)
-    part_of = jax.jit(functools.partial(flash_attention_backward, blocks=BLOCKS, **given))
+    expected = kernels.attention_backward(q, k, v, view, case.scores, out, lse, dout, dlse=dlse)
+    part_of = jax.jit(
+        lambda q, k, v, view, *rest: flash_attention_backward(
+            q, k, v, view, case.scores, *rest, dlse=dlse, blocks=BLOCKS
+        )
+    )
     parts = []
     for keys in (slice(0, 30), slice(30, 60)):
         rows = [view.query_positions, view.key_positions[:, keys]]
@@ -164,12 +167,12 @@ def test_errors_of_bfloat16(record_property):
     case = Case(T=256, S=256, h=64, d=64, B=1)
     rng = np.random.default_rng(0)
     (q, k, v, _, dout, _), view = arrays(case, rng, jnp.bfloat16), case.view(rng)
-    expected = in_float64(q, k, v, dout, mask(view, True, None), 0.125)
+    expected = in_float64(q, k, v, dout, mask(view, Scores(1.0)), 0.125)
 
     def errors(function):
         @jax.jit
         def run(q, k, v, dout):
-            out, pull = jax.vjp(lambda *qkv: function(*qkv, view, scale=0.125), q, k, v)
+            out, pull = jax.vjp(lambda *qkv: function(*qkv, view, Scores(0.125)), q, k, v)
             return out, *pull(dout)
 
         results = (np.asarray(x, np.float64) for x in run(q, k, v, dout))
@@ -180,7 +183,7 @@ def test_errors_of_bfloat16(record_property):
 
     blocks = Blocks((64, 64), (64, 64), 2, 256)
     flash = errors(functools.partial(flash_attention, blocks=blocks))
-    reference = errors(functools.partial(attention, implementation="reference"))
+    reference = errors(functools.partial(kernels.attention, implementation="reference"))
     for name, ours, theirs in zip(("out", "dq", "dk", "dv"), flash, reference, strict=True):
         record_property(name, f"{ours:.2e} against {theirs:.2e}")
         assert ours < 1.25 * theirs + 1e-4, (name, flash, reference)
@@ -200,8 +203,8 @@ def test_on_a_mesh(implementation):
         def gradients(q, k, v):
             with use_layout(layout):
                 out, pull = jax.vjp(
-                    lambda *qkv: attention(
-                        *qkv, view, implementation=implementation, **case.options
+                    lambda *qkv: kernels.attention(
+                        *qkv, view, case.scores, implementation=implementation
                     ),
                     q, k, v,
                 )  # fmt: skip
@@ -219,17 +222,17 @@ def test_backward_on_a_mesh():
     case = Case(T=40, S=40, B=4)
     rng = np.random.default_rng(0)
     (q, k, v, _, dout, dlse), view = arrays(case, rng), case.view(rng)
-    out, lse = attention(q, k, v, view, return_lse=True, **case.options)
+    out, lse = kernels.attention(q, k, v, view, case.scores, return_lse=True)
     layout = Layout(make_mesh(MeshShape(data=2, fsdp=2, tensor=2)), make_rules())
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(q, k, v, out, lse, dout):
         with use_layout(layout):
-            return attention_backward(
-                q, k, v, view, out, lse, dout, dlse=dlse, implementation="flash", **case.options
+            return kernels.attention_backward(
+                q, k, v, view, case.scores, out, lse, dout, dlse=dlse, implementation="flash"
             )
 
-    expected = attention_backward(q, k, v, view, out, lse, dout, dlse=dlse, **case.options)
+    expected = kernels.attention_backward(q, k, v, view, case.scores, out, lse, dout, dlse=dlse)
     for a, e in zip(run(q, k, v, out, lse, dout), expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5)
 
@@ -255,11 +258,8 @@ def test_schedule_visits_what_is_seen(case):
     query, key = 16, 8
     for seed in range(5):
         view = case.view(np.random.default_rng(seed))
-        plan = schedule(
-            rows_of(view), query, key,
-            causal=case.causal, window=case.window, in_order=case.in_order,
-        )  # fmt: skip
-        seen = np.asarray(mask(view, case.causal, case.window))
+        plan = schedule(rows_of(view), query, key, case.scores, case.in_order)
+        seen = np.asarray(mask(view, case.scores))
         blocks = seen.reshape(case.B, case.T // query, query, case.S // key, key)
         some, every = blocks.any((2, 4)), blocks.all((2, 4))
         assert int(plan.count) <= plan.visits.shape[1]
@@ -283,7 +283,7 @@ def test_zigzag_skips_what_no_query_sees():
     mine, theirs = ([*range(i * size, (i + 1) * size)] for i in (0, 1))
     last = [*range(7 * size, 8 * size)], [*range(6 * size, 7 * size)]
     view = View(jnp.array([mine + last[0]]), jnp.array([theirs + last[1]]))
-    plan = schedule(rows_of(view), 16, 16, causal=True, window=None, in_order=False)
+    plan = schedule(rows_of(view), 16, 16, Scores(1.0), False)
     visits = np.asarray(plan.visits)[0, : int(plan.count)]
     runs = visits[visits & RUN != 0]
     assert sorted(zip(query_block(runs), key_block(runs), strict=True)) == [
@@ -309,7 +309,7 @@ def test_refusals():
     def run(view=view, shape=None, implementation="flash", **options):
         shape = shape or MeshShape(fsdp=4, tensor=2)
         with use_layout(Layout(make_mesh(shape), make_rules())):
-            attention(q, k, v, view, scale=1.0, implementation=implementation, **options)
+            kernels.attention(q, k, v, view, Scores(1.0), implementation=implementation, **options)
 
     with pytest.raises(ValueError, match=r"context.*context-parallel attention"):
         run(shape=MeshShape(fsdp=4, context=2))
@@ -321,7 +321,7 @@ def test_refusals():
     for name, other, options in [
         ("arbitrary positions", anywhere, {}),
         ("sinks", view, {"sinks": sinks}),
-        ("return_lse", view, {"return_lse": True}),
+        (r"log-sum-exp \(return_lse\)", view, {"return_lse": True}),
     ]:
         with pytest.raises(ValueError, match=f"splash attention cannot do {name}; use .*'flash'"):
             run(other, implementation="splash", **options)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from lm.hardware import topologies
-from lm.kernels.attention import View, attention, attention_backward
+from lm.kernels.attention import View
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 from lm.sharding.layout import named_sharding
+from tests.kernels.calls import attention, attention_backward
 
 pytestmark = pytest.mark.aot
 OPTIONS = {"exec_time_optimization_effort": -1.0}

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.attention import View, attention, attention_backward
+from lm.kernels.attention import View
+from tests.kernels.calls import attention, attention_backward
 
 
 @pytest.mark.parametrize("causal", [True, False])

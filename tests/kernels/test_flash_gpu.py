@@ -14,12 +14,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.hardware import topologies
-from lm.kernels.attention import View, attention
+from lm.kernels.attention import Scores, View
 from lm.kernels.attention.flash_gpu import TABLE, flash_attention_gpu, ranges
 from lm.kernels.attention.flash_gpu_kernels import Tile
 from lm.kernels.attention.reference import mask
 from lm.kernels.attention.schedule import Rows, pairs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
+from tests.kernels.calls import attention
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -36,9 +37,9 @@ def test_a_tile_meets_all_blocks_it_sees_and_masks_where_it_must(packed, in_orde
         positions = np.stack([rng.permutation(row) for row in positions])
     positions, segments = positions.astype(np.int32), segments.astype(np.int32)
     rows = [segments] * 2 if packed else [None] * 2
-    seen = np.asarray(mask(View(positions, positions, *rows), causal, window))
-    options = {"causal": causal, "window": window, "in_order": in_order}
-    possible, whole = pairs(Rows(positions, positions, *rows), query, key, **options)
+    seen = np.asarray(mask(View(positions, positions, *rows), Scores(1.0, causal, window)))
+    scores = Scores(1.0, causal, window)
+    possible, whole = pairs(Rows(positions, positions, *rows), query, key, scores, in_order)
     for across in (False, True):
         if across:  # tiles of keys, blocks of queries
             possible, whole, seen = (x.swapaxes(1, 2) for x in (possible, whole, seen))
@@ -124,7 +125,7 @@ def given(h=128, dtype=jnp.bfloat16, value_dim=None):
 
 
 def test_refuses_what_does_not_fit_or_is_not_there():
-    attend = functools.partial(flash_attention_gpu, scale=1.0)
+    attend = functools.partial(flash_attention_gpu, scores=Scores(1.0))
     with pytest.raises(ValueError, match=r"needs .* bytes of shared memory, a program has 232,448"):
         attend(*given(), tiles=TABLE[128]._replace(forward=Tile(128, 256, 2, 2)))
     with pytest.raises(ValueError, match="a multiple of 64"):

@@ -14,12 +14,11 @@ from lm.kernels.paged_attention import (
     Pages,
     check_tables,
     make_pages,
-    paged_attention,
     quantize,
-    write_pages,
 )
 from lm.kernels.paged_attention.reference import gather_pages
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
+from tests.kernels.calls import paged_attention, write_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,9 +380,9 @@ def test_dequantized_values_are_rounded_once(kind, dtype):
 def test_hostile_tables_are_refused():
     table, lens = np.array([[0, 1, 2], [3, 9, 9]]), np.array([48, 16])
     check_tables(table, lens, 4, 16)
-    with pytest.raises(ValueError, match=r"page_table\[1, 1\]=9 is no page; there are 0..3"):
+    with pytest.raises(ValueError, match=r"page_table\[1, 1\]=9 is not a page; there are 0..3"):
         check_tables(table, lens + 1 - np.array([1, 0]), 4, 16)
-    with pytest.raises(ValueError, match=r"page_table\[0, 2\]=-1 is no page"):
+    with pytest.raises(ValueError, match=r"page_table\[0, 2\]=-1 is not a page"):
         check_tables(table - (table == 2) * 3, lens, 4, 16)
     with pytest.raises(ValueError, match=r"kv_lens\[0\]=49 is outside 0..48, what 3 pages of 16"):
         check_tables(table, lens + 1, 4, 16)
@@ -402,7 +401,7 @@ def test_hostile_tables_are_refused():
         ({"lens": jnp.zeros(3, jnp.int32)}, r"give \[B, M\], \[B\] and \[B \+ 1\]"),
         ({"window": 0}, "window=0; use 1 or more"),
         ({"softcap": 0.0}, r"softcap=0\.0; use more than 0"),
-        ({"sinks": jnp.zeros(2)}, r"sinks has shape \(2,\); give one a query head, \[4\]"),
+        ({"sinks": jnp.zeros(2)}, r"sinks has shape \(2,\); give one per query head, \[4\]"),
         ({"implementation": "paged"}, "'paged' is unknown; use reference, tpu"),
         ({"pages": make_pages(4, 8, 2, 64)}, "page_size=8 of bfloat16 pages; .* multiple of 16"),
         ({"pages": make_pages(4, 64, 2, 64, dtype="int8")}, "page_size=64 of int8 .* of 128"),
@@ -431,7 +430,7 @@ def test_bad_arguments_are_refused(change, message):
         ({"cu_q_lens": jnp.zeros(2, jnp.int32)}, r"cu_q_lens \(2,\); give .* \[B \+ 1\] of one B"),
         (
             {"q_lens": jnp.zeros(3, jnp.int32)},
-            r"q_lens has shape \(3,\); give one a sequence, \[2\]",
+            r"q_lens has shape \(3,\); give one per sequence, \[2\]",
         ),
         ({"q_lens": jnp.zeros(2)}, "q_lens is float32; give int32"),
     ],

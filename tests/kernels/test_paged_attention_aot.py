@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.hardware import topologies
-from lm.kernels.paged_attention import make_pages, paged_attention, write_pages
+from lm.kernels.paged_attention import make_pages
 from lm.kernels.paged_attention.tpu_blocks import choose_blocks, shape_of
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
+from tests.kernels.calls import paged_attention, write_pages
 
 
 def blocks(chip, heads, group, likely, *, head=128, dtype="bfloat16", q_dtype="bfloat16", **given):

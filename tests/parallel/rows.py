@@ -10,6 +10,7 @@ import numpy as np
 
 from lm.kernels.attention import View, attention
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
+from tests.kernels.calls import scores_of
 
 
 class Rows(NamedTuple):
@@ -60,14 +61,13 @@ def make_layout(**axes: int) -> Layout:
 
 def jitted(function: Any, layout: Layout | None, in_order: bool, options: dict[str, Any]) -> Any:
     """Rows -> the result and the gradients of q, k and v."""
+    scores, rest = scores_of({"scale": 0.25} | options)
 
     def compute(rows: Rows) -> list[jax.Array]:
         with use_layout(layout):
             tokens = rows.positions, rows.positions, rows.segments, rows.segments
             view = View(*tokens, in_order=in_order)
-            out, pull = jax.vjp(
-                lambda q, k, v: function(q, k, v, view, scale=0.25, **options), *rows[:3]
-            )
+            out, pull = jax.vjp(lambda q, k, v: function(q, k, v, view, scores, **rest), *rows[:3])
             gradients = pull(jnp.asarray(rows.dout, out.dtype))
             if rows.segments is not None:
                 out *= (rows.segments > 0)[..., None, None]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.kernels.attention import View, mask
+from lm.kernels.attention import Scores, View, mask
 from lm.model import Tokens
 from lm.parallel import (
     STRATEGIES,
@@ -107,7 +107,7 @@ def test_a_window_over_rows_in_order_asks_neighbours_only():
             with use_layout(layout):
                 tokens = rows.positions, rows.positions
                 view = View(*tokens, in_order=in_order)
-                return ring_attention(*rows[:3], view, scale=1.0, window=9)
+                return ring_attention(*rows[:3], view, Scores(1.0, window=9))
 
         compiled = jax.jit(forward).lower(draw(1, 64, 1, 1, False)).compile()
         return [c.loops for c in collectives(compiled.as_text(), layout.mesh) if c.loops]
@@ -118,7 +118,7 @@ def test_a_window_over_rows_in_order_asks_neighbours_only():
 
 def seen_by_halves(view, parts, window):
     """bool [queries' halves, keys' halves] by the mask itself."""
-    seen = np.asarray(mask(view, True, window)).any(0)
+    seen = np.asarray(mask(view, Scores(1.0, window=window))).any(0)
     return seen.reshape(parts, len(seen) // parts, parts, -1).any((1, 3))
 
 
@@ -131,7 +131,7 @@ def judged_by_halves(view, parts, window):
 
     queries = ranges(view.query_positions, view.query_segments)
     keys = ranges(view.key_positions, view.key_segments)
-    return np.asarray(ring.may_see(queries, keys, True, window))
+    return np.asarray(ring.may_see(queries, keys, Scores(1.0, window=window)))
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -174,7 +174,7 @@ def pairs_computed(monkeypatch, order, n):
     def forward(rows):
         with use_layout(layout):
             view = View(rows.positions, rows.positions)
-            return ring_attention(rows.q, rows.k, rows.v, view, scale=1.0)
+            return ring_attention(rows.q, rows.k, rows.v, view, Scores(1.0))
 
     jax.block_until_ready(jax.jit(forward)(rows))
     jax.effects_barrier()

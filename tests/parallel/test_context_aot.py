@@ -12,7 +12,7 @@ import pytest
 from lm.hardware import topologies
 from lm.hardware.hlo import arrays, parse
 from lm.hardware.hlo_cost import program_cost
-from lm.kernels.attention import View
+from lm.kernels.attention import Scores, View
 from lm.parallel import ring_attention, ulysses_attention
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
 
@@ -40,7 +40,7 @@ def compiled(
         with use_layout(layout):
             view = View(positions, positions, segments, segments, in_order=way != "zigzag")
             attend = ulysses_attention if way == "ulysses" else ring_attention
-            options = {"scale": 0.1, "implementation": implementation}
+            options = {"scores": Scores(0.1), "implementation": implementation}
             out, pull = jax.vjp(lambda *qkv: attend(*qkv, view, **options), q, k, v)
             return out, pull(dout)
 

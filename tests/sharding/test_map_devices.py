@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.kernels.attention import View, attention
+from lm.kernels.attention import Scores, View, attention
 from lm.kernels.cross_entropy import token_logprobs
 from lm.kernels.embedding import lookup
-from lm.kernels.paged_attention import make_pages, paged_attention, write_pages
+from lm.kernels.paged_attention import PageBatch, make_pages, paged_attention, write_pages
 from lm.parallel import distribute_matrices, ring_attention, ulysses_attention
 from lm.sharding import Layout, MeshShape, current_layout, make_mesh, make_rules, use_layout
 
@@ -33,7 +33,7 @@ def positions(stage_ids):
 
 def attend(function: Any, q, k, v, ids):
     where, segments = positions(ids)
-    return function(q, k, v, View(where, where, segments, segments), scale=0.3, window=9)
+    return function(q, k, v, View(where, where, segments, segments), Scores(0.3, window=9))
 
 
 def flash(*arrays):
@@ -50,11 +50,11 @@ def cross_entropy(hidden, weight, ids):
 def paged(q, k, v):
     """Written to pages and read from them again: a prompt of eleven, and one token after two."""
     given = [[2, 0], [1, 3]], [11, 3], [0, 11, 12]
-    table, kv_lens, starts = (jnp.array(x, jnp.int32) for x in given)
+    batch = PageBatch(*(jnp.array(x, jnp.int32) for x in given))
     pages = make_pages(4, 8, 2, 8, dtype=jnp.float32)
     how = {"implementation": "tpu" if current_layout() else "reference", "interpret": True}
-    pages = write_pages(pages, k, v, table, kv_lens, starts, **how)
-    return paged_attention(q, pages, table, kv_lens, starts, scale=0.3, **how)
+    pages = write_pages(pages, k, v, batch, **how)
+    return paged_attention(q, pages, batch, Scores(0.3), **how)
 
 
 def inverse(matrices):

@@ -7,7 +7,9 @@ from lm.infer.cache.paged import (
     PageAllocator,
     PagedCache,
     copy_pages,
+    in_pages,
     make_page_table,
+    own_page_table,
 )
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "PagedCache",
     "SlidingCache",
     "copy_pages",
+    "in_pages",
     "make_cache",
     "make_page_table",
+    "own_page_table",
 ]

@@ -12,13 +12,25 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.attention import View, attention
+from lm.kernels.attention import Scores, View, attention
 from lm.kernels.paged_attention import QUANTIZED, quantize
-from lm.model import Attention, Tokens
-from lm.model.decoder import attention_scale
+from lm.model import Tokens
 from lm.sharding import constrain
 
 UNUSED_POSITION = jnp.iinfo(jnp.int32).max  # the position of a key that no query sees
+
+
+def live_tokens(tokens: Tokens) -> jax.Array:
+    """bool [B, T]: which tokens of rows are not padding.
+
+    Raises:
+      ValueError: the tokens stand in pages, which caches of rows do not have.
+    """
+    if tokens.pages is not None:
+        raise ValueError("tokens with pages go into paged caches; use make_cache(kind='paged')")
+    if tokens.segment_ids is None:
+        return jnp.ones(tokens.positions.shape, bool)
+    return tokens.segment_ids != 0
 
 
 @flax.struct.dataclass
@@ -79,20 +91,23 @@ class ContiguousCache:
     implementation: str | None = flax.struct.field(pytree_node=False, default=None)
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        tokens: Tokens,
+        scores: Scores,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, ContiguousCache]:
         """See `lm.model.LayerCache`. Each row is one document: `tokens` must not be packed."""
         B, S, _, _ = self.keys.shape
-        slots = tokens.positions
-        if tokens.segment_ids is not None:
-            slots = jnp.where(tokens.segment_ids == 0, S, slots)
+        slots = jnp.where(live_tokens(tokens), tokens.positions, S)
         keys = Slots(self.keys, self.key_scales).write(k, slots)
         values = Slots(self.values, self.value_scales).write(v, slots)
         key_positions = jnp.broadcast_to(jnp.arange(S, dtype=slots.dtype), (B, S))
         out = attention(
             q, keys.read(q.dtype), values.read(q.dtype), View(tokens.positions, key_positions),
-            scale=attention_scale(spec), window=spec.window, softcap=spec.softcap,
-            implementation=self.implementation,
+            scores, sinks=sinks, implementation=self.implementation,
         )  # fmt: skip
         return out, dataclasses.replace(
             self, keys=keys.values, values=values.values, key_scales=keys.scales,
@@ -122,7 +137,13 @@ class SlidingCache:
     implementation: str | None = flax.struct.field(pytree_node=False, default=None)
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        tokens: Tokens,
+        scores: Scores,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, SlidingCache]:
         """See `lm.model.LayerCache`. Each row is one document: `tokens` must not be packed.
 
@@ -130,14 +151,12 @@ class SlidingCache:
           ValueError: the layer's window is not one these slots hold.
         """
         B, S, _, _ = self.keys.shape
-        if spec.window is None or spec.window > S:
+        if scores.window is None or scores.window > S:
             raise ValueError(
-                f"a sliding cache of {S} positions cannot serve window={spec.window}; use a "
+                f"a sliding cache of {S} positions cannot serve window={scores.window}; use a "
                 "contiguous or paged one"
             )
-        live = jnp.ones(tokens.positions.shape, bool)
-        if tokens.segment_ids is not None:
-            live = tokens.segment_ids != 0
+        live = live_tokens(tokens)
         new = jnp.where(live, tokens.positions, UNUSED_POSITION)
         last = jnp.max(jnp.where(live, tokens.positions, -1), axis=1, keepdims=True)
         slots = jnp.where(live & (new > last - S), new % S, S)  # of several of a slot, the newest
@@ -161,8 +180,7 @@ class SlidingCache:
             old = jnp.where(self.positions < first, self.positions, UNUSED_POSITION)
             key_positions = jnp.concatenate([old, new], axis=1)
         out = attention(
-            q, all_keys, all_values, View(tokens.positions, key_positions),
-            scale=attention_scale(spec), window=spec.window, softcap=spec.softcap,
+            q, all_keys, all_values, View(tokens.positions, key_positions), scores, sinks=sinks,
             implementation=self.implementation,
         )  # fmt: skip
         return out, dataclasses.replace(

@@ -10,9 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.attention import View, attention
+from lm.infer.cache.contiguous import live_tokens
+from lm.kernels.attention import Scores, View, attention
 from lm.model import Attention, Tokens
-from lm.model.decoder import attention_scale
 from lm.sharding import constrain
 
 
@@ -32,7 +32,13 @@ class LatentCache:
     implementation: str | None = flax.struct.field(pytree_node=False, default=None)
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        tokens: Tokens,
+        scores: Scores,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LatentCache]:
         """See `lm.model.LayerCache`: multi-query attention, whose values are a part of the keys."""
         cache = self.write(k[:, :, 0], tokens)
@@ -40,7 +46,7 @@ class LatentCache:
         # Few queries, and one head of keys, which no mesh can split: a case for no kernel.
         implementation = self.implementation or "reference"
         values = keys[..., : v.shape[-1]]
-        return cache.read(q, keys, values, tokens, spec, implementation), cache
+        return cache.read(q, keys, values, tokens, scores, implementation, sinks), cache
 
     def attend_expanded(
         self,
@@ -48,19 +54,17 @@ class LatentCache:
         latents: jax.Array,
         expand: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
         tokens: Tokens,
-        spec: Attention,
+        scores: Scores,
     ) -> tuple[jax.Array, LatentCache]:
         """See `lm.model.decoder.LatentLayerCache`."""
         cache = self.write(latents, tokens)
         k, v = expand(cache.latents.astype(q.dtype))
-        return cache.read(q, k, v, tokens, spec, self.implementation), cache
+        return cache.read(q, k, v, tokens, scores, self.implementation), cache
 
     def write(self, latents: jax.Array, tokens: Tokens) -> LatentCache:
         """With latents [B, T, kv_rank + rope_dim] in their slots."""
         B, S, _ = self.latents.shape
-        slots = tokens.positions
-        if tokens.segment_ids is not None:
-            slots = jnp.where(tokens.segment_ids == 0, S, slots)
+        slots = jnp.where(live_tokens(tokens), tokens.positions, S)
         rows = jnp.arange(B, dtype=slots.dtype)[:, None]
         kept = self.latents.at[rows, slots].set(latents.astype(self.latents.dtype), mode="drop")
         return dataclasses.replace(self, latents=constrain(kept, "batch", None, None))
@@ -71,15 +75,15 @@ class LatentCache:
         k: jax.Array,
         v: jax.Array,
         tokens: Tokens,
-        spec: Attention,
+        scores: Scores,
         implementation: str | None,
+        sinks: jax.Array | None = None,
     ) -> jax.Array:
         """q [B, T, H, h] over every slot's k [B, S, K, h] and v."""
         B, S, _ = self.latents.shape
         positions = jnp.broadcast_to(jnp.arange(S, dtype=tokens.positions.dtype), (B, S))
         return attention(
-            q, k, v, View(tokens.positions, positions),
-            scale=attention_scale(spec), window=spec.window, softcap=spec.softcap,
+            q, k, v, View(tokens.positions, positions), scores, sinks=sinks,
             implementation=implementation,
         )  # fmt: skip
 

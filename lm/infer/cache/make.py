@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 
 from lm.infer.cache.contiguous import UNUSED_POSITION, ContiguousCache, SlidingCache, Slots
@@ -25,10 +24,9 @@ def make_cache(
     *,
     kind: CacheKind = "contiguous",
     page_size: int | None = None,
-    page_table: jax.Array | None = None,
     num_pages: int | None = None,
 ) -> tuple[Cache, ...]:
-    """Empty caches, one a layer, of `length` positions for `batch` rows.
+    """Empty caches, one per layer, of `length` positions for `batch` rows.
 
     Args:
       config: the model.
@@ -39,17 +37,15 @@ def make_cache(
       kind: "contiguous"; "sliding", which for layers with a window shorter than `length` keeps the
         window only; or "paged".
       page_size: tokens of a page; None for 64, or 128 for int8 and float8_e4m3fn.
-      page_table: int32 [batch, M], pages of each row; None for pages of its own for each.
-      num_pages: of the pool that `page_table` is about.
+      num_pages: of each layer's pool; None for enough for every row (`own_page_table`).
 
     Raises:
-      ValueError: an unknown kind; a page table without its pool's size, or the other way round; a
-        contiguous cache of quantized latents.
+      ValueError: an unknown kind; a contiguous cache of quantized latents.
     """
     if kind not in get_args(CacheKind):
         raise ValueError(f"cache kind {kind!r} is unknown; use {', '.join(get_args(CacheKind))}")
     if kind == "paged":
-        return _paged(config, batch, length, dtype, page_size, page_table, num_pages)
+        return _paged(config, batch, length, dtype, page_size, num_pages)
 
     def layer(a: Attention) -> Cache:
         if a.latent is not None:
@@ -76,17 +72,11 @@ def _paged(
     length: int,
     dtype: Any,
     page_size: int | None,
-    page_table: jax.Array | None,
     num_pages: int | None,
 ) -> tuple[PagedCache, ...]:
-    if (page_table is None) != (num_pages is None):
-        raise ValueError("give page_table and num_pages, the size of its pool, both or neither")
     if page_size is None:
         page_size = 128 if jnp.dtype(dtype) in QUANTIZED else 64
-    if num_pages is None:
-        width = -(-length // page_size)
-        num_pages = batch * width
-        page_table = jnp.arange(num_pages, dtype=jnp.int32).reshape(batch, width)
+    num_pages = num_pages or batch * -(-length // page_size)
 
     def layer(a: Attention) -> PagedCache:
         if a.latent is None:
@@ -94,7 +84,6 @@ def _paged(
         else:
             sizes = (1, a.latent.kv_rank + a.latent.rope_dim, a.latent.kv_rank)
         pages = make_pages(num_pages, page_size, *sizes, latent=a.latent is not None, dtype=dtype)
-        # Copied: a buffer that several layers share cannot be donated.
-        return PagedCache(pages, jnp.array(page_table, jnp.int32, copy=True))
+        return PagedCache(pages)
 
     return tuple(layer(config_layer.attention) for config_layer in config.layers)

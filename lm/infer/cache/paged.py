@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.kernels.paged_attention import Pages, paged_attention, write_pages
-from lm.model import Attention, Tokens
-from lm.model.decoder import attention_scale
+from lm.kernels.attention import Scores
+from lm.kernels.paged_attention import PageBatch, Pages, paged_attention, write_pages
+from lm.model import Tokens
 from lm.sharding import constrain
 
 
@@ -21,48 +21,69 @@ from lm.sharding import constrain
 class PagedCache:
     """Keys and values, or latents, of one layer, position p of a row in its page p // page_size.
 
-    Padding (segment 0), positions beyond the table and table entries below zero are written
-    nowhere. A row's new tokens stand together, at positions in order and without gaps.
+    Padding, positions beyond the table and table entries below zero are written nowhere.
 
     Latents are attended in the absorbed form, long prompts too: 2 (576 + 512) = 2176 operations a
     query, key and head at DeepSeek's sizes, 3.4 times the 2 (192 + 128) = 640 of the expanded form,
     which `LatentCache` takes for these.
 
     Attributes:
-      pages: the pool; several caches' tables may share one, and pages of it.
-      page_table: int32 [B, M], pages of each row in order; -1 for none.
+      pages: the pool. `Tokens.pages` says which of them are whose.
       implementation: of attention; None for the default.
     """
 
     pages: Pages
-    page_table: Any
     implementation: str | None = flax.struct.field(pytree_node=False, default=None)
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, tokens: Tokens, spec: Attention
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        tokens: Tokens,
+        scores: Scores,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, PagedCache]:
-        """See `lm.model.LayerCache`. Each row is one document: `tokens` must not be packed."""
+        """See `lm.model.LayerCache`.
+
+        Raises:
+          ValueError: the tokens have no pages.
+        """
+        if tokens.pages is None:
+            raise ValueError("a paged cache needs Tokens.pages; make them with in_pages")
         B, T, H, _ = q.shape
-        live = jnp.ones((B, T), bool)
-        if tokens.segment_ids is not None:
-            live = tokens.segment_ids != 0
-        lens = jnp.sum(live, axis=1, dtype=jnp.int32)
-        ends = jnp.max(jnp.where(live, tokens.positions + 1, 0), axis=1)
-        rows = jnp.arange(B + 1, dtype=jnp.int32) * T
-        starts = rows.at[:-1].add(jnp.argmax(live, axis=1).astype(jnp.int32))
-        tables = (self.page_table, ends.astype(jnp.int32), starts)
-        options: dict[str, Any] = {
-            "q_lens": lens, "max_q_len": T, "implementation": self.implementation,
-        }  # fmt: skip
         flat = [x.reshape(B * T, *x.shape[2:]) for x in (q, k, v)]
         values = None if self.pages.latent else flat[2]
-        pages = write_pages(self.pages, flat[1], values, *tables, **options)
+        how: dict[str, Any] = {"implementation": self.implementation}
+        pages = write_pages(self.pages, flat[1], values, tokens.pages, **how)
         pages = dataclasses.replace(pages, data=_constrained(pages.data))
-        out = paged_attention(
-            flat[0], pages, *tables, scale=attention_scale(spec), window=spec.window,
-            softcap=spec.softcap, **options,
-        )  # fmt: skip
+        out = paged_attention(flat[0], pages, tokens.pages, scores, sinks=sinks, **how)
         return out.reshape(B, T, H, -1), dataclasses.replace(self, pages=pages)
+
+
+def in_pages(tokens: Tokens, page_table: jax.Array) -> Tokens:
+    """Rows [B, T] of one document each, at the pages int32 [B, M] of a table.
+
+    A row's new tokens stand together, at positions in order and without gaps; padding (segment 0)
+    may be around them.
+    """
+    B, T = tokens.positions.shape
+    live = jnp.ones((B, T), bool)
+    if tokens.segment_ids is not None:
+        live = tokens.segment_ids != 0
+    lens = jnp.sum(live, axis=1, dtype=jnp.int32)
+    ends = jnp.max(jnp.where(live, tokens.positions + 1, 0), axis=1).astype(jnp.int32)
+    rows = jnp.arange(B + 1, dtype=jnp.int32) * T
+    starts = rows.at[:-1].add(jnp.argmax(live, axis=1).astype(jnp.int32))
+    return dataclasses.replace(tokens, pages=PageBatch(page_table, ends, starts, lens, T))
+
+
+def own_page_table(cache: Sequence[Any], batch: int) -> jax.Array | None:
+    """int32 [batch, M]: pools shared out evenly, as `make_cache` sizes them; None without pages."""
+    pools = [layer.pages for layer in cache if isinstance(layer, PagedCache)]
+    if not pools:
+        return None
+    return jnp.arange(pools[0].data.shape[0], dtype=jnp.int32).reshape(batch, -1)
 
 
 def _constrained(data: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.attention.reference import NEGATIVE, View
+from lm.kernels.attention.scores import Scores
 
 MAX_BLOCKS = 16
 
@@ -25,29 +26,20 @@ MAX_BLOCKS = 16
 class Static(NamedTuple):
     """What is known at trace time."""
 
-    scale: float
-    window: int | None
-    softcap: float | None
+    scores: Scores
     block: int
 
 
 def blocked_attention(
-    q_BTHh: jax.Array,
-    k_BTKh: jax.Array,
-    v_BTKh: jax.Array,
-    view: View,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, view: View, scores: Scores
 ) -> jax.Array:
-    """Causal attention of tokens to themselves; `view.in_order` must hold.
+    """Causal attention of tokens to themselves; `view.in_order` and `scores.causal` must hold.
 
     See `lm.kernels.attention.attention`.
     """
     T = q_BTHh.shape[1]
     block = max(64, -(-T // (MAX_BLOCKS * 64)) * 64)
-    return _attend(q_BTHh, k_BTKh, v_BTKh, view, Static(scale, window, softcap, block))
+    return _attend(q_BTHh, k_BTKh, v_BTKh, view, Static(scores, block))
 
 
 def _blocks(T: int, static: Static) -> list[tuple[slice, slice]]:
@@ -55,7 +47,7 @@ def _blocks(T: int, static: Static) -> list[tuple[slice, slice]]:
     ranges = []
     for start in range(0, T, static.block):
         stop = min(start + static.block, T)
-        first = 0 if static.window is None else max(0, start - static.window + 1)
+        first = 0 if static.scores.window is None else max(0, start - static.scores.window + 1)
         ranges.append((slice(start, stop), slice(first, stop)))
     return ranges
 
@@ -94,9 +86,7 @@ def _scores(q_BKGth, k_BKsh, seen_Bts, static: Static, transposed: bool) -> jax.
         equation, operands, shape = "bkth,bksh->bkts", (q, k_BKsh), (B, K, G, t, s)
         seen = seen_Bts[:, None, None]
     scores = jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
-    scores *= static.scale
-    if static.softcap is not None:
-        scores = static.softcap * jnp.tanh(scores / static.softcap)
+    scores = static.scores.of(scores)
     return jnp.where(seen, scores.reshape(shape), NEGATIVE).reshape(scores.shape)
 
 
@@ -127,7 +117,7 @@ def _forward(q_BTHh, k_BTKh, v_BTKh, view, static):
     for queries, keys in _blocks(T, static):
         q_t, k_s, v_s = q[:, :, :, queries], k[:, :, keys], v[:, :, keys]
         t = q_t.shape[3]
-        scores = _scores(q_t, k_s, _seen(view, queries, keys, static.window), static, False)
+        scores = _scores(q_t, k_s, _seen(view, queries, keys, static.scores.window), static, False)
         top = jnp.max(scores, axis=3)
         weights = jnp.exp(scores - top[..., None])
         total = jnp.sum(weights, axis=3)
@@ -158,14 +148,15 @@ def _backward(static, saved, dout_BTHh):
         t = q_t.shape[3]
         flat = (B, K, G * t)
         q_t, dout_t = q_t.reshape(*flat, h), dout[:, :, :, queries].reshape(*flat, -1)
-        seen = _seen(view, queries, keys, static.window)
+        seen = _seen(view, queries, keys, static.scores.window)
         scores = _scores(q_t.reshape(B, K, G, t, h), k_s, seen, static, True)
         weights = jnp.exp(scores - lse[..., queries].reshape(flat)[:, :, None])
         dweights = dot("bksh,bkth->bkst", v_s, dout_t)
         dscores = weights * (dweights - delta[..., queries].reshape(flat)[:, :, None])
-        if static.softcap is not None:
-            dscores *= 1 - jnp.square(jnp.where(weights > 0, scores, 0) / static.softcap)
-        dscores = (dscores * static.scale).astype(q.dtype)
+        if static.scores.softcap is not None:
+            capped = jnp.where(weights > 0, scores, 0) / static.scores.softcap
+            dscores *= 1 - jnp.square(capped)
+        dscores = (dscores * static.scores.scale).astype(q.dtype)
         dv = dv.at[:, :, keys].add(dot("bkst,bkth->bksh", weights.astype(v.dtype), dout_t))
         dk = dk.at[:, :, keys].add(dot("bkst,bkth->bksh", dscores, q_t))
         dq = _to_queries(dscores, k_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lm.kernels.attention.blocked import blocked_attention
 from lm.kernels.attention.flash_gpu import flash_attention_gpu_backward
@@ -13,16 +14,19 @@ from lm.kernels.attention.reference import (
     reference_attention,
     reference_attention_backward,
 )
+from lm.kernels.attention.scores import Scores
 from lm.kernels.attention.sharded import (
     on_tpu,
     sharded_flash,
     sharded_flash_backward,
     sharded_flash_gpu,
     sharded_splash,
+    target,
 )
 
 IMPLEMENTATIONS = ("reference", "blocked", "flash", "mosaic_gpu", "splash", "cudnn")
 FLASH_FROM = 16  # queries; of fewer, as in decoding, most of a block would be padding
+CUDNN_HEAD_DIM = 128  # the largest cuDNN takes on every GPU since Ampere
 
 
 def attention(
@@ -30,11 +34,8 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     view: View,
+    scores: Scores,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -44,20 +45,16 @@ def attention(
     Args:
       q: [B, T, H, h].
       k, v: [B, S, K, h]; K divides H, and query heads g..g+H/K-1 share one of them; the head size
-        of v may be another than that of q and k.
+        of v may differ from that of q and k.
       view: positions and segments of queries and keys.
-      scale: multiplies the scores.
-      causal: a query sees no later position.
-      window: positions a query sees, itself included; None for all.
-      softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
+      scores: scale, causality, window and soft-cap.
       sinks: [H] scores of a key with no value, added to the denominator (GPT-OSS).
       return_lse: also return the log-sum-exp of the scores, float32 [B, T, H].
       implementation: "flash" is a kernel for TPUs (interpreted on CPUs), "mosaic_gpu" one for
         Hopper GPUs (compiled for H200; never run), "splash" JAX's own for TPUs, "cudnn" cuDNN's;
-        "blocked" and "reference" are plain JAX. None for "flash" where the
-        layout's mesh is of TPUs and there are at least `FLASH_FROM` queries, else "blocked" where
-        it applies (causal attention of tokens to themselves, no sinks, no log-sum-exp), else
-        "reference". On a mesh, the kernels but cuDNN's run on each device's batch rows and heads.
+        "blocked" and "reference" are plain JAX. None for what `default_implementation` says of the
+        layout's devices. On a mesh, the kernels but cuDNN's run on each device's batch rows and
+        heads.
 
     Returns:
       [B, T, H, h of v] of q's dtype (and the log-sum-exp). A query that sees no key gets zeros, and
@@ -69,48 +66,80 @@ def attention(
         segments, or the implementation is unknown, or cannot do what is asked, or not on this mesh.
     """
     _check(q, k, v, view, sinks)
-    check_scores(window, softcap)
-    blocked = causal and view.in_order and sinks is None and not return_lse
+    kernel: Any = {"flash": sharded_flash, "mosaic_gpu": sharded_flash_gpu,
+                   "reference": reference_attention}  # fmt: skip
     if implementation is None:
-        plain = "blocked" if blocked else "reference"
-        implementation = "flash" if on_tpu() and q.shape[1] >= FLASH_FROM else plain
-    if implementation == "flash":
-        return sharded_flash(
-            q, k, v, view, scale=scale, causal=causal, window=window,
-            softcap=softcap, sinks=sinks, return_lse=return_lse,
-        )  # fmt: skip
-    if implementation == "mosaic_gpu":
-        return sharded_flash_gpu(
-            q, k, v, view, scale=scale, causal=causal, window=window,
-            softcap=softcap, sinks=sinks, return_lse=return_lse,
-        )  # fmt: skip
+        implementation = default_implementation(
+            _platform(), q, k, v, view, scores, plain=sinks is None and not return_lse
+        )
+    if implementation in kernel:
+        return kernel[implementation](q, k, v, view, scores, sinks=sinks, return_lse=return_lse)
+    asked = {"sinks": sinks, "log-sum-exp (return_lse)": return_lse,
+             "arbitrary positions": not view.in_order}  # fmt: skip
     if implementation == "blocked":
-        if not blocked:
-            raise ValueError(
-                "blocked attention is causal, of tokens in order to themselves, without sinks or "
-                "log-sum-exp; use implementation='reference'"
-            )
-        return blocked_attention(q, k, v, view, scale=scale, window=window, softcap=softcap)
-    if implementation == "reference":
-        return reference_attention(
-            q, k, v, view, scale=scale, causal=causal, window=window,
-            softcap=softcap, sinks=sinks, return_lse=return_lse,
-        )  # fmt: skip
+        _refuse("blocked", "reference", asked | {"causal=False": not scores.causal})
+        return blocked_attention(q, k, v, view, scores)
     if implementation == "splash":
-        refused = {
-            "sinks": sinks,
-            "return_lse": return_lse,
-            "arbitrary positions": not view.in_order,
-        }
-        _refuse("splash", "flash", refused)
-        return sharded_splash(
-            q, k, v, view, scale=scale, causal=causal, window=window, softcap=softcap
-        )  # fmt: skip
+        _refuse("splash", "flash", asked)
+        return sharded_splash(q, k, v, view, scores)
     if implementation == "cudnn":
-        return _cudnn(q, k, v, view, scale, causal, window, softcap, sinks, return_lse)
+        asked |= {
+            "packed segments": view.query_segments,
+            "softcap": scores.softcap,
+            "head sizes that differ": q.shape[3] != v.shape[3],
+        }
+        _refuse("cudnn", "reference", asked)
+        window, behind = scores.window, (scores.window or 1) - 1
+        local = None if window is None else (behind, 0 if scores.causal else behind)
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scores.scale, is_causal=scores.causal, local_window_size=local,
+            implementation="cudnn",
+        )  # fmt: skip
     raise ValueError(
         f"attention implementation {implementation!r} is unknown; use {', '.join(IMPLEMENTATIONS)}"
     )
+
+
+def default_implementation(
+    platform: str | None, q: Any, k: Any, v: Any, view: View, scores: Scores, plain: bool
+) -> str:
+    """The implementation for what is asked, of shapes and dtypes alone.
+
+    "flash" on TPUs from `FLASH_FROM` queries on. "cudnn" on GPUs for whole documents in order, in
+    bfloat16 or float16, of head sizes it has, without soft-cap. Elsewhere "blocked" where it
+    applies (causal attention of tokens in order to themselves), else "reference".
+
+    Args:
+      platform: "tpu", "gpu" with its cuDNN, or anything else.
+      q, k, v: arrays, or their shapes and dtypes.
+      view, scores: as `attention`.
+      plain: neither sinks nor the log-sum-exp are asked for.
+    """
+    if platform == "tpu" and q.shape[1] >= FLASH_FROM:
+        return "flash"
+    h = q.shape[3]
+    if (
+        platform == "gpu"
+        and plain
+        and view.in_order
+        and view.query_segments is None
+        and scores.softcap is None
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.dtype == k.dtype == v.dtype
+        and h == v.shape[3] <= CUDNN_HEAD_DIM
+        and h % 8 == 0
+    ):
+        return "cudnn"
+    return "blocked" if plain and view.in_order and scores.causal else "reference"
+
+
+def _platform() -> str | None:
+    """Of the devices compiled for; a GPU that is only described has no cuDNN to ask."""
+    device = target()
+    if device is None or device.platform not in ("gpu", "cuda"):
+        return None if device is None else device.platform
+    client = type(getattr(device, "client", None)).__name__
+    return "gpu" if client == "Client" else None
 
 
 def attention_backward(
@@ -118,14 +147,11 @@ def attention_backward(
     k: jax.Array,
     v: jax.Array,
     view: View,
+    scores: Scores,
     out: jax.Array,
     lse: jax.Array,
     dout: jax.Array,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     dlse: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -150,33 +176,19 @@ def attention_backward(
       ValueError: as `attention`.
     """
     _check(q, k, v, view)
-    check_scores(window, softcap)
     if implementation is None:
         implementation = "flash" if on_tpu() else "reference"
-    options: dict[str, Any] = {
-        "scale": scale, "causal": causal, "window": window, "softcap": softcap, "dlse": dlse,
-    }  # fmt: skip
-    if implementation == "flash":
-        return sharded_flash_backward(q, k, v, view, out, lse, dout, **options)
-    if implementation == "reference":
-        return reference_attention_backward(q, k, v, view, out, lse, dout, **options)
-    if implementation == "mosaic_gpu":
-        return flash_attention_gpu_backward(q, k, v, view, out, lse, dout, **options)
-    raise ValueError(
-        f"attention_backward implementation {implementation!r} is unknown; use reference, flash or "
-        "mosaic_gpu"
-    )
-
-
-def check_scores(window: int | None, softcap: float | None) -> None:
-    """Raises ValueError for a window of no positions, or a soft-cap that is not positive.
-
-    Arrays, which may be traced, are not looked at.
-    """
-    if window is not None and not isinstance(window, jax.Array) and window < 1:
-        raise ValueError(f"window={window}; use 1 or more, or None to see all positions")
-    if softcap is not None and not isinstance(softcap, jax.Array) and not softcap > 0:
-        raise ValueError(f"softcap={softcap}; use more than 0, or None for scores as they are")
+    kernels: Any = {
+        "flash": sharded_flash_backward,
+        "reference": reference_attention_backward,
+        "mosaic_gpu": flash_attention_gpu_backward,
+    }
+    if implementation not in kernels:
+        raise ValueError(
+            f"attention_backward implementation {implementation!r} is unknown; use reference, "
+            "flash or mosaic_gpu"
+        )
+    return kernels[implementation](q, k, v, view, scores, out, lse, dout, dlse=dlse)
 
 
 def _check(q, k, v, view: View, sinks: jax.Array | None = None) -> None:
@@ -195,7 +207,7 @@ def _check(q, k, v, view: View, sinks: jax.Array | None = None) -> None:
     if K == 0 or H % K:
         raise ValueError(f"num_kv_heads={K} of k does not divide num_heads={H} of q")
     if sinks is not None and sinks.shape != (H,):
-        raise ValueError(f"sinks has shape {sinks.shape}; give one a query head, [{H}]")
+        raise ValueError(f"sinks has shape {sinks.shape}; give one per query head, [{H}]")
     if (view.query_segments is None) != (view.key_segments is None):
         raise ValueError("give the view query_segments and key_segments, both or neither")
     for side, length in (("query", T), ("key", S)):
@@ -205,23 +217,6 @@ def _check(q, k, v, view: View, sinks: jax.Array | None = None) -> None:
                 raise ValueError(
                     f"{side}_{what} of the view has shape {x.shape}; give [{B}, {length}]"
                 )
-
-
-def _cudnn(q, k, v, view, scale, causal, window, softcap, sinks, return_lse):
-    """cuDNN's flash attention; rows must be whole documents, positions 0..T-1."""
-    refused = {
-        "packed segments": view.query_segments,
-        "softcap": softcap,
-        "sinks": sinks,
-        "return_lse": return_lse,
-        "head sizes that differ": q.shape[3] != v.shape[3],
-        "arbitrary positions": not view.in_order,
-    }
-    _refuse("cudnn", "reference", refused)
-    local = None if window is None else (window - 1, 0 if causal else window - 1)
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
-    )
 
 
 def _refuse(name: str, instead: str, refused: dict[str, Any]) -> None:

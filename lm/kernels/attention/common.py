@@ -11,6 +11,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from lm.kernels.attention.reference import View
 from lm.kernels.attention.schedule import PADDING_POSITION, PADDING_SEGMENT, Rows
+from lm.kernels.attention.scores import Scores
 
 # Products of a kernel over the head size of queries and keys, and over that of values; kernels that
 # give some of the gradients each have the scores to compute again.
@@ -58,7 +59,7 @@ def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Ar
     return (out * jnp.exp(lse - both)[..., None]).astype(out.dtype), both
 
 
-def num_scores(T: int, S: int, causal: bool, window: int | None) -> int:
+def num_scores(T: int, S: int, scores: Scores) -> int:
     """Scores that count of T queries to S keys, both from position 0, of one document.
 
     So it is of tokens to themselves, and of a prompt to the cache it begins to fill, where kernels
@@ -66,9 +67,9 @@ def num_scores(T: int, S: int, causal: bool, window: int | None) -> int:
     (a later part of a prompt) and of rings' parts it is what the first would see, and packed rows
     have fewer.
     """
-    own = np.arange(T)  # a query's position
+    own, window = np.arange(T), scores.window  # a query's position
     first = np.zeros_like(own) if window is None else np.maximum(own - window + 1, 0)
-    last = own if causal else S if window is None else own + window - 1
+    last = own if scores.causal else S if window is None else own + window - 1
     return int((np.minimum(last, S - 1) - first + 1).clip(0).sum())
 
 

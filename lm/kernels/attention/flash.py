@@ -35,18 +35,16 @@ from lm.kernels.attention.flash_blocks import (
     forward_vmem,
     grown,
 )
-from lm.kernels.attention.flash_kernels import LOG2_E, Mask, Scores
+from lm.kernels.attention.flash_kernels import LOG2_E
 from lm.kernels.attention.reference import View
 from lm.kernels.attention.schedule import Rows, schedule
+from lm.kernels.attention.scores import Scores
 
 
 class Static(NamedTuple):
     """What is known at trace time."""
 
-    scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
+    scores: Scores
     in_order: bool
     blocks: Blocks
     chip: str | None
@@ -58,11 +56,8 @@ def flash_attention(
     k: jax.Array,
     v: jax.Array,
     view: View,
+    scores: Scores,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
     chip: str | None = None,
@@ -81,7 +76,7 @@ def flash_attention(
     Raises:
       ValueError: no block table has the head size, or the rows are too long for one device.
     """
-    static = _static(q, v, view, scale, causal, window, softcap, chip, blocks, interpret)
+    static = _static(q, v, view, scores, chip, blocks, interpret)
     results: Any = _attend(q, k, v, view, static)
     out, lse = results
     if sinks is not None:
@@ -94,28 +89,25 @@ def flash_attention_backward(
     k: jax.Array,
     v: jax.Array,
     view: View,
+    scores: Scores,
     out: jax.Array,
     lse: jax.Array,
     dout: jax.Array,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     dlse: jax.Array | None = None,
     chip: str | None = None,
     blocks: Blocks | None = None,
     interpret: bool | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `lm.kernels.attention.attention_backward` and, for the rest, `flash_attention`."""
-    static = _static(q, v, view, scale, causal, window, softcap, chip, blocks, interpret)
+    static = _static(q, v, view, scores, chip, blocks, interpret)
     return _gradients(q, k, v, view, out, lse, dout, dlse, static, jnp.float32)
 
 
-def _static(q, v, view, scale, causal, window, softcap, chip, blocks, interpret) -> Static:
+def _static(q, v, view, scores, chip, blocks, interpret) -> Static:
     if blocks is None:
         blocks = blocks_for(chip, max(q.shape[3], v.shape[3]))
-    return Static(scale, causal, window, softcap, view.in_order, blocks, chip, interpret)
+    return Static(scores, view.in_order, blocks, chip, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -127,7 +119,7 @@ def _forward(q_BTHh, k_BSKh, v_BSKd, view, static: Static):
     (B, T, H, h), (S, K, d) = q_BTHh.shape, v_BSKd.shape[1:]
     heads = _heads(H // K, static.blocks.heads)
     query, key = _fit(static.blocks.forward, heads, T, S, static.blocks)
-    rows = padded_rows(view, query, key, static.causal)
+    rows = padded_rows(view, query, key, static.scores.causal)
     visits, count = _schedule(rows, query, key, static)
     call = _call(static, rows, query, key)._replace(
         vmem=_budget(static.chip, forward_vmem(query, key, heads, h, d, q_BTHh.dtype.itemsize)),
@@ -164,7 +156,7 @@ def _gradients(q_BTHh, k_BSKh, v_BSKd, view, out, lse, dout, dlse, static: Stati
     lse = jnp.where(lse < kernels.NONE_SEEN, -kernels.NONE_SEEN, lse * LOG2_E)
     chunks = -(-S // static.blocks.resident)
     keys = -(-S // (chunks * key)) * key
-    rows = padded_rows(view, query, chunks * keys, static.causal)
+    rows = padded_rows(view, query, chunks * keys, static.scores.causal)
     call = _call(static, rows, query, key)._replace(
         vmem=_budget(
             static.chip, backward_vmem(query, key, keys, heads, h, d, q_BTHh.dtype.itemsize)
@@ -183,7 +175,7 @@ def _gradients(q_BTHh, k_BSKh, v_BSKd, view, out, lse, dout, dlse, static: Stati
     else:
         dq, dk, dv = _by_chunk(call, chunks, static, rows, q, k, v, dout, lse, delta)
     dq = jnp.moveaxis(dq.reshape(B, H, -1, h)[:, :, :T], 1, 2).astype(dq_dtype)
-    dk, dv = (jnp.moveaxis(x[:, :, :S], 1, 2) for x in (dk * static.scale, dv))
+    dk, dv = (jnp.moveaxis(x[:, :, :S], 1, 2) for x in (dk * static.scores.scale, dv))
     return dq, dk, dv
 
 
@@ -199,9 +191,7 @@ def _by_chunk(call, chunks: int, static: Static, rows: Rows, q, k, v, dout, lse,
     def chunk(dq, part):
         k, v, key_positions, key_segments = part
         mine = rows._replace(key_positions=key_positions, key_segments=key_segments)
-        visits, count = schedule(
-            mine, call.query, call.key, causal=static.causal, window=static.window, in_order=False
-        )
+        visits, count = schedule(mine, call.query, call.key, static.scores, False)
         dq, dk, dv = kernels.backward(
             call, visits, count, mine, q, k, v, dout, lse, delta, jnp.float32, before=dq
         )
@@ -226,9 +216,7 @@ def _heads(group: int, most: int) -> int:
 
 
 def _schedule(rows: Rows, query: int, key: int, static: Static) -> Any:
-    return schedule(
-        rows, query, key, causal=static.causal, window=static.window, in_order=static.in_order
-    )
+    return schedule(rows, query, key, static.scores, static.in_order)
 
 
 def _of_queries(x: jax.Array, K: int, heads: int, block: int, fill: float = 0.0) -> jax.Array:
@@ -249,10 +237,9 @@ def _budget(chip: str | None, estimate: int) -> int:
 
 
 def _call(static: Static, rows: Rows, query: int, key: int) -> kernels.Call:
-    mask = Mask(static.causal, static.window, rows.query_segments is not None)
-    scores = Scores(static.scale, static.softcap)
+    segments = rows.query_segments is not None
     none = pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0)
-    return kernels.Call(mask, scores, query, key, 0, static.interpret, none)
+    return kernels.Call(static.scores, segments, query, key, 0, static.interpret, none)
 
 
 def _cost(static: Static, q, v, query: int, key: int, *, backward: bool, chunks: int = 1):
@@ -261,7 +248,7 @@ def _cost(static: Static, q, v, query: int, key: int, *, backward: bool, chunks:
     A block of keys is read again for each block of queries.
     """
     (B, T, H, h), (S, K, d) = q.shape, v.shape[1:]
-    scores = num_scores(T, S, static.causal, static.window)
+    scores = num_scores(T, S, static.scores)
     size = q.dtype.itemsize
     moved = B * T * (H * (h + d) * size + (H * (4 * h + 8) if backward else 4 * H))
     groups = H // (K * _heads(H // K, static.blocks.heads))

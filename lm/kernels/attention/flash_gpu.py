@@ -20,9 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.kernels.attention import flash_gpu_kernels as kernels
 from lm.kernels.attention.common import kernel_flops, num_scores, padded, padded_rows, with_sinks
 from lm.kernels.attention.flash_gpu_kernels import Ranges, Tile
-from lm.kernels.attention.flash_kernels import LOG2_E, NONE_SEEN, Mask, Scores, stack_rows
+from lm.kernels.attention.flash_kernels import LOG2_E, NONE_SEEN, stack_rows
 from lm.kernels.attention.reference import View
 from lm.kernels.attention.schedule import Rows, pairs
+from lm.kernels.attention.scores import Scores
 
 SHARED_MEMORY = 227 * 1024  # bytes a program may use; CUDA programming guide, capability 9.0
 DTYPES = ("bfloat16", "float16")
@@ -54,10 +55,7 @@ TABLE = {
 class Static(NamedTuple):
     """What is known at trace time."""
 
-    scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
+    scores: Scores
     in_order: bool
     tiles: Tiles
 
@@ -67,11 +65,8 @@ def flash_attention_gpu(
     k: jax.Array,
     v: jax.Array,
     view: View,
+    scores: Scores,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
     tiles: Tiles | None = None,
@@ -87,7 +82,7 @@ def flash_attention_gpu(
     Raises:
       ValueError: another dtype or head size, or the tiles need more shared memory than there is.
     """
-    static = _static(q, k, v, view, scale, causal, window, softcap, tiles)
+    static = _static(q, k, v, view, scores, tiles)
     results: Any = _attend(q, k, v, view, static)
     out, lse = results
     if sinks is not None:
@@ -100,14 +95,11 @@ def flash_attention_gpu_backward(
     k: jax.Array,
     v: jax.Array,
     view: View,
+    scores: Scores,
     out: jax.Array,
     lse: jax.Array,
     dout: jax.Array,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     dlse: jax.Array | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -115,16 +107,16 @@ def flash_attention_gpu_backward(
 
     The gradients are of the arrays' precision, held as float32.
     """
-    static = _static(q, k, v, view, scale, causal, window, softcap, tiles)
+    static = _static(q, k, v, view, scores, tiles)
     dq, dk, dv = _gradients(q, k, v, view, out, lse, dout, dlse, static)
     return dq.astype(jnp.float32), dk.astype(jnp.float32), dv.astype(jnp.float32)
 
 
-def _static(q, k, v, view, scale, causal, window, softcap, tiles) -> Static:
+def _static(q, k, v, view, scores, tiles) -> Static:
     if tiles is None:
         tiles = _tiles(q.shape[3])
     _check(q, k, v, tiles)
-    return Static(scale, causal, window, softcap, view.in_order, tiles)
+    return Static(scores, view.in_order, tiles)
 
 
 def forward_shared_memory(tile: Tile, head_dim: int) -> int:
@@ -241,17 +233,15 @@ def _call(static: Static, q, k, view: View, kernel: str) -> tuple[kernels.Call, 
     (B, T, H, h), S = q.shape, k.shape[1]
     of_keys = kernel.startswith(("dk", "dv"))
     tile = static.tiles.dkv if of_keys else getattr(static.tiles, kernel)
-    rows = padded_rows(view, tile.query, tile.key, static.causal)
-    possible, whole = pairs(
-        rows, tile.query, tile.key, causal=static.causal, window=static.window,
-        in_order=static.in_order,
-    )  # fmt: skip
+    rows = padded_rows(view, tile.query, tile.key, static.scores.causal)
+    possible, whole = pairs(rows, tile.query, tile.key, static.scores, static.in_order)
     if of_keys:
         possible, whole = possible.swapaxes(1, 2), whole.swapaxes(1, 2)
-    mask = Mask(static.causal, static.window, rows.query_segments is not None)
-    scores = Scores(static.scale, static.softcap)
-    flops = kernel_flops(kernel, B * H * num_scores(T, S, static.causal, static.window), h, h)
-    call = kernels.Call(mask, scores, static.in_order, tile, ranges(possible, whole), flops)
+    segments = rows.query_segments is not None
+    flops = kernel_flops(kernel, B * H * num_scores(T, S, static.scores), h, h)
+    call = kernels.Call(
+        static.scores, segments, static.in_order, tile, ranges(possible, whole), flops
+    )
     return call, _mask_rows(call, rows)
 
 

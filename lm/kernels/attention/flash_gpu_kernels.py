@@ -22,8 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lm.kernels.attention.common import declared
-from lm.kernels.attention.flash_kernels import LOG2_E, MASK, NONE_SEEN, Mask, Scores
+from lm.kernels.attention.flash_kernels import LOG2_E, MASK, NONE_SEEN
 from lm.kernels.attention.reference import NEGATIVE
+from lm.kernels.attention.scores import Scores
 
 ROWS = 64  # of a tile that one warpgroup multiplies: the M of wgmma
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40  # a thread, of 65,536 for two computing groups and one
@@ -62,15 +63,15 @@ class Call(NamedTuple):
     """One call of a kernel, but for its arrays.
 
     Attributes:
-      mask, scores: see `flash_kernels`.
+      scores, segments: see `flash_kernels`.
       by_index: positions are those in the arrays; else they are in the rows.
       tile: sizes.
       ranges: blocks each tile meets.
       flops: operations, declared.
     """
 
-    mask: Mask
     scores: Scores
+    segments: bool
     by_index: bool
     tile: Tile
     ranges: Ranges
@@ -78,7 +79,7 @@ class Call(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """Of exponents of two, as `flash_kernels.Scores` has them."""
+        """Of exponents of two, of what `Scores.capped` gives."""
         return self.scores.unit * LOG2_E
 
 
@@ -120,13 +121,13 @@ class _Rows:
         self, x: jax.Array, query_start: Any, key_start: Any, queries: Any, keys: Any
     ) -> jax.Array:
         """x where a query sees a key, `MASK` elsewhere."""
-        mask, axis, shape = self.call.mask, self.query_axis, x.shape
+        scores, axis, shape = self.call.scores, self.query_axis, x.shape
         seen = None
 
         def both(a: Any, b: jax.Array) -> jax.Array:
             return b if a is None else a & b
 
-        if mask.causal or mask.window is not None:
+        if scores.causal or scores.window is not None:
             if self.call.by_index:
                 index = [
                     plgpu.broadcasted_iota(jnp.int32, shape, i, layout=plgpu.Layout.WGMMA)
@@ -135,13 +136,13 @@ class _Rows:
                 distance = index[axis] - index[1 - axis] + (query_start - key_start)
             else:
                 distance = _spread(queries[0], shape, axis) - _spread(keys[0], shape, 1 - axis)
-            if mask.causal:
+            if scores.causal:
                 seen = distance >= 0
-            if mask.window is not None:
-                seen = both(seen, distance < mask.window)
-                if not mask.causal:
-                    seen = both(seen, distance > -mask.window)
-        if mask.segments:
+            if scores.window is not None:
+                seen = both(seen, distance < scores.window)
+                if not scores.causal:
+                    seen = both(seen, distance > -scores.window)
+        if self.call.segments:
             same = _spread(queries[-1], shape, axis) == _spread(keys[-1], shape, 1 - axis)
             seen = both(seen, same)
         return x if seen is None else jnp.where(seen, x, MASK)

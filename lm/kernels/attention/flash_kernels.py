@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lm.kernels.attention.reference import NEGATIVE
 from lm.kernels.attention.schedule import FIRST, LAST, MASKED, RUN, Rows, key_block, query_block
+from lm.kernels.attention.scores import Scores
 
 LOG2_E = math.log2(math.e)
 UNIT = 256
@@ -33,31 +34,6 @@ FORWARD_UNROLLED, UNROLLED = 8, 4
 # A score that no query sees, and the maximum before any was seen: so far apart that the weight of
 # the one under the other is 0, though exp(MASK - MASK) would be 1.
 MASK, NONE_SEEN = -1e37, -1e30
-
-
-class Mask(NamedTuple):
-    """What a kernel knows of the mask at trace time."""
-
-    causal: bool
-    window: int | None
-    segments: bool
-
-
-class Scores(NamedTuple):
-    """How products become exponents of two: p = 2 ** (slope * f(product))."""
-
-    scale: float
-    softcap: float | None
-
-    @property
-    def unit(self) -> float:
-        """The scores are this times what the kernel holds."""
-        return self.scale if self.softcap is None else self.softcap
-
-    def capped(self, products: jax.Array) -> jax.Array:
-        if self.softcap is None:
-            return products
-        return jnp.tanh(products * (self.scale / self.softcap))
 
 
 def stack_rows(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
@@ -92,7 +68,7 @@ def _each_part(key: int, num_heads: int, unrolled: int, work: Any) -> None:
     jax.lax.fori_loop(0, key // (parts * size), step, 0)
 
 
-def _seen(query_rows: Any, key_rows: Any, keys: Any, mask: Mask) -> jax.Array:
+def _seen(query_rows: Any, key_rows: Any, keys: Any, scores: Scores, segments: bool):
     """bool [s, t] from int32 refs [1, n, t] and [1, n, s], for some of the keys."""
 
     def column(i: int) -> jax.Array:
@@ -101,14 +77,14 @@ def _seen(query_rows: Any, key_rows: Any, keys: Any, mask: Mask) -> jax.Array:
 
     distance = query_rows[0, 0:1, :] - column(0)
     seen = None
-    if mask.causal:
+    if scores.causal:
         seen = distance >= 0
-    if mask.window is not None:
-        near = distance < mask.window
+    if scores.window is not None:
+        near = distance < scores.window
         seen = near if seen is None else seen & near
-        if not mask.causal:
-            seen &= distance > -mask.window
-    if mask.segments:
+        if not scores.causal:
+            seen &= distance > -scores.window
+    if segments:
         same = query_rows[0, 1:2, :] == column(1)
         seen = same if seen is None else seen & same
     return jnp.ones(distance.shape, bool) if seen is None else seen
@@ -116,7 +92,7 @@ def _seen(query_rows: Any, key_rows: Any, keys: Any, mask: Mask) -> jax.Array:
 
 def _forward_kernel(
     visits, query_rows, key_rows, q_ref, k_ref, v_ref, out_ref, lse_ref, top, total, sums,
-    *, mask: Mask, scores: Scores, visit_of,
+    *, scores: Scores, segments: bool, visit_of,
 ):  # fmt: skip
     """top, total: f32 [g, 1, t]; sums: f32 [g, d, t]."""
     visit = visit_of(visits)
@@ -142,7 +118,7 @@ def _forward_kernel(
             if i + 1 < len(units):
                 following = products(*units[i + 1])
             if masked:
-                x = jnp.where(_seen(query_rows, key_rows, keys, mask), x, MASK)
+                x = jnp.where(_seen(query_rows, key_rows, keys, scores, segments), x, MASK)
             old = top[head]
             new = jnp.maximum(old, jnp.max(x, axis=0, keepdims=True))
             weights = jnp.exp2(x * slope - new * slope)
@@ -177,7 +153,7 @@ def _when_run(visit: Any, key: int, num_heads: int, unrolled: int, part: Any) ->
 
 def _backward_kernel(
     visits, query_rows, key_rows, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs,
-    mask: Mask, scores: Scores, visit_of, key: int,
+    scores: Scores, segments: bool, visit_of, key: int,
 ):  # fmt: skip
     """refs: perhaps what dq is added to, dq, dk, dv, and a sum f32 [g, h, t].
 
@@ -217,7 +193,7 @@ def _backward_kernel(
                 following = products(*units[i + 1])
             x = capped = scores.capped(x)
             if masked:
-                x = jnp.where(_seen(query_rows, key_rows, keys, mask), x, MASK)
+                x = jnp.where(_seen(query_rows, key_rows, keys, scores, segments), x, MASK)
             weights = jnp.exp2(x * slope - lse_ref[0, 0, 0, head : head + 1, :])
             dx = weights * (dweights - delta_ref[0, 0, 0, head : head + 1, :])
             if scores.softcap is not None:
@@ -243,8 +219,8 @@ def _backward_kernel(
 class Call(NamedTuple):
     """One call of either kernel, but for its arrays."""
 
-    mask: Mask
     scores: Scores
+    segments: bool
     query: int  # tokens of a block
     key: int
     vmem: int  # bytes the kernel may use
@@ -307,7 +283,7 @@ def forward(call: Call, visits, count, rows: Rows, q, k, v) -> tuple[jax.Array, 
     row_arrays = _rows(rows)
     visit_of, of_queries, of_keys, row_specs = _specs(call, visits, row_arrays[0].shape[1])
     kernel = functools.partial(
-        _forward_kernel, mask=call.mask, scores=call.scores, visit_of=visit_of
+        _forward_kernel, scores=call.scores, segments=call.segments, visit_of=visit_of
     )
     call_on = functools.partial(
         pl.pallas_call,
@@ -350,7 +326,11 @@ def backward(
     row_arrays = _rows(rows)
     visit_of, of_queries, of_keys, row_specs = _specs(call, visits, row_arrays[0].shape[1])
     kernel = functools.partial(
-        _backward_kernel, mask=call.mask, scores=call.scores, visit_of=visit_of, key=call.key
+        _backward_kernel,
+        scores=call.scores,
+        segments=call.segments,
+        visit_of=visit_of,
+        key=call.key,
     )
 
     arrays = (jnp.asarray(visits).reshape(-1), *row_arrays, q, k, v, dout, lse2, delta)

@@ -13,6 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lm.kernels.attention.scores import Scores
+
 NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: merging two of it gives no NaN
 
 
@@ -36,16 +38,16 @@ class View:
     in_order: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def mask(view: View, causal: bool, window: int | None) -> jax.Array:
+def mask(view: View, scores: Scores) -> jax.Array:
     """bool [B, T, S]: which keys a query sees.
 
-    `window` w lets a query at position p see positions p - w + 1 .. p (and, where not causal,
-    as many ahead).
+    A window w lets a query at position p see positions p - w + 1 .. p (and, where not causal, as
+    many ahead).
     """
     distance = view.query_positions[:, :, None] - view.key_positions[:, None, :]
-    seen = distance >= 0 if causal else jnp.ones(distance.shape, bool)
-    if window is not None:
-        seen &= jnp.abs(distance) < window
+    seen = distance >= 0 if scores.causal else jnp.ones(distance.shape, bool)
+    if scores.window is not None:
+        seen &= jnp.abs(distance) < scores.window
     if view.query_segments is not None:
         seen &= view.query_segments[:, :, None] == view.key_segments[:, None, :]
     return seen
@@ -56,11 +58,8 @@ def reference_attention(
     k_BSKh: jax.Array,
     v_BSKh: jax.Array,
     view: View,
+    scores: Scores,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -68,18 +67,15 @@ def reference_attention(
     B, T, H, h = q_BTHh.shape
     K = k_BSKh.shape[2]
     q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
-    scores *= scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask(view, causal, window)[:, None, None], scores, NEGATIVE)
-    top = jnp.max(scores, axis=-1, keepdims=True)
+    x = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
+    x = jnp.where(mask(view, scores)[:, None, None], scores.of(x), NEGATIVE)
+    top = jnp.max(x, axis=-1, keepdims=True)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, K, H // K, 1, 1)
         top = jnp.maximum(top, sink)
     # So that the weights of a query without keys are exp(NEGATIVE / 2) = 0, not exp(0).
     top = jnp.maximum(jax.lax.stop_gradient(top), NEGATIVE / 2)
-    weights = jnp.exp(scores - top)
+    weights = jnp.exp(x - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sinks is not None:
         total += jnp.exp(sink - top)
@@ -99,14 +95,11 @@ def reference_attention_backward(
     k_BSKh: jax.Array,
     v_BSKh: jax.Array,
     view: View,
+    scores: Scores,
     out_BTHh: jax.Array,
     lse_BTH: jax.Array,
     dout_BTHh: jax.Array,
     *,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
     dlse: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients with the scores held whole. See `lm.kernels.attention.attention_backward`."""
@@ -124,15 +117,15 @@ def reference_attention_backward(
     delta = jnp.sum(dout_BTHh.astype(jnp.float32) * out_BTHh.astype(jnp.float32), axis=-1)
     if dlse is not None:
         delta -= dlse
-    scores = dot("btkgh,bskh->bkgts", q, k_BSKh) * scale
+    x = dot("btkgh,bskh->bkgts", q, k_BSKh) * scores.scale
     slope = jnp.float32(1)
-    if softcap is not None:
-        capped = jnp.tanh(scores / softcap)
-        scores, slope = softcap * capped, 1 - jnp.square(capped)
-    seen = mask(view, causal, window)[:, None, None]
-    weights = jnp.exp(jnp.where(seen, scores - rows(lse_BTH.astype(jnp.float32)), NEGATIVE))
+    if scores.softcap is not None:
+        capped = jnp.tanh(x / scores.softcap)
+        x, slope = scores.softcap * capped, 1 - jnp.square(capped)
+    seen = mask(view, scores)[:, None, None]
+    weights = jnp.exp(jnp.where(seen, x - rows(lse_BTH.astype(jnp.float32)), NEGATIVE))
     dweights = dot("btkgh,bskh->bkgts", dout, v_BSKh)
-    dscores = (weights * (dweights - rows(delta)) * slope * scale).astype(q.dtype)
+    dscores = (weights * (dweights - rows(delta)) * slope * scores.scale).astype(q.dtype)
     dq = dot("bkgts,bskh->btkgh", dscores, k_BSKh).reshape(B, T, H, h)
     dk = dot("bkgts,btkgh->bskh", dscores, q)
     dv = dot("bkgts,btkgh->bskh", weights.astype(v_BSKh.dtype), dout)

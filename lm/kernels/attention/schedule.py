@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.kernels.attention.scores import Scores
+
 RUN, MASKED, FIRST, LAST = 1, 2, 4, 8  # flags: FIRST and LAST of a block of queries
 KEY_BITS, FLAG_BITS = 13, 4
 QUERY_SHIFT = KEY_BITS + FLAG_BITS
@@ -56,15 +58,13 @@ class Rows(NamedTuple):
     key_segments: Any
 
 
-def schedule(
-    rows: Rows, query: int, key: int, *, causal: bool, window: int | None, in_order: bool
-) -> Schedule:
+def schedule(rows: Rows, query: int, key: int, scores: Scores, in_order: bool) -> Schedule:
     """The visits of attention with blocks of `query` and `key` tokens.
 
     Args:
       rows: their lengths are multiples of the blocks.
       query, key: tokens of a block.
-      causal, window: as `lm.kernels.attention.attention`.
+      scores: of which `causal` and `window` count here.
       in_order: queries and keys are the same tokens in order; if there are no segments either, the
         list is known at trace time, and is a NumPy array.
 
@@ -75,7 +75,7 @@ def schedule(
     num_queries, num_keys = T // query, rows.key_positions.shape[1] // key
     if num_queries > MAX_BLOCKS or num_keys > MAX_BLOCKS:
         raise ValueError(_too_long(T, rows.key_positions.shape[1]))
-    possible, whole = pairs(rows, query, key, causal=causal, window=window, in_order=in_order)
+    possible, whole = pairs(rows, query, key, scores, in_order)
     if in_order and rows.query_segments is None:
         visits, count = _listed(np, possible, whole)
         return Schedule(visits[:, : int(count)], int(count))
@@ -86,9 +86,7 @@ def schedule(
     return Schedule(*_listed(jnp, possible, whole))
 
 
-def pairs(
-    rows: Rows, query: int, key: int, *, causal: bool, window: int | None, in_order: bool
-) -> tuple[Any, Any]:
+def pairs(rows: Rows, query: int, key: int, scores: Scores, in_order: bool) -> tuple[Any, Any]:
     """bool [B or 1, num_queries, num_keys] twice: may a query see a key; do all see all.
 
     NumPy arrays where in order without segments, else JAX ones. Arguments as `schedule`.
@@ -96,10 +94,10 @@ def pairs(
     num_queries, num_keys = (
         rows.query_positions.shape[1] // query, rows.key_positions.shape[1] // key
     )  # fmt: skip
-    possible, whole = _by_index(num_queries, num_keys, query, key, causal, window, in_order)
+    possible, whole = _by_index(num_queries, num_keys, query, key, scores, in_order)
     if in_order and rows.query_segments is None:
         return possible[None], whole[None]
-    dynamic_possible, dynamic_whole = _by_value(rows, query, key, causal, window)
+    dynamic_possible, dynamic_whole = _by_value(rows, query, key, scores)
     return dynamic_possible & possible, dynamic_whole
 
 
@@ -110,17 +108,16 @@ def _too_long(T: int, S: int) -> str:
     )
 
 
-def _by_index(num_queries, num_keys, query, key, causal, window, in_order):
+def _by_index(num_queries, num_keys, query, key, scores: Scores, in_order: bool):
     """bool [num_queries, num_keys] twice: may a query see a key; do all see all. By index alone."""
     if not in_order:
         return np.ones((num_queries, num_keys), bool), np.ones((num_queries, num_keys), bool)
     first_q, first_k = np.arange(num_queries)[:, None] * query, np.arange(num_keys)[None] * key
-    return _bounded(
-        first_q, first_q + query - 1, first_k, first_k + key - 1, causal=causal, window=window
-    )
+    return _bounded(first_q, first_q + query - 1, first_k, first_k + key - 1, scores)
 
 
-def _bounded(q_min, q_max, k_min, k_max, *, causal, window):
+def _bounded(q_min, q_max, k_min, k_max, scores: Scores):
+    causal, window = scores.causal, scores.window
     possible = (q_max >= k_min) if causal else (q_max >= k_min) | True
     whole = (q_min >= k_max) if causal else (q_max >= k_min) | True
     if window is not None:
@@ -130,7 +127,7 @@ def _bounded(q_min, q_max, k_min, k_max, *, causal, window):
     return possible, whole
 
 
-def _by_value(rows: Rows, query: int, key: int, causal: bool, window: int | None):
+def _by_value(rows: Rows, query: int, key: int, scores: Scores):
     """As `_by_index`, bool [B, num_queries, num_keys], by the least and largest of each block."""
 
     def ends(x: jax.Array, block: int, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -139,7 +136,7 @@ def _by_value(rows: Rows, query: int, key: int, causal: bool, window: int | None
 
     q_min, q_max = ends(rows.query_positions, query, 2)
     k_min, k_max = ends(rows.key_positions, key, 1)
-    possible, whole = _bounded(q_min, q_max, k_min, k_max, causal=causal, window=window)
+    possible, whole = _bounded(q_min, q_max, k_min, k_max, scores)
     if rows.query_segments is not None:
         q_min, q_max = ends(rows.query_segments, query, 2)
         k_min, k_max = ends(rows.key_segments, key, 1)

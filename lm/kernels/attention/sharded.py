@@ -14,6 +14,7 @@ from lm.kernels.attention.common import declared, kernel_flops, num_scores
 from lm.kernels.attention.flash import flash_attention, flash_attention_backward
 from lm.kernels.attention.flash_gpu import flash_attention_gpu
 from lm.kernels.attention.reference import View
+from lm.kernels.attention.scores import Scores
 from lm.sharding import Layout, current_layout, is_local, map_devices, partition_spec
 
 HOPPER = ("H100", "H200", "GH200")
@@ -37,12 +38,13 @@ def on_tpu() -> bool:
     return device is not None and device.platform == "tpu"
 
 
-def sharded_flash(q, k, v, view: View, **options: Any) -> Any:
+def sharded_flash(q, k, v, view: View, scores: Scores, **options: Any) -> Any:
     """`flash_attention` of each device's part. Errors as `lm.kernels.attention.attention`."""
-    return _on_each_device(functools.partial(flash_attention, **_where()), q, k, v, view, **options)
+    kernel = functools.partial(flash_attention, **_where())
+    return _on_each_device(kernel, q, k, v, view, scores, **options)
 
 
-def sharded_flash_gpu(q, k, v, view: View, **options: Any) -> Any:
+def sharded_flash_gpu(q, k, v, view: View, scores: Scores, **options: Any) -> Any:
     """`flash_attention_gpu` of each device's part.
 
     Raises:
@@ -54,14 +56,14 @@ def sharded_flash_gpu(q, k, v, view: View, **options: Any) -> Any:
             f"mosaic_gpu attention is for Hopper GPUs ({', '.join(HOPPER)}), the mesh is of "
             f"{device.device_kind} devices; use implementation='flash' on TPUs, else 'blocked'"
         )
-    return _on_each_device(flash_attention_gpu, q, k, v, view, **options)
+    return _on_each_device(flash_attention_gpu, q, k, v, view, scores, **options)
 
 
 def _on_each_device(
-    kernel: Any, q, k, v, view: View, *, sinks, return_lse: bool, **options: Any
+    kernel: Any, q, k, v, view: View, scores: Scores, *, sinks, return_lse: bool
 ) -> Any:
     layout = current_layout()
-    kernel = functools.partial(kernel, return_lse=return_lse, **options)
+    kernel = functools.partial(kernel, scores=scores, return_lse=return_lse)
     if layout is None or is_local(layout.mesh):
         return kernel(q, k, v, view, sinks=sinks)
     queries, keys, rows, lse = _specs(layout, q, k)
@@ -73,22 +75,22 @@ def _on_each_device(
     )(q, k, v, view, sinks)
 
 
-def sharded_flash_backward(q, k, v, view: View, out, lse, dout, *, dlse, **options: Any) -> Any:
+def sharded_flash_backward(q, k, v, view: View, scores: Scores, out, lse, dout, *, dlse) -> Any:
     """`flash_attention_backward` of each device's part."""
     layout = current_layout()
-    kernel = functools.partial(flash_attention_backward, **_where(), **options)
+    kernel = functools.partial(flash_attention_backward, **_where())
     if layout is None or is_local(layout.mesh):
-        return kernel(q, k, v, view, out, lse, dout, dlse=dlse)
+        return kernel(q, k, v, view, scores, out, lse, dout, dlse=dlse)
     queries, keys, rows, by_head = _specs(layout, q, k)
     return map_devices(
-        lambda *arrays: kernel(*arrays[:-1], dlse=arrays[-1]),
+        lambda *arrays: kernel(*arrays[:4], scores, *arrays[4:-1], dlse=arrays[-1]),
         (queries, keys, keys, rows, queries, by_head, queries, by_head),
         (queries, keys, keys),
         layout.mesh,
     )(q, k, v, view, out, lse, dout, dlse)
 
 
-def sharded_splash(q, k, v, view: View, *, scale, causal, window, softcap) -> jax.Array:
+def sharded_splash(q, k, v, view: View, scores: Scores) -> jax.Array:
     """JAX's own splash attention; what it cannot do is refused by `attention`."""
     layout = current_layout()
     T, S = q.shape[1], k.shape[1]
@@ -96,10 +98,11 @@ def sharded_splash(q, k, v, view: View, *, scale, causal, window, softcap) -> ja
         raise ValueError(
             f"splash attention needs lengths that 128 divides, got {T}; use implementation='flash'"
         )
-    if window is not None:
-        one = splash.LocalMask((T, S), (window - 1, 0 if causal else window - 1), 0)
+    if scores.window is not None:
+        behind = scores.window - 1
+        one = splash.LocalMask((T, S), (behind, 0 if scores.causal else behind), 0)
     else:
-        one = splash.CausalMask((T, S)) if causal else splash.FullMask((T, S))
+        one = splash.CausalMask((T, S)) if scores.causal else splash.FullMask((T, S))
     interpret = _where()["interpret"]
     if interpret is None:
         raise ValueError("splash attention needs a layout, to know where it runs")
@@ -107,17 +110,17 @@ def sharded_splash(q, k, v, view: View, *, scale, causal, window, softcap) -> ja
     def kernel(q, k, v, view: View) -> jax.Array:
         attend = splash.make_splash_mha(
             splash.MultiHeadMask([one] * q.shape[2]),
-            head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap,
+            head_shards=1, q_seq_shards=1, attn_logits_soft_cap=scores.softcap,
             interpret=interpret,
         )  # fmt: skip
         segments = None
         if view.query_segments is not None:
             segments = splash.SegmentIds(view.query_segments, view.key_segments)
-        heads_first = (x.swapaxes(1, 2) for x in (q * scale, k, v))
-        scores = q.shape[0] * q.shape[2] * num_scores(T, S, causal, window)
+        heads_first = (x.swapaxes(1, 2) for x in (q * scores.scale, k, v))
+        counted = q.shape[0] * q.shape[2] * num_scores(T, S, scores)
         kernels = {"fwd": "forward", "dq": "dq", "dkv": "dkv"}
         flops = {
-            name: kernel_flops(kernel, scores, q.shape[3], v.shape[3])
+            name: kernel_flops(kernel, counted, q.shape[3], v.shape[3])
             for name, kernel in kernels.items()
         }
         with declared(**flops):

@@ -8,6 +8,7 @@ from lm.kernels.paged_attention.choose import (
 )
 from lm.kernels.paged_attention.pages import (
     QUANTIZED,
+    PageBatch,
     Pages,
     check_tables,
     make_pages,
@@ -19,6 +20,7 @@ from lm.kernels.paged_attention.tpu import tpu_paged_attention
 __all__ = [
     "IMPLEMENTATIONS",
     "QUANTIZED",
+    "PageBatch",
     "Pages",
     "check_tables",
     "kv_head_axes",

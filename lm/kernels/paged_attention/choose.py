@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lm.hardware.chips import chip_of
-from lm.kernels.attention.choose import check_scores
+from lm.kernels.attention.scores import Scores
 from lm.kernels.attention.sharded import on_tpu, target
-from lm.kernels.paged_attention.pages import Pages
+from lm.kernels.paged_attention.pages import PageBatch, Pages
 from lm.kernels.paged_attention.reference import (
     reference_paged_attention,
     reference_write_pages,
@@ -30,15 +29,9 @@ MEGACORE = ("TPU v4", "TPU v5p")  # chips that show their two cores as one
 def paged_attention(
     q: jax.Array,
     pages: Pages,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    cu_q_lens: jax.Array,
+    batch: PageBatch,
+    scores: Scores,
     *,
-    scale: float,
-    q_lens: jax.Array | None = None,
-    max_q_len: int | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     sinks: jax.Array | None = None,
     implementation: str | None = None,
     interpret: Any = False,
@@ -54,17 +47,8 @@ def paged_attention(
     Args:
       q: [N, H, h], sequence after sequence; h is `pages.key_dim`.
       pages: the pool; its K heads divide H.
-      page_table: int32 [B, M], pages of each sequence in order. Entries before a window or behind
-        the sequence's end are not read.
-      kv_lens: int32 [B], tokens of each sequence, new ones included.
-      cu_q_lens: int32 [B + 1], where each sequence's new tokens begin in q, and where the last's
-        end.
-      scale: multiplies the scores.
-      q_lens: int32 [B], new tokens of each, where they are fewer than from one beginning to the
-        next; the rest is padding.
-      max_q_len: the most new tokens of a sequence, where it is known; 1 for decoding.
-      window: positions a query sees, itself included; None for all.
-      softcap: scores become softcap * tanh(scores / softcap).
+      batch: where the new tokens stand.
+      scores: scale, window and soft-cap; causal.
       sinks: [H] scores of a key with no value, added to the denominator.
       implementation: "reference" or "tpu"; None for "tpu" where the layout's mesh is of TPUs.
       interpret: run the TPU kernel as plain JAX; or what else `pl.pallas_call` takes.
@@ -74,29 +58,25 @@ def paged_attention(
       [N, H, value_dim] of q's dtype; zeros for padding.
 
     Raises:
-      ValueError: shapes disagree, the window or soft-cap is not positive, the implementation is
-        unknown or cannot hold the table, a page or a block, or the mesh does not divide the heads.
+      ValueError: shapes disagree, the scores are not causal, the implementation is unknown or
+        cannot hold the table, a page or a block, or the mesh does not divide the heads.
     """
     _check_queries(q, pages, sinks)
-    check_scores(window, softcap)
-    _check_sequences(page_table, kv_lens, cu_q_lens, q_lens)
-    starts, lens = _sequences(cu_q_lens, q_lens)
+    batch.check()
+    if not scores.causal:
+        raise ValueError("paged attention is causal; give Scores with causal=True")
     chip = _chip()
-    tensors = (q, pages, page_table, kv_lens, starts, lens, sinks)
-    common: dict[str, Any] = {
-        "scale": scale, "max_len": max_q_len, "window": window, "softcap": softcap,
-    }  # fmt: skip
+    tensors = (q, pages, batch.page_table, batch.kv_lens, batch.starts, batch.lens, sinks)
 
-    def reference(q, pages, table, kv_lens, starts, lens, sinks):
-        return reference_paged_attention(
-            q, pages, table, kv_lens, starts, lens, sinks=sinks, **common
-        )
+    common: Any = {"scores": scores, "max_len": batch.max_q_len}
 
-    def tpu(q, pages, table, kv_lens, starts, lens, sinks):
-        return tpu_paged_attention(
-            q, pages, table, kv_lens, starts, lens, sinks=sinks, chip=chip, interpret=interpret,
-            **{"cores": 2 if chip in MEGACORE else 1} | common | blocks,
-        )  # fmt: skip
+    def reference(*tensors):
+        return reference_paged_attention(*tensors[:-1], sinks=tensors[-1], **common)
+
+    def tpu(*tensors):
+        cores = {"cores": 2 if chip in MEGACORE else 1}
+        options: Any = common | {"chip": chip, "interpret": interpret} | cores | blocks
+        return tpu_paged_attention(*tensors[:-1], sinks=tensors[-1], **options)
 
     return _dispatch(implementation, tensors, reference, tpu, _sharded_attention)
 
@@ -105,12 +85,8 @@ def write_pages(
     pages: Pages,
     keys: jax.Array,
     values: jax.Array | None,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    cu_q_lens: jax.Array,
+    batch: PageBatch,
     *,
-    q_lens: jax.Array | None = None,
-    max_q_len: int | None = None,
     implementation: str | None = None,
     interpret: Any = False,
 ) -> Pages:
@@ -127,11 +103,12 @@ def write_pages(
       The pages, the old ones' memory where it is donated. Padding, positions beyond the table and
       those whose table entry is negative are written nowhere.
     """
-    _check_sequences(page_table, kv_lens, cu_q_lens, q_lens)
-    starts, lens = _sequences(cu_q_lens, q_lens)
-    tensors = (pages, keys, values, page_table, kv_lens, starts, lens)
-    reference = functools.partial(reference_write_pages, max_len=max_q_len)
-    tpu = functools.partial(tpu_write_pages, max_len=max_q_len, chip=_chip(), interpret=interpret)
+    batch.check()
+    tensors = (pages, keys, values, batch.page_table, batch.kv_lens, batch.starts, batch.lens)
+    reference = functools.partial(reference_write_pages, max_len=batch.max_q_len)
+    tpu = functools.partial(
+        tpu_write_pages, max_len=batch.max_q_len, chip=_chip(), interpret=interpret
+    )
     return _dispatch(implementation, tensors, reference, tpu, _sharded_write)
 
 
@@ -140,11 +117,6 @@ def _chip() -> str | None:
     device = target()
     chip = None if device is None else chip_of(device.device_kind)
     return None if chip is None else chip.name
-
-
-def _sequences(cu_q_lens: jax.Array, q_lens: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    starts = cu_q_lens[:-1]
-    return starts, cu_q_lens[1:] - starts if q_lens is None else q_lens
 
 
 def _dispatch(
@@ -174,26 +146,7 @@ def _check_queries(q: jax.Array, pages: Pages, sinks: jax.Array | None) -> None:
     if q.shape[1] % K:
         raise ValueError(f"num_kv_heads={K} of the pages does not divide num_heads={q.shape[1]}")
     if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ValueError(f"sinks has shape {sinks.shape}; give one a query head, [{q.shape[1]}]")
-
-
-def _check_sequences(
-    page_table: jax.Array, kv_lens: jax.Array, cu_q_lens: jax.Array, q_lens: jax.Array | None
-) -> None:
-    given = {"page_table": page_table, "kv_lens": kv_lens, "cu_q_lens": cu_q_lens}
-    if q_lens is not None:
-        given["q_lens"] = q_lens
-    B = page_table.shape[0] if page_table.ndim == 2 else None
-    if B is None or kv_lens.shape != (B,) or cu_q_lens.shape != (B + 1,):
-        raise ValueError(
-            f"page_table {page_table.shape}, kv_lens {kv_lens.shape}, cu_q_lens {cu_q_lens.shape}; "
-            "give [B, M], [B] and [B + 1] of one B"
-        )
-    if q_lens is not None and q_lens.shape != (B,):
-        raise ValueError(f"q_lens has shape {q_lens.shape}; give one a sequence, [{B}]")
-    for name, x in given.items():
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} is {x.dtype.name}; give int32")
+        raise ValueError(f"sinks has shape {sinks.shape}; give one per query head, [{q.shape[1]}]")
 
 
 def kv_head_axes(layout: Layout, num_kv_heads: int) -> tuple[str, ...]:

@@ -56,6 +56,54 @@ class Pages:
         return self.data.shape[2]
 
 
+@flax.struct.dataclass
+class PageBatch:
+    """Where the new tokens of a flat batch of sequences stand, once for all layers.
+
+    Attributes:
+      page_table: int32 [B, M], pages of each sequence in order. Entries before a window or behind
+        the sequence's end are not read; -1 for none.
+      kv_lens: int32 [B], tokens of each sequence, new ones included.
+      cu_q_lens: int32 [B + 1], where each sequence's new tokens begin in the batch, and where the
+        last's end.
+      q_lens: int32 [B], new tokens of each, where they are fewer than from one beginning to the
+        next; the rest is padding. None where there is none.
+      max_q_len: the most new tokens of a sequence, where it is known; 1 for decoding.
+    """
+
+    page_table: Any
+    kv_lens: Any
+    cu_q_lens: Any
+    q_lens: Any = None
+    max_q_len: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def check(self) -> None:
+        """Raises ValueError for shapes that disagree, or that are not of integers."""
+        fields = ("page_table", "kv_lens", "cu_q_lens", "q_lens")
+        given = {name: x for name in fields if (x := getattr(self, name)) is not None}
+        B = self.page_table.shape[0] if self.page_table.ndim == 2 else None
+        if B is None or self.kv_lens.shape != (B,) or self.cu_q_lens.shape != (B + 1,):
+            raise ValueError(
+                f"page_table {self.page_table.shape}, kv_lens {self.kv_lens.shape}, cu_q_lens "
+                f"{self.cu_q_lens.shape}; give [B, M], [B] and [B + 1] of one B"
+            )
+        if self.q_lens is not None and self.q_lens.shape != (B,):
+            raise ValueError(f"q_lens has shape {self.q_lens.shape}; give one per sequence, [{B}]")
+        for name, x in given.items():
+            if not jnp.issubdtype(x.dtype, jnp.integer):
+                raise ValueError(f"{name} is {x.dtype.name}; give int32")
+
+    @property
+    def starts(self) -> Any:
+        """int32 [B], where each sequence's new tokens begin."""
+        return self.cu_q_lens[:-1]
+
+    @property
+    def lens(self) -> Any:
+        """int32 [B], new tokens of each sequence."""
+        return self.cu_q_lens[1:] - self.starts if self.q_lens is None else self.q_lens
+
+
 def make_pages(
     num_pages: int,
     page_size: int,
@@ -162,6 +210,6 @@ def check_tables(page_table: Any, kv_lens: Any, num_pages: int, page_size: int) 
     if wrong.any():
         row, column = np.argwhere(wrong)[0].tolist()
         raise ValueError(
-            f"page_table[{row}, {column}]={int(table[row, column])} is no page; there are 0.."
+            f"page_table[{row}, {column}]={int(table[row, column])} is not a page; there are 0.."
             f"{num_pages - 1}"
         )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.attention.reference import NEGATIVE
+from lm.kernels.attention.scores import Scores
 from lm.kernels.paged_attention.pages import Pages, new_rows
 
 
@@ -65,11 +66,9 @@ def reference_paged_attention(
     kv_lens: jax.Array,
     starts: jax.Array,
     lens: jax.Array,
+    scores: Scores,
     *,
-    scale: float,
     max_len: int | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """See `lm.kernels.paged_attention.paged_attention`; tokens of a sequence from starts[b]."""
@@ -85,20 +84,17 @@ def reference_paged_attention(
     rows = jnp.where((key_positions < kv_lens[:, None])[:, None, :, None], rows, 0)
 
     keys = rows[..., : pages.key_dim]
-    scores = jnp.einsum("btkgh,bksh->bkgts", q_BTKGh, keys, preferred_element_type=jnp.float32)
-    scores *= scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    x = jnp.einsum("btkgh,bksh->bkgts", q_BTKGh, keys, preferred_element_type=jnp.float32)
     positions = (kv_lens - lens)[:, None] + offsets
     distance = positions[:, :, None] - key_positions
     seen = distance >= 0
-    if window is not None:
-        seen &= distance < window
-    scores = jnp.where(seen[:, None, None], scores, NEGATIVE)
+    if scores.window is not None:
+        seen &= distance < scores.window
+    x = jnp.where(seen[:, None, None], scores.of(x), NEGATIVE)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, K, H // K, 1, 1)
-        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        x = jnp.concatenate([x, jnp.broadcast_to(sink, (*x.shape[:-1], 1))], -1)
+    weights = jax.nn.softmax(x, axis=-1).astype(q.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
     out = jnp.einsum("bkgts,bksv->btkgv", weights, rows[..., pages.value_lanes])

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lm.kernels.attention.reference import NEGATIVE
+from lm.kernels.attention.scores import Scores
 from lm.kernels.paged_attention.pages import LANES, Pages
 from lm.kernels.paged_attention.tpu_blocks import (
     Shape,
@@ -97,7 +98,7 @@ class Static(NamedTuple):
     """What is known at trace time.
 
     Attributes:
-      scale, window, softcap: of attention.
+      scores: see `Scores`.
       group: query heads of a key/value head.
       key_dim, split, latent: see `Pages`.
       value_lanes: lanes of a row that are read as the value.
@@ -105,9 +106,7 @@ class Static(NamedTuple):
       quantized, sinks: whether there are scales, sinks.
     """
 
-    scale: float
-    window: int | None
-    softcap: float | None
+    scores: Scores
     group: int
     key_dim: int
     split: int
@@ -127,11 +126,9 @@ def tpu_paged_attention(
     kv_lens: jax.Array,
     starts: jax.Array,
     lens: jax.Array,
+    scores: Scores,
     *,
-    scale: float,
     max_len: int | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
     sinks: jax.Array | None = None,
     block_q: int | None = None,
     block_kv: int | None = None,
@@ -152,8 +149,8 @@ def tpu_paged_attention(
     check_sizes(pages, page_table, chip)
     shape = shape_of(pages, q, sinks is not None)
     run = functools.partial(
-        _run, shape, q, pages, page_table, scale=scale, window=window, softcap=softcap,
-        sinks=sinks, chip=chip, cores=cores, interpret=interpret,
+        _run, shape, q, pages, page_table, scores=scores, sinks=sinks, chip=chip,
+        cores=cores, interpret=interpret,
     )  # fmt: skip
     blocks = functools.partial(choose_blocks, shape, chip, page_table.shape[1], block_kv=block_kv)
     capacity = page_table.shape[1] * pages.page_size
@@ -183,9 +180,7 @@ def _run(
     items: Items,
     num_pages: int,
     *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scores: Scores,
     sinks: jax.Array | None,
     chip: str | None,
     cores: int,
@@ -197,7 +192,7 @@ def _run(
     num, block_q = items.tokens.shape
     group, R = shape.group, shape.rows(block_q)
     static = Static(
-        scale, window, softcap, group, shape.key_lanes, pages.split, pages.latent,
+        scores, group, shape.key_lanes, pages.split, pages.latent,
         shape.value_lanes, p, num_pages, page_table.shape[1], shape.quantized, shape.sinks,
     )  # fmt: skip
     V = static.value_lanes.stop - static.value_lanes.start
@@ -239,7 +234,7 @@ def _run(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=vmem_limit(shape, chip, block_q, num_pages),
         ),
-        cost_estimate=_cost(x, pages, page_table, V, window),
+        cost_estimate=_cost(x, pages, page_table, V, scores.window),
         interpret=interpret,
         name="paged_attention_decode" if block_q == 1 else "paged_attention_prefill",
     )(*(s.astype(jnp.int32) for s in scalars), *operands)
@@ -287,8 +282,8 @@ class _Copies:
         """(first page read, one past the last)."""
         s = self.static
         first = 0
-        if s.window is not None:
-            first = jnp.maximum(self.firsts[item] - s.window + 1, 0) // s.page_size
+        if s.scores.window is not None:
+            first = jnp.maximum(self.firsts[item] - s.scores.window + 1, 0) // s.page_size
         return first, pl.cdiv(self.ends[item], s.page_size)
 
     def blocks(self, item: Any) -> tuple[Any, Any]:
@@ -422,13 +417,12 @@ def _attend(static, q_ref, buffers, slot, block, first, top_ref, total_ref, acc_
     queries = first + jax.lax.broadcasted_iota(jnp.int32, (R, C), 0) // static.group
     distance = queries - (block * C + jax.lax.broadcasted_iota(jnp.int32, (R, C), 1))
     seen = distance >= 0
-    if static.window is not None:
-        seen &= distance < static.window
+    if static.scores.window is not None:
+        seen &= distance < static.scores.window
 
     def one(head: Any) -> None:
-        scores = _scores(static, q_ref[0, head], buffers, slot, head) * static.scale
-        if static.softcap is not None:
-            scores = static.softcap * jnp.tanh(scores / static.softcap)
+        scores = _scores(static, q_ref[0, head], buffers, slot, head)
+        scores = static.scores.of(scores)
         scores = jnp.where(seen, scores, NEGATIVE)
         before = top_ref[head][:, :1]
         top = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
