@@ -51,16 +51,9 @@ class StartError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one watchdog.
+    """Of one watchdog: `num` processes; `port` is that of JAX's runtime on process 0.
 
-    Attributes:
-      id, num: number of its process, and of processes.
-      host, pid: where its process runs.
-      token: LM_RUN_TOKEN; empty if it is not set.
-      coordinator: host and port of the rendezvous.
-      port: of JAX's runtime, on process 0.
-      timeout: seconds of silence after which a host counts as dead.
-      start_timeout: seconds to wait for all hosts at the start.
+    A host counts as dead after `timeout` seconds of silence, as missing after `start_timeout`.
     """
 
     id: int
@@ -167,17 +160,19 @@ class Watchdog:
             self.selector.register(server, selectors.EVENT_READ)
             try:
                 self.admit_all(server, deadline)
-                hosts = {0: self.settings.host}
-                hosts |= {i: link.report["host"] for i, link in self.members.items() if link.report}
-                answer = {"names": [hosts[i] for i in sorted(hosts)], "port": self.settings.port}
+                reports = [self.members[i].report or {} for i in sorted(self.members)]
+                names = [self.settings.host, *(report["host"] for report in reports)]
+                answer = {"names": names, "port": self.settings.port}
             except StartError as error:
                 answer = {"error": str(error)}
                 raise
             finally:
                 self.selector.unregister(server)
                 for key in [*self.selector.get_map().values()]:
-                    if key.data is not self.main:
-                        key.data.send(**answer) if key.data.report else self.close(key.data)
+                    if key.data.report:
+                        key.data.send(**answer)
+                    elif key.data is not self.main:
+                        self.close(key.data)
         return answer
 
     def admit_all(self, server: socket.socket, deadline: float) -> None:
@@ -379,17 +374,18 @@ class Watchdog:
 
 def check(settings: Settings, report: dict[str, Any], earlier: Link | None) -> None:
     """Raises StartError if a process does not fit those that are there."""
-    i, n, where = report["id"], settings.num, f"pid {report['pid']} on {report['host']}"
+    i, n = report["id"], settings.num
     if report["num"] != n:
         raise StartError(
             f"process {i} on {report['host']} was started with num_processes={report['num']}, "
             f"process 0 with {n}; give all the same"
         )
-    if i == 0 or (earlier is not None and earlier.report):
-        other = earlier.report if earlier and earlier.report else dataclasses.asdict(settings)
+    known = dataclasses.asdict(settings) if i == 0 else earlier.report if earlier else None
+    if known:
         raise StartError(
-            f"process_id={i} was given twice: to pid {other['pid']} on {other['host']} and "
-            f"{where}; number processes from 0 to {n - 1}, and end those of an earlier run"
+            f"process_id={i} was given twice: to pid {known['pid']} on {known['host']} and pid "
+            f"{report['pid']} on {report['host']}; number processes from 0 to {n - 1}, and end "
+            "those of an earlier run"
         )
 
 
@@ -409,23 +405,18 @@ def missing(settings: Settings, present: Any) -> str:
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A socket on the coordinator's port; one held by a run that is just ending is waited for."""
     host, port = settings.coordinator
     bound, dual = bind_address(host), socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if (":" in bound if bound else dual) else socket.AF_INET
-    deadline = time.monotonic() + min(settings.start_timeout, 20.0)
-    while True:
-        try:
-            return socket.create_server(
-                (bound, port), family=family, dualstack_ipv6=dual and not bound, backlog=1024
-            )
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise StartError(
-                    f"process 0 cannot listen on port {port} of {host}: {error.strerror}; end the "
-                    "earlier run that holds it, or choose another port for coordinator"
-                ) from error
-            time.sleep(RETRY_SECONDS)
+    try:
+        return socket.create_server(
+            (bound, port), family=family, dualstack_ipv6=dual and not bound, backlog=1024
+        )
+    except OSError as error:
+        raise StartError(
+            f"process 0 cannot listen on port {port} of {host}: {error.strerror}; end the earlier "
+            "run that holds it, or choose another port for coordinator"
+        ) from error
 
 
 def bind_address(host: str) -> str:

@@ -82,11 +82,13 @@ def test_an_epoch_is_every_pair_once(num_documents, batch_size, seed, shard):
 @pytest.mark.parametrize("spec", [("data", None), (None, "data"), (("data", "seq"), None), ()])
 def test_device_batch_is_the_host_batch(spec):
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "seq"))
-    batches = Batches([packed(30)], 8)
-    batch = batches.device_batch(5, NamedSharding(mesh, PartitionSpec(*spec)))
-    for name, array in batches.host_batch(5).items():
-        assert batch[name].shape == array.shape
-        np.testing.assert_array_equal(batch[name], array)
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    held_out = HeldOut(packed(9), 8)
+    for batches, step in ((Batches([packed(30)], 8), 5), (held_out, len(held_out) - 1)):
+        batch = batches.device_batch(step, sharding)
+        for name, array in batches.host_batch(step).items():
+            assert batch[name].shape == array.shape
+            np.testing.assert_array_equal(batch[name], array)
 
 
 def test_device_batch_reads_only_rows_of_this_host(monkeypatch):
@@ -129,14 +131,6 @@ def test_held_out_reads_every_pair_once(batch_size, shard):
         np.testing.assert_array_equal(batch["segment_ids"] > 0, batch["weights"] > 0)
 
 
-def test_held_out_device_batch():
-    mesh = Mesh(np.asarray(jax.devices()[:4]), ("data",))
-    held_out = HeldOut(packed(9), 8)
-    batch = held_out.device_batch(len(held_out) - 1, NamedSharding(mesh, PartitionSpec("data")))
-    for name, array in held_out.host_batch(len(held_out) - 1).items():
-        np.testing.assert_array_equal(batch[name], array)
-
-
 def test_prefetch_goes_on_from_any_step():
     batches = Batches([packed(30)], 4)
     with batches.prefetch(7, 3) as stream:
@@ -146,17 +140,20 @@ def test_prefetch_goes_on_from_any_step():
         np.testing.assert_array_equal(batch["ids"], batches.host_batch(step)["ids"])
 
 
-def test_bad_input():
-    data = packed(5)
-    with pytest.raises(ValueError, match="at least one source"):
-        Batches([], 4)
-    with pytest.raises(ValueError, match="at least one stage"):
-        Batches([data], [])
-    with pytest.raises(ValueError, match="distinct names"):
-        Batches([data, data], 4)
-    with pytest.raises(ValueError, match=r"differ in seq_len: \{'source0': 16, 'source1': 8\}"):
-        Batches([data, packed(5, seed=1, seq_len=8)], 4)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        Batches([data], 0)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        HeldOut(data, 0)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Batches([], 4), "at least one source"),
+        (lambda: Batches([packed(5)], []), "at least one stage"),
+        (lambda: Batches([packed(5)] * 2, 4), "distinct names"),
+        (
+            lambda: Batches([packed(5), packed(5, 1, 8)], 4),
+            r"seq_len: \{'source0': 16, 'source1': 8",
+        ),
+        (lambda: Batches([packed(5)], 0), "batch_size=0"),
+        (lambda: HeldOut(packed(5), 0), "batch_size=0"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

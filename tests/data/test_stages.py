@@ -398,15 +398,9 @@ def test_check_tells_what_differs():
         ([DataStage(4, (Share("web", 0),))], "not all zero"),
         ([DataStage(4, (Share("web"), Share("books", -1)))], "not negative"),
         ([DataStage(4, (Share("web"), Share("books", 1e-4)))], "gives no row in a block of 1000"),
-        (
-            [DataStage(4, (Share("web", max_epochs=0),))],
-            r"max_epochs=0 of source 'web' must be above",
-        ),
+        ([DataStage(4, (Share("web", max_epochs=0),))], "max_epochs=0 of source .* must be above"),
         ([DataStage(4, (Share("web", max_epochs=0.01),))], "allows not one of its 20 rows of 8"),
-        (
-            [DataStage(4, (Share("web", max_tokens=7),))],
-            "max_tokens=7 of source 'web' allows not one",
-        ),
+        ([DataStage(4, (Share("web", max_tokens=7),))], "max_tokens=7 of source .* allows not one"),
     ],
 )
 def test_bad_stages(stages, message):
