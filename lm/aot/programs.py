@@ -206,7 +206,15 @@ def _train(config: Aot, topology: str, mesh: Any, rows: int) -> Program:
     step = make_train_step(NextToken(), optimizer, lambda _: 1e-4, layout, gradient)
     arguments = {"weights": state.trainable, "optimizer": state.opt_state, "batch": batch}
     return Program(
-        "train", config, topology, layout, step, arguments, (state, batch), rows, rows * length
+        "train",
+        config,
+        topology,
+        layout,
+        step.jitted(batch),
+        arguments,
+        (state, batch),
+        rows,
+        rows * length,
     )
 
 

@@ -58,7 +58,7 @@ class Array:
         return self.size * BITS.get(self.dtype, 0) / 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
     """One instruction.
 
@@ -66,7 +66,7 @@ class Instruction:
       name: without "%".
       type: its text; `arrays` reads it.
       op: "dot", "all-gather-start", ...
-      operands: names.
+      operands: the instructions whose results it takes.
       arguments: the text between the operation's parentheses (a parameter's number, a constant).
       attributes: the text after them.
       is_root: of its computation.
@@ -75,7 +75,7 @@ class Instruction:
     name: str
     type: str
     op: str
-    operands: tuple[str, ...]
+    operands: tuple[Instruction, ...] = dataclasses.field(repr=False)
     arguments: str
     attributes: str
     is_root: bool
@@ -116,14 +116,8 @@ class Computation:
         found: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
-                found.setdefault(operand, []).append(instruction)
+                found.setdefault(operand.name, []).append(instruction)
         return found
-
-    def operand(self, instruction: Instruction, index: int) -> Instruction:
-        return self.instructions[instruction.operands[index]]
-
-    def operands(self, instruction: Instruction) -> list[Instruction]:
-        return [self.instructions[name] for name in instruction.operands]
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -141,7 +135,7 @@ def parse(text: str) -> tuple[Mapping[str, Computation], str]:
     """(computations by name, the entry's name) of a module.
 
     Raises:
-      ValueError: the text is not an HLO module.
+      ValueError: the text is not an HLO module, or uses an operand before it is defined.
     """
     computations: dict[str, Computation] = {}
     current, entry = None, None
@@ -151,14 +145,16 @@ def parse(text: str) -> tuple[Mapping[str, Computation], str]:
             if match:
                 current = computations[match[2]] = Computation()
                 entry = match[2] if match[1] else entry
-        elif current is not None and (instruction := _instruction(line)) is not None:
-            current.instructions[instruction.name] = instruction
+        elif current is not None:
+            instruction = _instruction(line, current.instructions)
+            if instruction is not None:
+                current.instructions[instruction.name] = instruction
     if entry is None:
         raise ValueError("the text is not an HLO module: it has no ENTRY; give Compiled.as_text()")
     return computations, entry
 
 
-def _instruction(line: str) -> Instruction | None:
+def _instruction(line: str, known: Mapping[str, Instruction]) -> Instruction | None:
     match = _INSTRUCTION.match(line)
     if match is None:
         return None
@@ -171,8 +167,13 @@ def _instruction(line: str) -> Instruction | None:
         return None
     closing = _closing(rest, opening)
     arguments = rest[opening + 1 : closing - 1]
-    operands = tuple(_OPERAND.findall(arguments)) if op != "constant" else ()
-    return Instruction(name, kind, op, operands, arguments, rest[closing:], root is not None)
+    operands = _OPERAND.findall(arguments) if op != "constant" else []
+    if unknown := [operand for operand in operands if operand not in known]:
+        raise ValueError(
+            f"operand {unknown[0]!r} of HLO instruction {name!r} is not defined before"
+        )
+    inputs = tuple(known[operand] for operand in operands)
+    return Instruction(name, kind, op, inputs, arguments, rest[closing:], root is not None)
 
 
 def _closing(text: str, opening: int) -> int:

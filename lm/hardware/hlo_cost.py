@@ -183,7 +183,7 @@ class _Counter:
         computation, totals = self.computations[name], _Totals()
         for instruction in computation.instructions.values():
             self.count(instruction, computation, totals, fusion, beside)
-            for part, times in self.called(instruction, computation, totals, beside):
+            for part, times in self.called(instruction, totals, beside):
                 totals.add(part, times)
         return totals
 
@@ -195,25 +195,25 @@ class _Counter:
         op = instruction.op
         base = op.removesuffix("-start")
         if base in COLLECTIVES:
-            self.count_collective(instruction, computation, totals, fusion, beside)
+            self.count_collective(instruction, totals, fusion, beside)
         elif op == "send" and "xla_megascale_runtime" in instruction.attributes:
             self.count_between_slices(instruction, computation, totals)
         elif op in ("dot", "convolution"):
-            totals.flops += matmul_flops(instruction, computation)
+            totals.flops += matmul_flops(instruction)
         elif op == "custom-call":
             totals.calls[_target(instruction)] += 1
         if not fusion and not beside:  # else counted where it is called
             if op not in _FREE and not op.endswith("-done"):
-                totals.hbm += self.traffic(instruction, computation)
-            totals.host += host_bytes(instruction, computation)
+                totals.hbm += self.traffic(instruction)
+            totals.host += host_bytes(instruction)
 
     def called(
-        self, instruction: Instruction, computation: Computation, totals: _Totals, beside: bool
+        self, instruction: Instruction, totals: _Totals, beside: bool
     ) -> Iterator[tuple[_Totals, float]]:
         """The totals of what an instruction calls, and how often."""
         op = instruction.op
         if op == "while":
-            trips = trip_count(instruction, computation, self.computations)
+            trips = trip_count(instruction, self.computations)
             totals.loops.append((instruction.name, 1, trips))
             yield self.of(instruction.attribute("body"), "", beside), 1 if trips is None else trips
             return
@@ -231,12 +231,11 @@ class _Counter:
                     yield self.of(each, inside, beside or op.endswith("-start")), 1
 
     def count_collective(
-        self, instruction: Instruction, computation: Computation, totals: _Totals, fusion: str,
-        beside: bool,
-    ) -> None:  # fmt: skip
+        self, instruction: Instruction, totals: _Totals, fusion: str, beside: bool
+    ) -> None:
         op = instruction.op.removesuffix("-start")
         groups = self.groups(instruction)
-        operands = [i.bytes for i in computation.operands(instruction)]
+        operands = [i.bytes for i in instruction.operands]
         payload = sum(operands)
         if op == "all-gather":
             payload *= len(groups[0])
@@ -244,7 +243,7 @@ class _Counter:
             op = "reduce-scatter"  # how libtpu writes one: the slice is in the fusion
         elif op == "ragged-all-to-all":  # rows, the buffer they go to, offsets, sizes
             payload = min(operands[:2])
-        dtype = computation.operand(instruction, 0).arrays[0].dtype
+        dtype = instruction.operands[0].arrays[0].dtype
         synchronous = '"is_sync":true' in instruction.attributes
         is_async = beside or (instruction.op.endswith("-start") and not synchronous)
         totals.collective(op, groups, dtype, is_async, payload)
@@ -262,7 +261,7 @@ class _Counter:
         inside = self.num_devices // self.num_slices
         groups = tuple(tuple(range(i, self.num_devices, inside)) for i in range(inside))
         op = kind.lower().replace("_", "-")
-        sent = computation.operand(instruction, 0).arrays[0]
+        sent = instruction.operands[0].arrays[0]
         payload = sent.bytes * (self.num_slices if op == "all-gather" else 1)
         order = list(computation.instructions.values())
         is_async = not any(
@@ -281,15 +280,15 @@ class _Counter:
         match = re.search(r"replica_groups=(.*?)(?:, (?!device_ids)\w+=|$)", text)
         return replica_groups(match[1] if match else "{}") or (tuple(range(self.num_devices)),)
 
-    def traffic(self, instruction: Instruction, computation: Computation) -> float:
+    def traffic(self, instruction: Instruction) -> float:
         """Bytes of device memory an instruction reads and writes."""
-        operands = computation.operands(instruction)
+        operands = instruction.operands
         if instruction.op in ("dynamic-slice", "slice", "gather"):
             return 2 * _hbm(instruction.arrays)
         if instruction.op in ("dynamic-update-slice", "scatter"):
             return 2 * _hbm(operands[1 if instruction.op == "dynamic-update-slice" else -1].arrays)
         if instruction.op == "fusion":
-            return self.fusion_traffic(instruction, operands)
+            return self.fusion_traffic(instruction)
         written = instruction.arrays
         if instruction.op == "send":
             written = ()
@@ -297,21 +296,21 @@ class _Counter:
             written = written[len(written) // 2 :]
         return _hbm(written) + sum(_hbm(operand.arrays) for operand in operands)
 
-    def fusion_traffic(self, instruction: Instruction, operands: list[Instruction]) -> float:
+    def fusion_traffic(self, instruction: Instruction) -> float:
         """A fusion reads of an operand what it slices from it, and may update another in place."""
         inside = self.computations[instruction.attribute("calls") or ""]
         total, updated = 0.0, set()
         root = inside.root
-        roots = inside.operands(root) if root.op == "tuple" else [root]
+        roots = root.operands if root.op == "tuple" else [root]
         for array, each in zip(instruction.arrays, roots, strict=False):
-            source = _through(each, inside)
+            source = _through(each)
             if source.op == "dynamic-update-slice":
-                update = inside.operand(source, 1)
+                update = source.operands[1]
                 total += _hbm_as(update.arrays, array)
-                updated.add(_through(inside.operand(source, 0), inside).name)
+                updated.add(_through(source.operands[0]).name)
             else:
                 total += _hbm((array,))
-        for i, operand in enumerate(operands):
+        for i, operand in enumerate(instruction.operands):
             parameter = inside.parameters.get(i)
             if parameter is None or parameter.name in updated:
                 continue
@@ -334,18 +333,18 @@ def _hbm_as(arrays: tuple[Array, ...], where: Array) -> float:
     return sum(a.bytes for a in arrays) if where.space == 0 else 0.0
 
 
-def _through(instruction: Instruction, computation: Computation) -> Instruction:
+def _through(instruction: Instruction) -> Instruction:
     """What an instruction passes on unchanged."""
     while instruction.op in ("bitcast", "copy", "convert", "reshape", "transpose"):
-        instruction = computation.operand(instruction, 0)
+        instruction = instruction.operands[0]
     return instruction
 
 
-def host_bytes(instruction: Instruction, computation: Computation) -> float:
+def host_bytes(instruction: Instruction) -> float:
     """Bytes a copy moves between the device's and the host's memory."""
     if instruction.op not in ("copy", "copy-start", "dynamic-update-slice", "dynamic-slice"):
         return 0.0
-    operands = computation.operands(instruction)
+    operands = instruction.operands
     here, there = instruction.arrays[0], operands[0].arrays[0]
     if instruction.op == "dynamic-update-slice":
         return operands[1].bytes if here.space == 5 else 0.0
@@ -365,9 +364,9 @@ def _target(instruction: Instruction) -> str:
     return target
 
 
-def matmul_flops(instruction: Instruction, computation: Computation) -> float:
+def matmul_flops(instruction: Instruction) -> float:
     """Operations of a `dot` or a `convolution` (libtpu writes most products as the latter)."""
-    left, right = (computation.operand(instruction, i).arrays[0].dims for i in (0, 1))
+    left, right = (instruction.operands[i].arrays[0].dims for i in (0, 1))
     out = instruction.arrays[0]
     if instruction.op == "dot":
         contracted = instruction.attribute("lhs_contracting_dims") or "{}"
@@ -412,9 +411,7 @@ def _valid_pairs(
     return found
 
 
-def trip_count(
-    loop: Instruction, computation: Computation, computations: Mapping[str, Computation]
-) -> int | None:
+def trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> int | None:
     """How often a loop's body runs; None where the program does not say.
 
     XLA for GPUs notes it. Else it is read from the condition: a counter that the loop begins with a
@@ -426,14 +423,14 @@ def trip_count(
     condition = computations[loop.attribute("condition") or ""]
     test, outer = condition.root, None
     if test.op == "fusion":
-        outer = condition.operands(test)
+        outer = test.operands
         test = computations[test.attribute("calls") or ""].root
         inner = computations[condition.root.attribute("calls") or ""]
     else:
         inner = condition
     if test.op != "compare" or len(test.operands) != 2:
         return None
-    begin = computation.operand(loop, 0)
+    begin = loop.operands[0]
 
     def value(instruction: Instruction, scope: Computation) -> tuple[int | None, bool]:
         """(constant at the loop's beginning, whether it is an element of the loop's tuple)."""
@@ -443,10 +440,10 @@ def trip_count(
             index = int(instruction.attribute("index") or 0)
             if begin.op != "tuple":
                 return None, True
-            return _constant(computation.operand(begin, index), computation), True
-        return _constant(instruction, scope), False
+            return _constant(begin.operands[index]), True
+        return _constant(instruction), False
 
-    pair = [value(i, inner) for i in inner.operands(test)]
+    pair = [value(i, inner) for i in test.operands]
     direction = test.attribute("direction")
     if direction == "GT":
         pair, direction = pair[::-1], "LT"
@@ -456,8 +453,8 @@ def trip_count(
     return max(0, limit - start)
 
 
-def _constant(instruction: Instruction, computation: Computation) -> int | None:
-    instruction = _through(instruction, computation)
+def _constant(instruction: Instruction) -> int | None:
+    instruction = _through(instruction)
     if instruction.op == "constant" and re.fullmatch(r"-?\d+", instruction.arguments):
         return int(instruction.arguments)
     return None
@@ -518,12 +515,13 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 def _joined(pairs: list[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Sets of partitions that pairs connect."""
+    """Sets of partitions that pairs connect, the largest first: some may send to themselves."""
     group_of: dict[int, set[int]] = {}
     for a, b in pairs:
         joined = group_of.get(a, {a}) | group_of.get(b, {b})
         group_of |= dict.fromkeys(joined, joined)
-    return tuple(sorted({tuple(sorted(group)) for group in group_of.values()})) or ((0,),)
+    groups = {tuple(sorted(group)) for group in group_of.values()}
+    return tuple(sorted(groups, key=lambda group: (-len(group), group))) or ((0,),)
 
 
 @functools.cache
