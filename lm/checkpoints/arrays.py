@@ -1,9 +1,9 @@
-"""Arrays of a checkpoint's directory, written and read by Orbax.
+"""The arrays of a checkpoint, written and read by Orbax.
 
 A directory holds up to three Orbax trees, so that weights can be read, checked and copied alone:
-`weights/` (trainable and frozen), `ema/`, and `state/` (all else). All processes write together;
-each computes the checksums of its own files, and process 0 adds the rest just before Orbax renames
-the finished directory into place.
+`weights/` (trainable and frozen), `ema/`, and `state/` (everything else). All processes write
+together; each computes the checksums of its own files, and process 0 adds the rest just before
+Orbax renames the finished directory into place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lm.checkpoints.names import nest
 PARTIAL = ".orbax-checkpoint-tmp"  # suffix of what is being written
 OWN_FOLDER = "ocdbt.process_{}"  # of the files that only one process writes
 ITEMS = {"trainable": "weights", "frozen": "weights", "ema": "ema"}
-# TensorStore has the signed types of these widths only; the bits are the same.
+# TensorStore lacks the unsigned types of these widths; the bits are the same.
 STORED_AS = {"uint4": "int4", "uint2": "int2"}
 
 
@@ -46,9 +46,9 @@ def _same_bits(array: Any, dtype: Any) -> Any:
 
 
 class _Writing:
-    """This process's part of a save: a future that keeps an error for later instead of raising.
+    """This process's part of a save: a future that keeps an error instead of raising it.
 
-    A process that left by an exception would leave the others at Orbax's barriers.
+    A process that raised would leave the others waiting at Orbax's barriers.
     """
 
     def __init__(self, handler: Handler, directory: Any, futures: Sequence[Any]) -> None:
@@ -72,14 +72,14 @@ class _Writing:
 
 
 class Handler(ocp.CompositeCheckpointHandler):
-    """Orbax's handler of several trees, which adds small files and checksums to the directory."""
+    """Orbax's handler of several trees; adds small files and checksums to the directory."""
 
     def __init__(self, timeout: float) -> None:
         trees: dict[str, Any] = {
             name: ocp.PyTreeCheckpointHandler(use_compression=False)
             for name in ("weights", "ema", "state")
         }
-        # Made in the background, a directory could appear after a failed start was cleaned up.
+        # In the background, a directory could be created after a failed start was cleaned up.
         self.options = ocp.AsyncOptions(
             timeout_secs=int(timeout), create_directories_asynchronously=False
         )
@@ -95,7 +95,7 @@ class Handler(ocp.CompositeCheckpointHandler):
         return [_Writing(self, directory, list(futures or ()))]
 
     def write_own_checksums(self, directory: Any) -> None:
-        """Checksums of the files only this process has written, in a file of their own."""
+        """Writes the checksums of the files that only this process wrote, to their own file."""
         directory, process = epath.Path(directory), jax.process_index()
         folder = f"/{OWN_FOLDER.format(process)}/"
         own = [path for path in checksums.files(directory) if folder in path]
@@ -104,7 +104,7 @@ class Handler(ocp.CompositeCheckpointHandler):
         (directory / f"{checksums.FILE}.{process}").write_bytes(checksums.dump(final))
 
     def finalize(self, directory: epath.Path) -> None:
-        """On process 0: join the parts, then checksums of everything, the sign of completeness."""
+        """On process 0: joins the parts, then writes the checksums that mark it as complete."""
         try:
             if self.error is None:
                 self._seal(directory)
@@ -140,7 +140,7 @@ def make_writer(handler: Handler) -> ocp.AsyncCheckpointer:
 
 
 def start(writer: ocp.AsyncCheckpointer, directory: epath.Path, leaves: Mapping[str, Any]) -> None:
-    """Copy the arrays to the host and begin to write them; they may be donated afterwards."""
+    """Copy the arrays to the host and start writing; they may be donated afterwards."""
     trees: dict[str, dict[str, Any]] = {}
     for name, leaf in leaves.items():
         stored = STORED_AS.get(leaf.dtype.name)
@@ -153,12 +153,12 @@ def start(writer: ocp.AsyncCheckpointer, directory: epath.Path, leaves: Mapping[
 
 
 def read(directory: epath.Path, like: Mapping[str, Any], host: bool = False) -> dict[str, Any]:
-    """Arrays of a checkpoint by name, and nothing else of it.
+    """Read arrays of a checkpoint by name.
 
     Args:
-      directory: of one step.
-      like: name -> an array or ShapeDtypeStruct; its sharding, or by default the first device.
-      host: NumPy arrays instead.
+      directory: the directory of one step.
+      like: arrays or ShapeDtypeStructs by name; one without a sharding goes to the first device.
+      host: return NumPy arrays.
     """
     trees: dict[str, dict[str, Any]] = {}
     for name, leaf in like.items():
@@ -197,9 +197,9 @@ def _restore_args(leaf: jax.ShapeDtypeStruct, host: bool) -> ocp.RestoreArgs:
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON.
+    """Indented JSON.
 
     Raises:
-      TypeError: the value holds something else than JSON's types.
+      TypeError: the value is not of JSON's types.
     """
     return (json.dumps(value, indent=1, allow_nan=True) + "\n").encode()

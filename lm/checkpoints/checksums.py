@@ -1,8 +1,8 @@
-"""CRC-32 of every file of a directory, kept in a file beside them.
+"""CRC-32 of every file of a directory, stored in one file beside them.
 
-`checksums` has one line a file, `<crc32> <bytes> <path>`, below a line with the CRC-32 of those
-lines. CRC-32 finds every error within 32 consecutive bits, and any other but for one in 2^32; zlib
-computes 3 GB/s a core, five times what blake2b does.
+`checksums` has one line per file, `<crc32> <bytes> <path>`, below a line with the CRC-32 of those
+lines. CRC-32 detects every error within 32 consecutive bits, and all but one in 2^32 of the others;
+zlib computes 3 GB/s per core, five times as much as blake2b.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from collections.abc import Iterable
 from etils import epath
 
 FILE = "checksums"
-# Orbax writes these two on renaming a finished directory; nothing here reads them.
+# Orbax writes the other two while renaming a finished directory; nothing here reads them.
 NOT_SUMMED = (FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
 CHUNK = 1 << 22
 Sums = dict[str, tuple[int, int]]  # path -> (crc32, bytes)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, or that does not hold what was asked for."""
+    """A checkpoint is missing, or does not hold what was asked for."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint with a file that is missing or is not what was written."""
+    """A file of a checkpoint is missing or is not what was written."""
 
 
 def crc32(path: epath.Path) -> tuple[int, int]:
-    """CRC-32 and bytes of a file."""
+    """CRC-32 and size in bytes of a file."""
     crc, size = 0, 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -39,7 +39,7 @@ def crc32(path: epath.Path) -> tuple[int, int]:
 
 
 def files(directory: epath.Path) -> list[str]:
-    """Paths of the files below `directory` that checksums are kept of, in order."""
+    """Paths of the files below `directory` that have checksums, sorted."""
     found: list[str] = []
     pending = [("", directory)]
     while pending:
@@ -53,7 +53,7 @@ def files(directory: epath.Path) -> list[str]:
 
 
 def compute(directory: epath.Path, paths: Iterable[str]) -> Sums:
-    """Checksums of files of `directory`, several at once (zlib lets other threads run)."""
+    """Checksums of files of `directory`, in several threads (zlib releases the GIL)."""
     paths = list(paths)
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return dict(zip(paths, pool.map(lambda path: crc32(directory / path), paths), strict=True))
@@ -67,10 +67,10 @@ def dump(sums: Sums) -> bytes:
 
 
 def load(directory: epath.Path, name: str = FILE) -> Sums:
-    """What `directory`'s checksums file says.
+    """Read the checksums file of `directory`.
 
     Raises:
-      DamagedError: it is missing, or is not what was written.
+      DamagedError: it is missing or damaged.
     """
     path = directory / name
     if not path.exists():
@@ -91,9 +91,9 @@ def verify(
     """Read the files of `directory` and compare them with its checksums.
 
     Args:
-      directory: of a checkpoint.
-      share: (index, count): only every count-th file, so that processes can divide the reading.
-      under: only files whose paths begin with one of these.
+      directory: a checkpoint's directory.
+      share: (index, count): read only every count-th file, so that processes divide the work.
+      under: read only files whose paths start with one of these.
 
     Raises:
       DamagedError: the message names the first file at fault.

@@ -1,7 +1,7 @@
-"""Checkpoints on a host's own disk: quick to write and to read back, gone with the host.
+"""Checkpoints on a host's own disk: fast to write and read, lost with the host.
 
 Each process writes the shards its devices hold, and reads them back into the same layout on the
-same hosts; with any other layout, or another host in its place, the durable checkpoints are used.
+same hosts; with any other layout, or after a host was replaced, durable checkpoints are used.
 `<directory>/process_<i>/<step>` holds `data` (the shards' bytes), `index.json` and `checksums`.
 """
 
@@ -33,7 +33,7 @@ def _place(index: tuple[slice, ...], shape: tuple[int, ...]) -> Place:
 
 
 def to_host(leaves: Mapping[str, Any]) -> dict[str, dict[Place, np.ndarray]]:
-    """Copies of the shards this process holds, each once."""
+    """Copies of the distinct shards that this process holds."""
     shards: dict[str, dict[Place, Any]] = {}
     for name, leaf in leaves.items():
         if isinstance(leaf, jax.Array):
@@ -43,7 +43,7 @@ def to_host(leaves: Mapping[str, Any]) -> dict[str, dict[Place, np.ndarray]]:
         else:
             held = {tuple((0, size) for size in leaf.shape): leaf}
         shards[name] = held
-    # On CPU the host's view is the device's own memory, which donation may overwrite: copy.
+    # On CPU the host's view is the device's memory, which donation may overwrite: copy it.
     return {
         name: {place: np.array(data, copy=True) for place, data in held.items()}
         for name, held in shards.items()
@@ -51,15 +51,15 @@ def to_host(leaves: Mapping[str, Any]) -> dict[str, dict[Place, np.ndarray]]:
 
 
 class LocalTier:
-    """The last few checkpoints of this process on its own disk."""
+    """The latest checkpoints of this process on its own disk."""
 
     def __init__(self, directory: Any, run: str, keep: int = 2) -> None:
-        """Use `directory`, shared with no other process's index; other runs' files are ignored.
+        """Use a folder of `directory` that is this process's own; other runs' files are ignored.
 
         Args:
-          directory: on the host's own disk.
-          run: whose checkpoints these are (the durable directory).
-          keep: how many.
+          directory: a folder on the host's own disk.
+          run: name of the run (its durable directory).
+          keep: number of checkpoints to keep.
         """
         self.root = epath.Path(directory).expanduser() / f"process_{jax.process_index()}"
         self.run, self.keep = run, keep
@@ -75,12 +75,12 @@ class LocalTier:
         try:
             return json.loads((self.root / str(step) / "index.json").read_text())["run"]
         except (OSError, ValueError, KeyError):
-            return None  # damaged: named when it is read
+            return None  # damaged: reported when it is read
 
     def write(
         self, step: int, shards: dict[str, dict[Place, np.ndarray]], index: dict[str, Any]
     ) -> None:
-        """Write what `to_host` copied, then drop the oldest. Atomic."""
+        """Write the result of `to_host` atomically, then delete the oldest."""
         partial, final = self.root / f"{step}{PARTIAL}", self.root / str(step)
         self.root.mkdir(parents=True, exist_ok=True)
         for left in self.root.iterdir():
@@ -120,10 +120,10 @@ class LocalTier:
     def read(
         self, step: int, like: Mapping[str, Any], ignore: tuple[str, ...] = ()
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arrays by name, laid out like `like`, and what else was put into the index.
+        """Arrays by name, laid out like `like`, and the index.
 
         Raises:
-          CheckpointError: it is missing, damaged, of another run, or holds other shards.
+          CheckpointError: it is missing, damaged, of another run, or has other shards.
         """
         directory = self.root / str(step)
         checksums.verify(directory)

@@ -1,8 +1,8 @@
-"""`model.json`: what a checkpoint's model is, so that opening it needs only its path.
+"""`model.json`: describes a checkpoint's model, so that opening it needs only its path.
 
-It holds the configuration, field by field with the class of every dataclass; the tree of weights,
-with the class of every node and of every leaf that is more than an array; and the name and type of
-every array stored. Each checkpoint has its own, so that a copied step directory is a whole model.
+It holds the configuration with the class of every dataclass; the tree of weights, with the class of
+every node and of every leaf that is more than an array; and the name and type of every stored
+array. Each checkpoint has its own, so that a copied step directory is a whole model.
 A field added to a configuration later takes its default for older checkpoints.
 """
 
@@ -25,13 +25,13 @@ NEWER = (
     "open the checkpoint with the version of the code that wrote it, or a later one, and import or "
     "register (lm.checkpoints.register) the classes that are its own"
 )
-PACKAGES = ("lm.model.", "lm.weights.")  # whose tree classes are known without `register`
+PACKAGES = ("lm.model.", "lm.weights.")  # their tree classes need no `register`
 
 _registered: dict[str, type] = {}
 
 
 def register(*classes: type) -> None:
-    """Make tree dataclasses of packages above this one, or static fields' classes, readable."""
+    """Register dataclasses of higher packages, so that checkpoints can hold them."""
     _registered.update({cls.__name__: cls for cls in classes})
 
 
@@ -148,10 +148,10 @@ class ModelJson(typing.NamedTuple):
     """The contents of `model.json`.
 
     Attributes:
-      config: of the model; None where the state saved is not a model's.
+      config: the model's configuration; None if the saved state is not a model's.
       weights: the tree of weights, for `decode_tree`; None as above.
-      arrays: name -> type, as `bfloat16[2,32]`, of every array in the checkpoint.
-      frozen: path and digest of the frozen weights that are kept elsewhere, or None.
+      arrays: type, as `bfloat16[2,32]`, of every array in the checkpoint, by name.
+      frozen: path and digest of frozen weights stored elsewhere, or None.
     """
 
     config: ModelConfig | None
@@ -163,7 +163,7 @@ class ModelJson(typing.NamedTuple):
 def to_dict(
     config: ModelConfig | None, weights: Any, arrays: dict[str, Any], frozen: dict[str, str] | None
 ) -> dict[str, Any]:
-    """`model.json` of a state with these weights and arrays."""
+    """The contents of `model.json` for these weights and arrays."""
     return {
         "version": VERSION,
         "config": None if config is None else encode(config),
@@ -174,10 +174,10 @@ def to_dict(
 
 
 def from_dict(values: dict[str, Any], where: Any) -> ModelJson:
-    """Read `model.json`; the tree of weights is left encoded until `decode_tree`.
+    """Read `model.json`; the tree of weights stays encoded, for `decode_tree`.
 
     Raises:
-      CheckpointError: another version wrote it, or this code does not know a class in it.
+      CheckpointError: it has another version, or a class that is not known here.
     """
     if values.get("version") != VERSION:
         raise CheckpointError(

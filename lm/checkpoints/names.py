@@ -1,4 +1,4 @@
-"""Leaves by the names of their paths, and what a checkpoint holds against what is wanted of it."""
+"""Leaves named by their paths, and comparing those of a checkpoint with those wanted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 8
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """`{"trainable/stacks/0/layers/0/attention/query": leaf}`; None is no leaf."""
+    """`{"trainable/stacks/0/layers/0/attention/query": leaf}`; None is not a leaf."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -49,15 +49,15 @@ def parse(described: str) -> jax.ShapeDtypeStruct:
 
 
 def matches(name: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a name is one of `prefixes` or lies below one."""
+    """Whether a name is one of `prefixes` or below one."""
     return any(name == p or name.startswith(p + "/") for p in prefixes)
 
 
 def check_fit(where: Any, have: Mapping[str, str], want: Mapping[str, str]) -> None:
-    """Compare types of arrays by name.
+    """Compare the types of arrays by name.
 
     Raises:
-      CheckpointError: some are missing, surplus, or of another type; the message names them.
+      CheckpointError: arrays are missing, unexpected or of another type; the message names them.
     """
     faults = [f"{name} is missing" for name in sorted(want.keys() - have.keys())]
     faults += [

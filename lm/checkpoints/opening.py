@@ -1,4 +1,4 @@
-"""Models of training checkpoints, opened by path alone."""
+"""Opening the model of a training checkpoint, given only its path."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ SIDECARS = (model_json.FILE, "metadata.json")
 
 
 def all_steps(directory: epath.Path) -> list[int]:
-    """Steps with a finished checkpoint, in order; whether they are sound is not looked into."""
+    """Steps with a finished checkpoint, in order; checksums are not read."""
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
 def model_of(directory: epath.Path) -> model_json.ModelJson:
-    """`model.json` of a step's directory.
+    """Read `model.json` of a step's directory.
 
     Raises:
-      CheckpointError: it is missing, or this code does not read it.
+      CheckpointError: it is missing, damaged, or not readable by this version.
     """
     path = directory / model_json.FILE
     try:
@@ -50,12 +50,12 @@ def find(
     """The directory of one step: `path`, or the newest sound one in it or in its `checkpoints/`.
 
     Args:
-      path: of a step, of checkpoints, or of a run.
-      verify: read the files and compare checksums; otherwise the newest is taken as it is.
-      items: which trees are looked into.
+      path: a step, a folder of checkpoints, or a run.
+      verify: read the files and compare checksums; otherwise the newest is taken unchecked.
+      items: the trees to verify.
 
     Raises:
-      CheckpointError: there is none; where all are damaged, the message says how.
+      CheckpointError: there is none, or all are damaged; the message says how.
     """
     path = epath.Path(path).expanduser()
     under = (*items, *SIDECARS)
@@ -94,18 +94,18 @@ def read_named(
     host: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Weights of a step by their paths in the model, following the reference to frozen ones.
+    """Read weights of a step by their paths in the model, including frozen ones stored elsewhere.
 
     Args:
-      directory, model: of the step.
-      wanted: path in the model -> sharding or None.
-      ema: averaged weights, where a weight has one.
-      host: NumPy arrays instead.
-      verify: that frozen weights kept elsewhere are sound and the right ones; for that `wanted`
-        must have all of them.
+      directory, model: the step's directory and `model.json`.
+      wanted: sharding or None, by path in the model.
+      ema: read the average of a weight that has one.
+      host: return NumPy arrays.
+      verify: check that frozen weights stored elsewhere are sound and the right ones; `wanted`
+        must then name all of them.
 
     Raises:
-      CheckpointError: a weight is not there, or the frozen weights are missing or others.
+      CheckpointError: a weight is missing, or the frozen weights are missing or not the right ones.
     """
     structs, source, elsewhere = {}, {}, {}
     for name, sharding in wanted.items():
@@ -134,10 +134,10 @@ def read_frozen(
     host: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """The frozen weights a step refers to, from `path` or from where it says they are.
+    """Read the frozen weights that a step refers to, from `path` or from the path it stores.
 
     Raises:
-      CheckpointError: they are missing, or are not the ones the run was trained on.
+      CheckpointError: they are missing, or not those that the run was trained on.
     """
     assert model.frozen is not None
     path = directory / model.frozen["path"] if path is None else epath.Path(path)
@@ -146,8 +146,8 @@ def read_frozen(
         read = read_named(step, model_of(step), wanted, host=host, verify=verify)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{directory} was trained on frozen weights kept in {path}, which cannot be read: "
-            f"{error}. Put them back, or say where they are now"
+            f"{directory} was trained on frozen weights stored in {path}, which cannot be read: "
+            f"{error}. Put them back, or give their new path"
         ) from error
     if verify:
         check_digest(directory, model, read, path)
@@ -172,16 +172,16 @@ def open_checkpoint(
 ) -> tuple[Any, ModelConfig]:
     """Weights and configuration of a checkpoint, given nothing but its path.
 
-    Optimizer state is neither read nor checked.
+    The optimizer's state is neither read nor checked.
 
     Args:
-      path: of a step, of a folder of checkpoints (the newest sound one), or of a run.
-      layout: read each shard straight to its place; by default all to the first device.
-      ema: the averaged weights instead, where a weight has one.
+      path: a step, a folder of checkpoints (for its newest sound one), or a run.
+      layout: where to read each shard to; by default all to the first device.
+      ema: return the average of a weight that has one.
       verify: compare checksums first, which reads the files once more.
 
     Raises:
-      CheckpointError: there is no sound checkpoint, it holds no model, or (`ema`) no averages.
+      CheckpointError: there is no sound checkpoint, or it has no model or (`ema`) no averages.
     """
     directory = find(path, verify, ("weights/", "ema/") if ema else ("weights/",))
     model = model_of(directory)
@@ -199,18 +199,18 @@ def open_checkpoint(
 
 
 def weight_names(path: Any) -> list[str]:
-    """Paths, in the model, of the arrays that hold a checkpoint's weights."""
+    """Paths in the model of the arrays of a checkpoint's weights."""
     model = model_of(find(path, verify=False))
     return list(flatten(model_json.decode_tree(model.weights)))
 
 
 def read_weights(path: Any, names: Iterable[str], *, ema: bool = False) -> dict[str, Any]:
-    """Some of a checkpoint's weights as NumPy arrays, for work that must not hold a whole model.
+    """Some of a checkpoint's weights as NumPy arrays, for work that cannot hold a whole model.
 
     Args:
       path: as for `open_checkpoint`; checksums are not compared.
-      names: out of `weight_names`.
-      ema: averages, where a weight has one.
+      names: some of `weight_names`.
+      ema: return the average of a weight that has one.
     """
     directory = find(path, verify=False)
     model, wanted = model_of(directory), dict.fromkeys(names)

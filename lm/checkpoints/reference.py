@@ -1,8 +1,8 @@
-"""Frozen weights by reference: where they are, and a digest of what they are.
+"""Frozen weights by reference: their path and a digest.
 
 The digest covers names, shapes, dtypes and every bit, whatever the mesh: it is a sum over elements
 of a hash of (bits, position), in integers, so each device adds its own shard and nothing is
-gathered. 64 bits an array: made for accidents, not for adversaries.
+gathered. 64 bits per array protect against accidents, not against adversaries.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def digest(leaves: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Weights that are kept elsewhere.
+    """Weights stored elsewhere.
 
     Attributes:
-      path: of a checkpoint or model directory; relative ones are seen from the referring
-        checkpoint's own directory, so that both can move together.
-      digest: of the weights, by `digest`.
+      path: a checkpoint or model directory; a relative path starts at the directory of the
+        checkpoint that refers to it, so that both can move together.
+      digest: the weights' `digest`.
     """
 
     path: str

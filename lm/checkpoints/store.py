@@ -1,9 +1,9 @@
 """Training checkpoints: written by Orbax in the background, checked by checksums when read.
 
 `<directory>/<step>/` holds the arrays (`weights/`, `ema/`, `state/`), `model.json`,
-`metadata.json` (what the caller wants kept: its place in the data) and `checksums`. A directory
-appears under its step's name once complete; arrays are read straight into the shardings of the
-tree asked for, so a run may go on with another mesh, ZeRO stage or number of processes.
+`metadata.json` (the caller's, as its position in the data) and `checksums`. A directory gets its
+step's name once complete; arrays are read straight into the shardings of the tree asked for, so a
+run can resume with another mesh, ZeRO stage or number of processes.
 
 Not with `ocp.CheckpointManager`: it gives a checkpoint its final name before anything of ours could
 add checksums to it (a kill between the two would leave one that cannot be checked), counts damaged
@@ -40,13 +40,13 @@ PROBE_BYTES = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class SaveInterval:
-    """When to save: every so many steps, or minutes after the last save, whichever is first.
+    """When to save: every `steps` steps or `minutes` minutes after the last save.
 
     Attributes:
       steps: None for never.
       minutes: None for never.
-      ask_every: with several processes, the minutes are looked at only every so many steps: all
-        follow the clock of process 0, and asking it makes them wait for each other.
+      ask_every: several processes check the minutes only every so many steps: they follow the
+        clock of process 0, and asking it makes them wait for each other.
     """
 
     steps: int | None = None
@@ -77,20 +77,20 @@ class SaveInterval:
 
 
 class Failure(NamedTuple):
-    """A save that came to nothing."""
+    """A save that failed."""
 
     step: int
     error: str
 
 
 class Restored(NamedTuple):
-    """What `restore_last` found.
+    """The result of `restore_last`.
 
     Attributes:
-      step: of the checkpoint.
+      step: the checkpoint's step.
       state: the tree asked for.
-      metadata: kept beside it.
-      skipped: newer checkpoints that were no good, and why.
+      metadata: the caller's, saved with it.
+      skipped: newer checkpoints that were damaged, and how.
       source: its directory.
     """
 
@@ -128,7 +128,7 @@ def _arrays(state: Tree) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process of the run makes one and calls the same methods."""
+    """The checkpoints of one run. All its processes create one and call the same methods."""
 
     def __init__(
         self,
@@ -141,15 +141,15 @@ class Checkpoints:
         keep_local: int = 2,
         timeout: float = 600.0,
     ) -> None:
-        """Nothing is written, and nothing cleaned up, before the first save.
+        """Writes and removes nothing before the first save.
 
         Args:
-          directory: of the checkpoints; with several processes, on a file system all share.
-          keep: the last so many are kept (None: all).
-          config: of the model, which makes the checkpoints readable by `open_checkpoint`.
-          keep_every: a step divisible by this is kept for ever.
+          directory: of the checkpoints; several processes need a shared file system.
+          keep: number of latest checkpoints to keep (None: all).
+          config: the model's, which makes the checkpoints readable by `open_checkpoint`.
+          keep_every: steps divisible by this are never deleted.
           local: directory on the host's own disk for `save_local`.
-          keep_local: how many of those.
+          keep_local: number of those to keep.
           timeout: seconds after which a background write has failed.
         """
         self.directory = epath.Path(directory).expanduser().resolve()
@@ -159,7 +159,7 @@ class Checkpoints:
         self._writer = arrays.make_writer(self._handler)
         self._threads: dict[str, threading.Thread] = {}  # what is being written
         self._failures: list[Failure] = []
-        self._current: set[int] = set()  # steps this run has written or gone on from
+        self._current: set[int] = set()  # steps this run has written or resumed from
         self._damaged: set[int] = set()
         self._clean = False
 
@@ -182,16 +182,16 @@ class Checkpoints:
     ) -> None:
         """Write `state` as the checkpoint of `step`, in the background.
 
-        Returns once the arrays are copied to the host: they may be donated. A save under way is
-        waited for first. An error of the storage is never raised here: see `failures`. A step this
-        run has already saved, or gone on from, is left as it is.
+        Waits for a save in progress, and returns once the arrays are copied to the host, when they
+        may be donated. A storage error is never raised here: see `failures`. A step that this run
+        has already saved, or resumed from, is left as it is.
 
         Args:
           step: steps done.
-          state: a tree of arrays; of a TrainState, the model's tree goes into `model.json`.
-          metadata: of JSON's types.
+          state: a tree of arrays; a TrainState's model is described in `model.json`.
+          metadata: values of JSON's types.
           wait: return only when it is on disk, or has failed.
-          frozen: where the leaves below `frozen/` are, which are then not written.
+          frozen: where the leaves below `frozen/` are stored; they are then not written.
 
         Raises:
           TypeError: `metadata` is not of JSON's types.
@@ -217,7 +217,7 @@ class Checkpoints:
             self.wait()
 
     def save_local(self, step: int, state: Tree, metadata: dict[str, Any]) -> None:
-        """Write this process's shards to its own disk, in the background; as `save` otherwise."""
+        """Write this process's shards to its own disk in the background; otherwise as `save`."""
         if self.local is None:
             raise ValueError("Checkpoints was made without a `local` directory")
         self._join("local checkpoint")
@@ -244,11 +244,11 @@ class Checkpoints:
                 thread.join()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more."""
+        """Wait for all writes in progress."""
         self._join(*self._threads)
 
     def failures(self) -> list[Failure]:
-        """Saves that have failed since the last call. Older checkpoints are as they were."""
+        """Saves that failed since the last call. Older checkpoints are unchanged."""
         failed, self._failures = self._failures, []
         return failed
 
@@ -258,7 +258,7 @@ class Checkpoints:
         self._writer.close()
 
     def discard_after(self, step: int) -> None:
-        """Remove later checkpoints: those of a course that is given up for another from `step`."""
+        """Remove later checkpoints, when a run restarts from `step` on another course."""
         self.wait()
         for later in [s for s in opening.all_steps(self.directory) if s > step]:
             self._current.discard(later)
@@ -278,7 +278,7 @@ class Checkpoints:
         return {name: arrays.to_json(content) for name, content in contents}
 
     def _prepare(self, step: int) -> None:
-        """Process 0 makes room for `step`; all learn whether the disk takes anything at all."""
+        """Process 0 makes room for `step`; all learn whether the disk can be written to."""
         error: Exception | None = None
         if jax.process_index() == 0:
             try:
@@ -300,7 +300,7 @@ class Checkpoints:
         self._damaged.discard(step)
 
     def _finish(self, step: int) -> None:
-        """In the background: wait for Orbax, then forget old checkpoints or the failed one."""
+        """In the background: wait for Orbax, then remove old checkpoints or the failed one."""
         directory = self.directory / str(step)
         try:
             self._writer.wait_until_finished()
@@ -358,15 +358,15 @@ class Checkpoints:
     # Reading.
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, in order, but for those found damaged."""
+        """Steps with a complete checkpoint, in order, except those found damaged."""
         return [s for s in opening.all_steps(self.directory) if s not in self._damaged]
 
     def latest(self) -> int | None:
-        """The last of them, or None."""
+        """The last of `steps`, or None."""
         return max(self.steps(), default=None)
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What was kept beside the arrays.
+        """The metadata saved with a checkpoint.
 
         Raises:
           CheckpointError: there is no such checkpoint, or it is damaged.
@@ -379,19 +379,19 @@ class Checkpoints:
     def restore(
         self, step: int, like: Tree, *, ignore: Sequence[str] = (), frozen: Any = None
     ) -> Tree:
-        """The state of `step`, shaped, typed and laid out like `like`.
+        """The state of `step`, with the shapes, dtypes and shardings of `like`.
 
         Args:
-          step: of the checkpoint.
+          step: the checkpoint's step.
           like: a tree of ShapeDtypeStructs (with shardings) or arrays.
-          ignore: names, such as `ema`, that need be neither here nor there: leaves of `like` below
-            them come back as they are in `like`.
-          frozen: where weights kept elsewhere are now: a path, or their tree itself (its digest is
-            checked). By default the path in the checkpoint.
+          ignore: names, such as `ema`, that may be missing on either side; leaves of `like` below
+            them are returned unchanged.
+          frozen: weights stored elsewhere: their path, or their tree (its digest is checked). By
+            default the path in the checkpoint.
 
         Raises:
           DamagedError: a file is missing or not what was written; the message names it.
-          CheckpointError: there is none, or leaves are missing, surplus or of another type.
+          CheckpointError: there is none, or leaves are missing, unexpected or of another type.
         """
         self.wait()
         directory = self._directory(step)
@@ -407,9 +407,9 @@ class Checkpoints:
     def restore_last(
         self, like: Tree, *, ignore: Sequence[str] = (), frozen: Any = None
     ) -> Restored | None:
-        """The newest sound checkpoint, durable or local; None where there has never been one.
+        """The newest sound checkpoint, durable or local; None if there is none at all.
 
-        Arguments as for `restore`. Damaged ones are passed over, with a message that names the
+        Takes the arguments of `restore`. Damaged ones are skipped, with a message that names the
         file at fault.
 
         Raises:
@@ -466,7 +466,7 @@ class Checkpoints:
     def _read_local(
         self, step: int, like: Tree, ignore: tuple[str, ...], skipped: Sequence[str]
     ) -> tuple[Tree, dict[str, Any], tuple[str, ...], str]:
-        """The other fields of `Restored`, once every process has read its own shards."""
+        """The other fields of `Restored`, after every process has read its own shards."""
         tier, leaves = self.local, flatten(like)
         assert tier is not None
         read, index = _agreed(
@@ -490,7 +490,7 @@ class Checkpoints:
 def _frozen(
     directory: epath.Path, model: model_json.ModelJson, wanted: dict[str, Any], frozen: Any
 ) -> dict[str, Any]:
-    """The leaves `frozen/...`, from the path or the tree given, or from where the model says."""
+    """The leaves `frozen/...`, from the path or tree given, or from the model's reference."""
     strip = {name: name.removeprefix("frozen/") for name in wanted}
     if frozen is None or isinstance(frozen, str) or hasattr(frozen, "__fspath__"):
         shardings = {strip[name]: leaf.sharding for name, leaf in wanted.items()}

@@ -10,12 +10,12 @@
 `--config=small` calls `small()`, `--config=small:8` calls `small(8)`, with the argument read by its
 annotation. `--config.train.num_steps=1_000` (or `--config.train.num_steps 1_000`) replaces one
 field, at any depth, read by the field's annotation: int (`1_000`, `1e6`), float, bool (`true`,
-`false`), str, None where Optional, Literal, Enum (by name or value), tuples (`1,2,3`), and members
-of tuples by index (`--config.model.stacks.0.num_repeats=2`). A group that is None is made from its
-defaults by naming a key in it; one that may be of several classes is changed by naming another
-(`--config.optimizer=Lion --config.optimizer.b1=0.9`). All edits of one dataclass are one
-`dataclasses.replace`, so its `__post_init__` sees them together. `--help` lists configurations and
-keys.
+`false`), str, None if Optional, Literal, Enum (by name or value), tuples (`1,2,3`), and members
+of tuples by index (`--config.model.stacks.0.num_repeats=2`). Naming a key of a
+group that is None creates it from its defaults; the class of a group that may be of several is
+chosen by its name (`--config.optimizer=Lion --config.optimizer.b1=0.9`). All edits of one
+dataclass are one `dataclasses.replace`, so its `__post_init__` sees them together. `--help` lists
+configurations and keys.
 """
 
 import contextlib

@@ -115,7 +115,7 @@ def show(value: Any) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """An annotation as one would write it: `int | None`, `tuple[int, ...]`, `'a' | 'b'`."""
+    """An annotation as in source code: `int | None`, `tuple[int, ...]`, `'a' | 'b'`."""
     if annotation is types.NoneType or annotation is None:
         return "None"
     if annotation is Ellipsis:
@@ -132,7 +132,7 @@ def type_name(annotation: Any) -> str:
 
 
 def expected(annotation: Any) -> str:
-    """What a value of this annotation is, in words."""
+    """Describes the values of an annotation, for messages."""
     words = []
     for member in members(annotation):
         if typing.get_origin(member) is typing.Literal:
@@ -149,7 +149,7 @@ def expected(annotation: Any) -> str:
 
 
 def example(annotation: Any) -> str | None:
-    """A text that `parse` accepts, or None where there is no simple one."""
+    """A text that `parse` accepts, or None if there is no simple one."""
     for member in members(annotation):
         if member in _EXAMPLES:
             return _EXAMPLES[member]

@@ -1,4 +1,4 @@
-"""A command of this project: an absl program whose bad input is one line and exit status 2."""
+"""A command of this project: an absl program that reports invalid input in one line, status 2."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def run(
     configs: Configs | None = None,
     workdir: bool = False,
 ) -> NoReturn:
-    """Run `main()` and exit; a ConfigError is its message on stderr and status 2.
+    """Run `main()` and exit; a ConfigError prints its message to stderr and exits with status 2.
 
-    With `--verbosity=1` it is its traceback too, and what libraries say at level INFO is shown.
+    `--verbosity=1` adds the traceback and shows libraries' messages of level INFO.
 
     Args:
-      main: called without arguments, or with those that the next ask for, in the order
-        configuration, folder, list.
-      positional: `main` takes the list of arguments that are no flags.
-      configs: `main` takes the configuration that `--config` and its keys choose of these; `--help`
-        lists them and the keys.
-      workdir: `main` takes the folder of `--workdir`, which is asked for.
+      main: called with the arguments that the other options ask for, in the order configuration,
+        folder, list.
+      positional: pass `main` the list of arguments that are not flags.
+      configs: pass `main` the configuration chosen from these by `--config` and edited by its keys;
+        `--help` lists both.
+      workdir: pass `main` the folder of `--workdir`, which is then required.
     """
     if workdir:
         flags.DEFINE_string(
@@ -45,7 +45,7 @@ def run(
 
     def program(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # absl's programs say INFO of every library
+            logging.set_verbosity(logging.WARNING)  # absl programs show every library's INFO
         with reported():
             if argv[1:] and not positional:
                 raise ConfigError(f"unexpected argument {argv[1]!r}; flags are --name=value")
@@ -64,7 +64,7 @@ def run(
                 return flags.FLAGS(argv)
             if configs is None:
                 return parse_known(argv)
-            positionals = parse_known(config_lib.rest_of(argv))  # an unknown flag is told first
+            positionals = parse_known(config_lib.rest_of(argv))  # an unknown flag is reported first
             chosen.append(config_lib.parse(argv, configs)[0])
             return positionals
         raise AssertionError("reported never swallows an error")
@@ -74,7 +74,7 @@ def run(
 
 
 def parse_known(argv: Sequence[str], known_only: bool = False) -> list[str]:
-    """What of `argv` is no flag. Raises ConfigError for a flag that is wrong or missing."""
+    """The arguments of `argv` that are not flags. ConfigError: a flag is wrong or missing."""
     try:
         return flags.FLAGS(argv, known_only=known_only)
     except flags.Error as error:
@@ -83,7 +83,7 @@ def parse_known(argv: Sequence[str], known_only: bool = False) -> list[str]:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Ends the program with a ConfigError's message, and quietly where its reader has gone."""
+    """Ends the program with a ConfigError's message, or quietly when its reader has gone."""
     try:
         yield
     except ConfigError as error:
@@ -95,6 +95,6 @@ def reported() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever reads has enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -1,4 +1,4 @@
-"""GGUF and safetensors files: containers, blocks, and models that packages bring. Without JAX."""
+"""GGUF and safetensors files, and small models shipped in Python packages. Imports no JAX."""
 
 from lm.files.base import FileFormatError, FormatError
 from lm.files.gguf import GGUF, read_gguf

@@ -1,4 +1,4 @@
-"""What the containers share: one error, read-only mapping, files that appear whole or not."""
+"""Shared by the file formats: one error, read-only mappings, atomic writes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Path = str | os.PathLike[str]
 
 
 class FormatError(ValueError):
-    """What is at a path cannot be read as the format it is in; the message says why."""
+    """A path cannot be read as the format it is in; the message says why."""
 
 
 class FileFormatError(FormatError):
-    """A file is not what its format says.
+    """A file does not follow its format.
 
     Attributes:
       path: the file.
-      field: the part of it, as `tensor 'output.weight' offset`.
-      value: what stands there.
-      expected: what may stand there.
+      field: the part at fault, as `tensor 'output.weight' offset`.
+      value: the value found there.
+      expected: the values allowed there.
     """
 
     def __init__(self, path: Path, field: str, value: Any, expected: str) -> None:
@@ -35,7 +35,7 @@ class FileFormatError(FormatError):
 
 
 def short(value: Any, limit: int = 60) -> str:
-    """`repr` for a message: hostile files hold long names."""
+    """`repr`, shortened for a message: hostile files hold long names."""
     if isinstance(value, str | bytes | list) and len(value) > limit:
         return f"{value[:limit]!r}... ({len(value)} long)"
     text = repr(value)
@@ -43,10 +43,10 @@ def short(value: Any, limit: int = 60) -> str:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The bytes of a file, mapped for reading.
+    """Map a file for reading.
 
-    The mapping lives as long as a view of it. A file that someone shortens meanwhile ends the
-    process when the lost part is read: replace files, do not rewrite them (`replacing` does).
+    The mapping lives as long as any view of it. If the file is truncated meanwhile, reading the
+    lost part kills the process: replace files, do not rewrite them (`replacing` does that).
 
     Raises:
       FileFormatError: the file is empty.
@@ -59,11 +59,11 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def forget_pages(mapping: mmap.mmap, offset: int, nbytes: int) -> None:
-    """Take a range of a mapping out of this process's memory; its bytes are read again on use.
+    """Release the memory of a range of a mapping; its bytes are read again on use.
 
-    Pages that the range shares with its neighbours stay.
+    Pages shared with neighbouring ranges are kept.
     """
-    if not hasattr(mapping, "madvise"):  # where there is none, the system decides alone
+    if not hasattr(mapping, "madvise"):  # without it, the system decides alone
         return
     start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -73,7 +73,7 @@ def forget_pages(mapping: mmap.mmap, offset: int, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends without an error."""
+    """A file to write, renamed to `path` when the block ends without an error."""
     target = pathlib.Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

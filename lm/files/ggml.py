@@ -1,7 +1,7 @@
-"""The tensor types of ggml: codes, blocks, and where each number lies in a block, as data.
+"""The tensor types of ggml: codes, blocks, and the position of each number in a block, as data.
 
-A tensor's innermost dimension is cut into blocks of `block` numbers, each of `nbytes` bytes: the
-`fields` of a C struct without padding, little-endian. Most types keep their quants as bit planes
+A tensor's innermost dimension is divided into blocks of `block` numbers and `nbytes` bytes: the
+`fields` of a little-endian C struct without padding. Most types keep their quants as bit planes
 (`planes`); what a number is, given its quant and scales, is code (the `gguf` package's for NumPy,
 and the leaves' that compute on blocks). Source: ggml-common.h and ggml.h of ggml.
 """
@@ -51,10 +51,10 @@ class BlockType:
 
     Attributes:
       name: as `Q4_K`.
-      code: the number in files.
+      code: its number in files.
       block: numbers per block.
       fields: the block's members in order.
-      planes: of the quants; empty where they are whole numbers or indices into a codebook.
+      planes: bit planes of the quants; empty where those are integers or codebook indices.
     """
 
     name: str

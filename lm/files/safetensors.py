@@ -1,4 +1,4 @@
-"""safetensors, read and written: one file, or a directory of shards with their index.
+"""Reading safetensors: one file, or a directory of shards with their index.
 
 Opening reads the headers only, which the `safetensors` package checks: names are unique, tensors
 are contiguous and fill the file. Tensors are views of the mapped files rather than the package's
@@ -31,8 +31,8 @@ MAX_INDEX = 100_000_000
 # As in numpy.
 MAX_DIMS = 64
 
-# In the order in which the reference implementation writes tensors: wide ones first, so that each
-# is aligned.
+# In the order in which the reference implementation writes tensors: wide types first, so that every
+# tensor is aligned.
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
         "U64": np.dtype("<u8"),
@@ -56,22 +56,22 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "BOOL": np.dtype("?"),
     }
 )
-# Several numbers share a byte, which a numpy array cannot say.
+# Types that pack several numbers into a byte, which NumPy has no arrays of.
 PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 CODES: Mapping[np.dtype, str] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is.
+    """Type and place of a tensor.
 
     Attributes:
-      name: of the tensor.
+      name: the tensor's name.
       dtype: the format's code, as `BF16`.
       shape: row-major.
-      offset: of its first byte in its file.
-      nbytes: how many bytes it has.
-      file: which of the files it is in.
+      offset: position of its first byte in its file.
+      nbytes: its size in bytes.
+      file: index of its file.
     """
 
     name: str
@@ -87,8 +87,8 @@ class Safetensors:
 
     Attributes:
       paths: the files.
-      metadata: of each file.
-      tensors: by name, file by file in the order of their bytes.
+      metadata: the metadata of each file.
+      tensors: tensors by name, file by file in the order of their bytes.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Safetensors:
         self._mappings = mappings
 
     def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor: uint8 [nbytes], a view of the file that cannot be written to."""
+        """The bytes of a tensor: uint8 [nbytes], a read-only view of the file."""
         info = self.tensors[name]
         return np.frombuffer(self._mappings[info.file], np.uint8, info.nbytes, info.offset)
 
@@ -112,7 +112,7 @@ class Safetensors:
         return self.raw(name).view(DTYPES[info.dtype]).reshape(info.shape)
 
     def release(self, name: str) -> None:
-        """Take a tensor's pages out of memory. Views stay valid, and read the file again."""
+        """Release a tensor's memory. Views stay valid and read the file again."""
         info = self.tensors[name]
         forget_pages(self._mappings[info.file], info.offset, info.nbytes)
 
@@ -127,7 +127,7 @@ def open_safetensors(path: Path) -> Safetensors:
     """Open a file, or a directory with `model.safetensors` or its shards and their index.
 
     Raises:
-      FileFormatError: a file is not as the format says or packs several numbers into a byte (F4,
+      FileFormatError: a file does not follow the format or packs several numbers into a byte (F4,
         F6), or the index names a file outside the directory, a tensor its file does not hold, or
         one that two files hold.
       OSError: a file cannot be opened.
@@ -152,7 +152,7 @@ def open_safetensors(path: Path) -> Safetensors:
 def _join(
     paths: tuple[Path, ...], placed: Mapping[str, int] | None, index: Path = ""
 ) -> Safetensors:
-    """The tensors of some files; `placed` is the number of the file each should be in."""
+    """The tensors of some files; `placed` is the index of the file each should be in."""
     tensors: dict[str, TensorInfo] = {}
     metadata, mappings = [], []
     for number, path in enumerate(paths):
@@ -212,10 +212,10 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 
 
 def _inside(index: pathlib.Path, name: str) -> pathlib.Path:
-    """The file an index names, which lies in its directory.
+    """The file that an index names, inside the index's directory.
 
-    A link may lead to another file of the directory, or to the `blobs` of a Hugging Face cache,
-    where the directory is one of its `snapshots`.
+    A link may point to another file of the directory or, in a snapshot of a Hugging Face cache, to
+    its `blobs`.
     """
     directory = index.parent.resolve()
     field, file = "weight_map file", index.parent / name

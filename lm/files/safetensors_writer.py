@@ -1,4 +1,4 @@
-"""safetensors, written: one tensor in memory at a time, one file or shards with their index.
+"""Writing safetensors: one tensor in memory at a time, one file or shards with their index.
 
 Not with the package's `serialize_file`, which wants all tensors in memory at once.
 """
@@ -26,9 +26,9 @@ class LazyTensor:
     """A tensor to write.
 
     Attributes:
-      dtype: of numpy or ml_dtypes.
+      dtype: a dtype of NumPy or ml_dtypes.
       shape: row-major.
-      read: gives it, called once, when it is written.
+      read: returns the array; called once, on writing.
     """
 
     dtype: np.dtype
@@ -46,18 +46,18 @@ Tensors = Mapping[str, np.ndarray | LazyTensor]
 def write_safetensors(
     path: Path, tensors: Tensors, *, metadata: Mapping[str, str] = NOTHING
 ) -> None:
-    """Write a safetensors file; it takes the place of `path` once it is whole.
+    """Write a safetensors file atomically.
 
-    Wide dtypes come first, so that each tensor is aligned to its own, and names are in order. The
-    same tensors give the same bytes, which are those of the reference implementation.
+    Wide dtypes come first, so that every tensor is aligned, then names in order. The same tensors
+    give the same bytes, equal to those of the reference implementation.
 
     Args:
-      path: of the file.
-      tensors: by name.
-      metadata: strings.
+      path: the file.
+      tensors: tensors by name.
+      metadata: strings by name.
 
     Raises:
-      ValueError: a dtype the format does not have, or a `LazyTensor` that is not what it said.
+      ValueError: a dtype the format lacks, or a `LazyTensor` whose array is not as announced.
     """
     codes = {name: _code(name, tensor) for name, tensor in tensors.items()}
     ordered = sorted(tensors.items(), key=lambda item: (_RANKS[codes[item[0]]], item[0]))
@@ -95,13 +95,13 @@ def write_sharded(
     """Write `model.safetensors`, or shards of it and their index, into a directory.
 
     Args:
-      directory: that exists.
-      tensors: by name; shards take them in this order.
+      directory: an existing directory.
+      tensors: tensors by name; shards take them in this order.
       max_shard_size: bytes of tensors per file; a larger tensor gets a file of its own.
-      metadata: strings, in every file.
+      metadata: strings by name, written to every file.
 
     Returns:
-      The names of the files of tensors.
+      The names of the files that hold tensors.
 
     Raises:
       ValueError: see `write_safetensors`.

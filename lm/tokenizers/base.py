@@ -1,8 +1,8 @@
-"""What every tokenizer offers, and what they share: special tokens in text, decoding, streams.
+"""The interface of tokenizers, and their shared parts: special tokens, decoding, streams.
 
-A token stands for bytes. Text is the UTF-8 reading of the bytes of a sequence, bytes that form no
-character becoming U+FFFD as Unicode recommends (one for each maximal ill-formed part), so text that
-grows token by token and text decoded at once are equal.
+A token stands for bytes. Text is the bytes of a sequence decoded as UTF-8, with U+FFFD for each
+maximal ill-formed part as Unicode recommends, so text streamed token by token equals text decoded
+at once.
 """
 
 import abc
@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-# A model's rows are padded to a multiple of this at most (Phi-2 has 905 rows without a token).
+# Most rows that padding adds to a model's vocabulary (Phi-2 has 905 rows without a token).
 _MOST_PADDING = 2048
 
 
@@ -20,14 +20,14 @@ class Tokenizer(abc.ABC):
     """Maps text to token ids in [0, vocab_size) and back.
 
     Attributes:
-      fingerprint: names the vocabulary: tokenizers with the same fingerprint give the same ids.
-      token_bytes: for each id its bytes, of special tokens the bytes of their name; b"" where an
-        id has no token.
-      special_tokens: name to id of the tokens that steer the model rather than stand for text.
-      bos_id, eos_id, pad_id: -1 where the model has none.
+      fingerprint: identifies the vocabulary; tokenizers with the same one give the same ids.
+      token_bytes: the bytes of each id, which for special tokens are those of their name; b"" for
+        an id without a token.
+      special_tokens: ids by name of the tokens that control the model rather than stand for text.
+      bos_id, eos_id, pad_id: -1 if the model has none.
       eos_ids: every token that ends a generation: end of text, of turn, of message.
       add_bos, add_eos: what the model expects around a prompt.
-      strips_space: text was encoded with a space in front, which decoding removes again.
+      strips_space: encoding adds a space in front of the text, which decoding removes.
       chat_templates: Jinja sources by name; "default" is the one to use.
     """
 
@@ -47,7 +47,7 @@ class Tokenizer(abc.ABC):
     def _encode_texts(
         self, texts: Sequence[str], parse_special: bool, num_threads: int
     ) -> list[list[int]]:
-        """Ids of each text, nothing added."""
+        """Ids of each text, without BOS and EOS."""
 
     @abc.abstractmethod
     def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -63,7 +63,7 @@ class Tokenizer(abc.ABC):
 
     @functools.cached_property
     def text_bytes(self) -> Sequence[bytes]:
-        """`token_bytes` with nothing for special tokens."""
+        """`token_bytes`, with b"" for special tokens."""
         table = list(self.token_bytes)
         for special in self.special_ids:
             table[special] = b""
@@ -72,11 +72,11 @@ class Tokenizer(abc.ABC):
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, *, parse_special: bool = False
     ) -> list[int]:
-        """Token ids of `text`, with `bos_id` in front and `eos_id` behind if asked.
+        """Token ids of `text`, optionally with `bos_id` in front and `eos_id` at the end.
 
         Args:
-          parse_special: whether names of special tokens in `text` become those tokens. Off, text
-            from outside cannot forge a turn.
+          parse_special: turn names of special tokens in `text` into those tokens. Off, so that
+            text from outside cannot forge a turn.
 
         Raises:
           ValueError: `text` has a lone surrogate, or the model lacks the token asked for.
@@ -92,7 +92,7 @@ class Tokenizer(abc.ABC):
         *,
         parse_special: bool = False,
     ) -> list[list[int]]:
-        """`encode` of each text, on `num_threads` threads (-1: one a core) where it can."""
+        """`encode` of each text, on `num_threads` threads (-1: one per core) if supported."""
         for text in texts:
             check_encodable(text)
         if bos and self.bos_id < 0:
@@ -104,7 +104,7 @@ class Tokenizer(abc.ABC):
         return [front + body + back for body in bodies]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt as the model expects it: special tokens parsed, BOS and EOS by its rule.
+        """Ids of a prompt as the model expects it: special tokens parsed, BOS and EOS added.
 
         A chat template may have written the BOS token already; it is not doubled.
         """
@@ -116,7 +116,7 @@ class Tokenizer(abc.ABC):
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of `text` with special tokens parsed, and the characters [start, end) of each.
 
-        Tokens that share a character each have its whole range.
+        Tokens that share a character each get its whole range.
         """
         check_encodable(text)
         return self._offsets(text)
@@ -127,8 +127,8 @@ class Tokenizer(abc.ABC):
         """Text of `ids`; bytes that form no character become U+FFFD.
 
         Args:
-          skip_special: leave special tokens out rather than write their names.
-          continuation: `ids` follow other tokens, so a space in front is text.
+          skip_special: omit special tokens instead of writing their names.
+          continuation: `ids` follow other tokens, so a leading space is text.
 
         Raises:
           ValueError: an id outside [0, vocab_size).
@@ -157,7 +157,7 @@ class Tokenizer(abc.ABC):
 
 
 class TextStream:
-    """Text of a growing sequence; a character is given out when its last byte has come."""
+    """Text of a growing sequence; a character is emitted once its last byte has arrived."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool, continuation: bool):
         self._tokenizer = tokenizer
@@ -166,7 +166,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now and was not before.
+        """The text that this token completes.
 
         Raises:
           ValueError: an id outside [0, vocab_size).
@@ -180,12 +180,12 @@ class TextStream:
         return self._decoder.decode(content)
 
     def finish(self) -> str:
-        """What is left: an unfinished character, as U+FFFD, or nothing."""
+        """The rest: an unfinished character, as U+FFFD, or nothing."""
         return self._decoder.decode(b"", final=True)
 
 
 class Splitter:
-    """Finds given strings in text: at each place the longest, from left to right.
+    """Finds given strings in text, the longest at each position, from left to right.
 
     Candidates are found by their first two characters, so thousands of strings cost no more
     than a few (Gemma has 6,400).
@@ -206,7 +206,7 @@ class Splitter:
         self._starts = re.compile("|".join(map(re.escape, starts))) if starts else None
 
     def split(self, text: str) -> list[str | int]:
-        """Text in between as strings, none of them empty, and tokens as ids."""
+        """The tokens as ids, and the non-empty text between them."""
         parts: list[str | int] = []
         done, at = 0, 0
         while self._starts and (match := self._starts.search(text, at)):
@@ -227,9 +227,9 @@ class Splitter:
 
 
 def check_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raises ValueError unless a model of `model_vocab_size` rows can go with the tokenizer.
+    """Raises ValueError unless a model of `model_vocab_size` rows fits the tokenizer.
 
-    A model may have some rows more, which padding adds.
+    A model may have some more rows, from padding.
     """
     tokens, spare = tokenizer.vocab_size, model_vocab_size - tokenizer.vocab_size
     if spare < 0:
@@ -240,7 +240,7 @@ def check_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
     if spare > _MOST_PADDING:
         raise ValueError(
             f"the model has {model_vocab_size} rows, {spare} more than the tokenizer's {tokens} "
-            "tokens, which is no padding; use the model's own tokenizer"
+            "tokens, too many for padding; use the model's own tokenizer"
         )
 
 

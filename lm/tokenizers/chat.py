@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text a model was tuned on, and what of it the assistant wrote."""
+"""Chat templates: messages to the text a model was tuned on, and the assistant's part of it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Message = Mapping[str, Any]
 class Rendered:
     """Text, and the characters [start, end) of it that the assistant wrote.
 
-    `located` is False where the template has generation blocks whose place is not known.
+    `located` is False if the template has generation blocks whose position is not known.
     """
 
     text: str
@@ -29,11 +29,11 @@ class ChatTemplate:
 
     Args:
       source: the template.
-      bos, eos: what `bos_token` and `eos_token` stand for in it.
-      ends: further names of tokens that end a turn, like `<|im_end|>`.
+      bos, eos: values of `bos_token` and `eos_token` in it.
+      ends: names of further tokens that end a turn, as `<|im_end|>`.
 
     Raises:
-      TemplateError: `source` is no template.
+      TemplateError: `source` is not a template.
     """
 
     def __init__(self, source: str, bos: str = "", eos: str = "", ends: Sequence[str] = ()):
@@ -54,10 +54,10 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, name: str = "default") -> "ChatTemplate":
-        """The template that came with the tokenizer.
+        """The tokenizer's own template.
 
         Raises:
-          TemplateError: there is none of that name.
+          TemplateError: it has none of that name.
         """
         if name not in tokenizer.chat_templates:
             known = ", ".join(sorted(tokenizer.chat_templates)) or "none at all"
@@ -80,14 +80,14 @@ class ChatTemplate:
         """Text of a conversation.
 
         Args:
-          messages: `role`, `content` and what else the template reads.
-          add_generation_prompt: end with what opens the assistant's turn.
+          messages: `role`, `content` and any other keys that the template reads.
+          add_generation_prompt: end with the beginning of the assistant's turn.
           tools: JSON schemas of functions.
-          variables: further names the template may read, like `enable_thinking`.
+          variables: further names that the template may read, as `enable_thinking`.
 
         Raises:
-          TemplateError: the template refuses the messages, misses something in them, breaks out of
-            its sandbox, or does not end.
+          TemplateError: the template refuses the messages, lacks something in them, tries to leave
+            its sandbox, or does too much work.
         """
         return self._render(messages, add_generation_prompt, tools, variables).text
 
@@ -120,7 +120,7 @@ class ChatTemplate:
         except TemplateError:
             raise
         except jinja2.UndefinedError as error:
-            raise TemplateError(f"the template needs what is not there: {error.message}") from error
+            raise TemplateError(f"the template needs a missing value: {error.message}") from error
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"the template breaks out of its sandbox: {error}") from error
         except (Exception, RecursionError) as error:
@@ -134,11 +134,11 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> Rendered:
-        """A conversation, and where in it the assistant wrote.
+        """A conversation, and the parts of it that the assistant wrote.
 
         From `{% generation %}` blocks, or else by rendering the conversation up to each turn of
-        the assistant: a turn is what it adds to the prompt for it, its end token included. (So the
-        time grows with the square of the turns: 0.4 s for 200 short messages.)
+        the assistant: a turn is what it adds to its prompt, end token included. (The time grows
+        with the square of the number of turns: 0.4 s for 200 short messages.)
 
         Raises:
           TemplateError: as `render`; also if the text of earlier turns depends on later ones.
@@ -163,7 +163,7 @@ class ChatTemplate:
         return Rendered(whole.text, tuple(spans))
 
     def _content(self, turn: str) -> int:
-        """Length of a turn without the white space that follows its end token."""
+        """Length of a turn without white space after its end token."""
         content = turn.rstrip()
         return len(content) if content.endswith(self._ends) else len(turn)
 
@@ -174,7 +174,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and for each whether the assistant wrote any of it.
+        """Ids of a conversation, and whether the assistant wrote any of each.
 
         Raises:
           TemplateError: as `spans`.

@@ -1,4 +1,4 @@
-"""Vocabularies that the `tokenizers` library runs: byte-level BPE, and BPE with byte fallback."""
+"""Vocabularies run by the `tokenizers` library: byte-level BPE, and BPE with byte fallback."""
 
 import hashlib
 import json
@@ -18,17 +18,17 @@ class FastTokenizer(Tokenizer):
     The library's post-processor is dropped: BOS and EOS are added by `encode` and `encode_prompt`.
 
     Args:
-      tokenizer: taken over, not copied.
-      name: where it comes from, for errors.
-      bos, eos, pad: names of those tokens; by default the BOS and EOS that the post-processor adds.
+      tokenizer: modified in place.
+      name: its origin, for errors.
+      bos, eos, pad: names of those tokens; BOS and EOS default to those of the post-processor.
       more_eos: names of further tokens that end a generation.
-      add_bos, add_eos: what a prompt gets; by default what the post-processor adds.
-      special: names of special tokens; by default those that the vocabulary marks.
+      add_bos, add_eos: whether prompts get them; by default as the post-processor does.
+      special: names of special tokens; by default those marked in the vocabulary.
 
     `serialized` is the tokenizer.json without a post-processor.
 
     Raises:
-      ValueError: the decoder or the post-processor is of another kind, or a name is no token.
+      ValueError: the decoder or post-processor is of another kind, or a name is not a token.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class FastTokenizer(Tokenizer):
         self.add_bos = front >= 0 if add_bos is None else add_bos
         self.add_eos = back >= 0 if add_eos is None else add_eos
         self.chat_templates = dict(chat_templates or {})
-        # The library decides whether it parses special tokens by a flag of the whole object.
+        # Whether the library parses special tokens is a flag of the whole object.
         self._plain = tokenizers.Tokenizer.from_str(serialized)
         self._plain.encode_special_tokens = True
 
     def _id(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
-            raise ValueError(f"'{self.name}' names {token!r}, which is no token of its vocabulary")
+            raise ValueError(f"'{self.name}' names {token!r}, which is not in its vocabulary")
         return token_id
 
     def _encode_texts(
@@ -92,9 +92,9 @@ class FastTokenizer(Tokenizer):
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level BPE (GPT-2): character to byte.
+    """The bytes of the characters that byte-level BPE (GPT-2) writes them as.
 
-    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and on, in order.
+    Printable Latin-1 characters stand for themselves, the other bytes are U+0100 and on, in order.
     """
     kept = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in kept)
@@ -102,7 +102,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def _added_by_post_processor(tokenizer: tokenizers.Tokenizer, name: str) -> tuple[int, int]:
-    """Ids of the tokens put in front of and behind a text; -1 for none."""
+    """Ids of the tokens put before and after a text; -1 for none."""
     text = "a"
     bare = tokenizer.encode(text, add_special_tokens=False).ids
     full = tokenizer.encode(text).ids
@@ -119,7 +119,7 @@ def _added_by_post_processor(tokenizer: tokenizers.Tokenizer, name: str) -> tupl
 def _bytes_of(
     layout: Mapping[str, Any], vocabulary: Mapping[str, int], added: Iterable[str], name: str
 ) -> tuple[bool, list[bytes]]:
-    """Whether decoding removes a space in front, and the bytes of every id."""
+    """Whether decoding removes a leading space, and the bytes of every id."""
     steps = _decoder_steps(layout["decoder"])
     kinds = [step["type"] for step in steps]
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)

@@ -1,6 +1,7 @@
-"""Vocabularies out of GGUF metadata: byte-level BPE ("gpt2") and SentencePiece ("llama").
+"""Vocabularies in GGUF metadata: byte-level BPE ("gpt2") and SentencePiece ("llama").
 
-Keys as in ggml's docs/gguf.md; defaults and the tokens that end a generation as in llama.cpp.
+The keys are those of ggml's docs/gguf.md; defaults and tokens that end a generation follow
+llama.cpp.
 """
 
 import collections
@@ -28,7 +29,7 @@ _KINDS = {
     "no_vocab": "no vocabulary",
     "none": "no vocabulary",
 }
-# Tokens that end a generation by their name, whatever the file's eos_token_id.
+# Tokens with these names end a generation, whatever the file's eos_token_id.
 _ENDS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
     *("<|endoftext|>", "<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>"),
@@ -40,11 +41,11 @@ def from_gguf(metadata: Mapping[str, Any], name: str = "GGUF metadata") -> Token
     """The tokenizer of a GGUF file's metadata.
 
     Args:
-      metadata: every key of the file, arrays as sequences.
-      name: of the file, for errors.
+      metadata: all of the file's metadata, arrays as sequences.
+      name: the file's name, for errors.
 
     Raises:
-      ValueError: keys are missing, contradict each other, or name a kind that is not supported.
+      ValueError: keys are missing or contradictory, or the kind of vocabulary is not supported.
     """
     kind = _get(metadata, "model", str, name)
     if kind == "gpt2":
@@ -158,7 +159,7 @@ def _sentencepiece(metadata: Mapping[str, Any], name: str) -> SentencePieceToken
 
 
 def _without_unused(tokenizer: Any, types: Sequence[int]) -> Any:
-    """Tokens the model never had stand for no text."""
+    """Unused tokens get no text."""
     tokenizer.token_bytes = [
         b"" if kind == UNUSED else content
         for content, kind in zip(tokenizer.token_bytes, types, strict=True)
@@ -189,7 +190,7 @@ def _same_length(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], n
 
 
 def _tokens_and_types(metadata: Mapping[str, Any], name: str) -> tuple[list[str], list[int]]:
-    """Pieces and types; a token that ends a turn is a control token whatever the file says."""
+    """Pieces and types; tokens that end a turn become control tokens, whatever the file says."""
     tokens = list(_get(metadata, "tokens", Sequence, name))
     if len(set(tokens)) != len(tokens):
         token = collections.Counter(tokens).most_common(1)[0][0]
@@ -204,7 +205,7 @@ def _tokens_and_types(metadata: Mapping[str, Any], name: str) -> tuple[list[str]
 
 
 def _with_one_unknown(types: Sequence[int], unknown: int) -> list[int]:
-    """SentencePiece wants one unknown token exactly; files may have more, or call it control."""
+    """SentencePiece needs exactly one unknown token; files may have more, or call it control."""
     kinds = [CONTROL if kind == UNKNOWN else kind for kind in types]
     kinds[unknown] = UNKNOWN
     return kinds

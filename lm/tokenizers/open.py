@@ -1,4 +1,4 @@
-"""Opens the tokenizer of whatever is at a path."""
+"""Opening the tokenizer at a path."""
 
 import json
 import os
@@ -21,16 +21,16 @@ _EXPECTED = (
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer at `path`, with its rule for BOS and EOS and its chat templates.
+    """The tokenizer at `path`, with its rules for BOS and EOS and its chat templates.
 
     Args:
-      path: a folder in Hugging Face's layout (tokenizer.json is preferred, tokenizer.model is the
-        other), the workdir of a training run or its data folder, a .gguf file, a tokenizer.json,
-        or a SentencePiece .model file.
+      path: a folder in Hugging Face's layout (tokenizer.json is preferred to tokenizer.model), the
+        workdir of a training run or its data folder, a .gguf file, a tokenizer.json, or a
+        SentencePiece .model file.
 
     Raises:
-      FileNotFoundError: there is nothing at `path`, or no tokenizer in it.
-      ValueError: what is there cannot be used; the message says why.
+      FileNotFoundError: `path` does not exist, or holds no tokenizer.
+      ValueError: the tokenizer cannot be used; the message says why.
     """
     path = Path(path)
     if not path.exists():
@@ -51,14 +51,14 @@ def _open_file(path: Path) -> Tokenizer:
         return _open_json(path)
     if path.suffix == ".model":
         return _open_model(path)
-    raise ValueError(f"'{path}' is no tokenizer; give {_EXPECTED}")
+    raise ValueError(f"'{path}' is not a tokenizer; give {_EXPECTED}")
 
 
 def _open_json(path: Path) -> FastTokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"'{path}' is no tokenizer.json ({error})") from error
+        raise ValueError(f"'{path}' is not a tokenizer.json ({error})") from error
     config = _config(path.parent)
     return FastTokenizer(
         tokenizer,
@@ -88,7 +88,7 @@ def _open_model(path: Path) -> SentencePieceTokenizer:
         token = _token(config, f"{key}_token")
         if token is not None:
             if token not in tokenizer.model.pieces:
-                raise ValueError(f"'{path}' has no piece {token!r}, which is to be its {key}_token")
+                raise ValueError(f"'{path}' has no piece {token!r}, its {key}_token")
             setattr(tokenizer, f"{key}_id", tokenizer.model.pieces.index(token))
     ends = (i for i in (tokenizer.eos_id, *_eos_ids(path.parent)) if 0 <= i < tokenizer.vocab_size)
     tokenizer.eos_ids = tuple(dict.fromkeys(ends))
@@ -99,7 +99,7 @@ def _open_model(path: Path) -> SentencePieceTokenizer:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, over the older special_tokens_map.json."""
+    """tokenizer_config.json, which overrides the older special_tokens_map.json."""
     return {
         **_read_json(folder / "special_tokens_map.json"),
         **_read_json(folder / "tokenizer_config.json"),
@@ -124,7 +124,7 @@ def _token(config: Mapping[str, Any], key: str) -> str | None:
 
 
 def _eos_ids(folder: Path) -> list[int]:
-    """Ends of a generation that the model's own files name, in the order they say."""
+    """Tokens that end a generation by the model's own files, in their order."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name).get("eos_token_id")
@@ -133,7 +133,7 @@ def _eos_ids(folder: Path) -> list[int]:
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates of the configuration, under those that have their own files."""
+    """Templates of the configuration, overridden by those in files of their own."""
     source = config.get("chat_template") or {}
     if isinstance(source, str):
         source = {"default": source}

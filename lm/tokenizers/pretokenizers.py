@@ -1,7 +1,7 @@
-"""How byte-level vocabularies cut text into words before merging, by GGUF's name of the rule.
+"""How byte-level vocabularies split text into words before merging, by GGUF's name of the rule.
 
-The expressions are those of the models' own tokenizers, in the order they apply; the names and
-which of them are alike follow llama.cpp's `tokenizer.ggml.pre`.
+The expressions are those of the models' own tokenizers, in the order of application; names and
+aliases follow llama.cpp's `tokenizer.ggml.pre`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ _ASCII_PUNCTUATION = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 
 
 def _tiktoken(numbers: str, letters: str = r"\p{L}") -> str:
-    """GPT-4's expression, with a model's own idea of numbers and letters."""
+    """GPT-4's expression, with a model's own definition of numbers and letters."""
     marks = r"\p{M}" if "M" in letters else ""
     return (
         rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{numbers}"
@@ -34,11 +34,11 @@ def _cased(numbers: str, contractions: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """Expressions, each applied to the pieces the one before left.
+    """Expressions, each applied to the pieces that the previous one left.
 
     Attributes:
-      ignore_merges: a word that is a token stays whole, whatever the merges say.
-      add_bos: whether prompts start with BOS where the file does not say.
+      ignore_merges: a word that is a token stays whole, whatever the merges.
+      add_bos: whether prompts start with BOS if the file does not say.
     """
 
     patterns: tuple[str, ...]

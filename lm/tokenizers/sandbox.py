@@ -1,7 +1,9 @@
-"""Jinja for templates from strangers: no way out of the sandbox, and a bound on work and output.
+"""Jinja's sandbox for chat templates from strangers, with bounds on work and output.
 
-Every loop turn, macro call, printed value, filter and concatenation spends from one budget that
-each rendering has, so a hostile template ends with an error, soon and the same on every machine.
+Jinja's ImmutableSandboxedEnvironment keeps templates from Python's internals, but not from looping
+or growing without end. So every loop turn, macro call, printed value, filter and concatenation
+spends from a budget per rendering: a hostile template ends soon, with the same error on every
+machine, which a time limit (and a process to enforce it) could not promise.
 """
 
 import contextlib
@@ -19,14 +21,15 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-# Characters, about; a loop turn costs _TURN. A million tokens of conversation cost some 20 million.
+# About one per character; a loop turn costs _TURN. A million tokens of conversation cost about 20
+# million.
 _BUDGET = 100_000_000
 _TURN = 1_000
 _MAX_SOURCE = 1_000_000
 _MAX_RANGE = 100_000
 _MAX_WIDTH = 1_000
 _MAX_INTEGER_BITS = 256
-# They have no use in a chat, and make long strings or lists out of short templates.
+# Of no use in a chat, and able to make long strings or lists from short templates.
 _REMOVED_FILTERS = (
     *("center", "format", "pprint", "random", "sum", "urlize", "wordwrap", "xmlattr"),
     *("batch", "slice", "filesizeformat"),
@@ -39,7 +42,7 @@ _REMOVED_METHODS = {
 
 @dataclasses.dataclass
 class Meter:
-    """One rendering: what it may still spend, and how many generation blocks it met."""
+    """One rendering: the budget left, and the number of generation blocks met."""
 
     left: int = _BUDGET
     num_generations: int = 0
@@ -49,11 +52,11 @@ _meter: contextvars.ContextVar[Meter | None] = contextvars.ContextVar("meter", d
 
 
 class TemplateError(ValueError):
-    """A chat template that is wrong, hostile, or refuses its input."""
+    """A chat template is invalid or hostile, or refuses its input."""
 
 
 class Span(str):
-    """What a `{% generation %}` block rendered."""
+    """Text rendered by a `{% generation %}` block."""
 
 
 @contextlib.contextmanager
@@ -73,7 +76,7 @@ def spend(amount: int) -> None:
         meter.left -= amount
         if meter.left < 0:
             raise TemplateError(
-                "the template does too much work: its loops or its output do not end in reason"
+                "the template does too much work: its loops or its output are too long"
             )
 
 
@@ -98,14 +101,14 @@ def make_environment() -> "Environment":
 
 
 class _Missing(jinja2.Undefined):
-    """May be tested and looped over, as templates do; printing it is an error."""
+    """May be tested and iterated over, as templates do; printing it is an error."""
 
     def __str__(self) -> str:
         self._fail_with_undefined_error()
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Charges for what templates do; `has_generation` tells of `{% generation %}` blocks."""
+    """Charges for operations; `has_generation` is set by `{% generation %}` blocks."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
     has_generation = False
@@ -124,7 +127,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             spend(_length(left) + _length(right))
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, int) and result.bit_length() > _MAX_INTEGER_BITS:
-            raise TemplateError("the template computes integers of absurd size")
+            raise TemplateError(f"the template computes integers over {_MAX_INTEGER_BITS} bits")
         return result
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +139,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def turn(self, weight: int) -> None:
-        """At the head of every loop body and macro."""
+        """Charges at the start of every loop body and macro."""
         spend(weight)
 
     def concatenate(self, *values: Any) -> str:
@@ -145,15 +148,15 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def measured(self, value: Any) -> Any:
-        """The left side of every comparison: lists that share parts can take forever."""
+        """The left side of a comparison, which takes very long for lists that share parts."""
         _spend_on(value)
         return value
 
 
 class _Metered(NodeTransformer):
-    """Lets templates pay: `turn`, `concatenate` and `measured` of the environment.
+    """Inserts calls of the environment's `turn`, `concatenate` and `measured`.
 
-    They are attributes of the environment rather than names, which a template could set.
+    As attributes of the environment they are out of a template's reach.
     """
 
     def _with_turn(self, node: Any) -> Any:
@@ -175,7 +178,7 @@ class _Metered(NodeTransformer):
         return node
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
-        """Lists in place of tuples, whose hash can take forever."""
+        """Lists in place of tuples, which can take very long to hash."""
         self.generic_visit(node)
         return nodes.List(node.items, lineno=node.lineno) if node.ctx == "load" else node
 
@@ -186,7 +189,7 @@ def _environment_call(name: str, args: list[nodes.Expr], line: int) -> nodes.Cal
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` around what the assistant wrote."""
+    """`{% generation %} ... {% endgeneration %}` around the assistant's text."""
 
     def __init__(self, environment: jinja2.Environment):
         super().__init__(environment)
@@ -213,7 +216,7 @@ def _times(value: Any) -> int:
 
 
 def _spend_on(value: Any) -> None:
-    """Pays for every character and every element, shared ones as often as they occur."""
+    """Charges for every character and element, as often as it occurs."""
     pending = [value]
     while pending:
         value = pending.pop()
@@ -226,7 +229,7 @@ def _spend_on(value: Any) -> None:
 
 
 def _spend_on_text(operation: str, text: Any, *args: Any) -> None:
-    """Pays for a string method or a filter before it runs."""
+    """Charges for a string method or a filter before it runs."""
     for value in (text, *args):
         _spend_on(value)
     if operation == "replace" and len(args) > 1 and isinstance(text, str):
@@ -240,7 +243,7 @@ def _spend_on_text(operation: str, text: Any, *args: Any) -> None:
 
 
 def _paying(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that pays first, and whose `width` and `indent` are bounded."""
+    """A filter that is charged first, with bounded `width` and `indent`."""
 
     @functools.wraps(function)
     def paid(*args: Any, **kwargs: Any) -> Any:

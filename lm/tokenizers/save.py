@@ -1,4 +1,4 @@
-"""Any tokenizer as the files of a Hugging Face model's directory."""
+"""Writing a tokenizer as the files of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _SPACE_SYMBOL = "\u2581"
 def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> list[str]:
     """Write tokenizer.json, tokenizer_config.json and the chat templates.
 
-    What is written adds BOS and EOS by the tokenizer's own rule, and parses special tokens.
+    The files add BOS and EOS by the tokenizer's own rule, and parse special tokens.
 
     Args:
-      tokenizer: of any kind; SentencePiece as far as it is byte-pair encoding of the text as it is.
-      directory: that exists.
+      tokenizer: any kind; SentencePiece only if it is byte-pair encoding without normalization.
+      directory: an existing directory.
 
     Returns:
       The names of the files.
 
     Raises:
-      ValueError: a SentencePiece model that tokenizer.json cannot express, or the name of a chat
-        template that is no file's name; nothing is written.
+      ValueError: tokenizer.json cannot express the SentencePiece model, or the name of a chat
+        template is not a valid file name; nothing is written.
       OSError: a file cannot be written.
     """
     folder = Path(directory)
     for name in tokenizer.chat_templates:
         if Path(name).name != name:
-            raise ValueError(f"chat template {name!r} has a name that no file can have; rename it")
+            raise ValueError(f"chat template {name!r} has an invalid file name; rename it")
     if isinstance(tokenizer, FastTokenizer):
         inner = tokenizers.Tokenizer.from_str(tokenizer.serialized)
     elif isinstance(tokenizer, SentencePieceTokenizer):
@@ -71,7 +71,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> l
 
 
 def _names(tokenizer: Tokenizer) -> dict[int, str]:
-    """Names of special tokens, and of BOS, EOS and padding though they be none."""
+    """Names of special tokens, and of BOS, EOS and padding even if they are not special."""
     names = {i: token for token, i in tokenizer.special_tokens.items()}
     for token_id in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id):
         if token_id >= 0:
@@ -93,12 +93,12 @@ def _post_processor(tokenizer: Tokenizer, names: dict[int, str]) -> Any:
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
-    """Byte-pair merges from the scores of pieces: the better a piece, the sooner it is made."""
+    """Byte-pair merges from the scores of pieces: the higher the score, the earlier the merge."""
     model = tokenizer.model
     if model.model_type != BPE or model.charsmap or model.remove_extra_whitespaces:
         raise ValueError(
-            f"'{tokenizer.path}' is no byte-pair encoding of the text as it is; tokenizer.json is "
-            "not written for others"
+            f"'{tokenizer.path}' is not byte-pair encoding without normalization, as "
+            "tokenizer.json requires"
         )
     vocabulary = {piece: i for i, piece in enumerate(model.pieces)}
     ranked = sorted(range(len(model.pieces)), key=lambda i: (-model.scores[i], i))
@@ -132,7 +132,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokeniz
 
 
 def _splits(piece: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make a piece, the first pieces first."""
+    """The pairs of pieces that form a piece, by the ids of the pairs."""
     cuts = ((piece[:n], piece[n:]) for n in range(1, len(piece)))
     pairs = [(a, b) for a, b in cuts if a in vocabulary and b in vocabulary]
     return sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))

@@ -1,6 +1,6 @@
 """SentencePiece (Kudo & Richardson, 2018, arXiv:1808.06226), trained here or elsewhere.
 
-What `train_sentencepiece` makes is lossless: byte-pair encoding with byte fallback, identity
+Models of `train_sentencepiece` are lossless: byte-pair encoding with byte fallback, identity
 normalization, no dummy prefix and digits split, so `decode(encode(text)) == text` for every text
 that UTF-8 can encode.
 """
@@ -18,13 +18,13 @@ from lm.tokenizers import sentencepiece_model
 from lm.tokenizers.base import Splitter, Tokenizer, check_encodable
 from lm.tokenizers.sentencepiece_model import BYTE, CONTROL, UNKNOWN
 
-# SentencePiece writes a space as U+2581 inside pieces and so cannot tell the two apart.
+# SentencePiece writes a space as U+2581 inside pieces, so it cannot distinguish the two.
 _SPACE_SYMBOL = "\u2581"
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 _NUM_SPECIAL = 4
 _NUM_BYTES = 256
 _CHUNK_CHARS = 2048
-# What the unknown token decodes to in models of `train_sentencepiece`, and only there.
+# The text of the unknown token in models of `train_sentencepiece`, and only there.
 _UNK_SURFACE = "\ufffd"
 
 
@@ -35,14 +35,14 @@ class SentencePieceTokenizer(Tokenizer):
     model has one, as llama.cpp does.
 
     Args:
-      path: a `.model` file, or what names `model` in errors.
-      model: pieces and settings, in place of a file.
-      always_special: tokens found in text before SentencePiece sees it, whether special tokens
-        are parsed or not.
+      path: a `.model` file, or the name of `model` in errors.
+      model: pieces and settings, instead of a file.
+      always_special: tokens found in text before SentencePiece sees it, whether or not special
+        tokens are parsed.
 
     Raises:
       FileNotFoundError: there is no file at `path`.
-      ValueError: the file is no SentencePiece model.
+      ValueError: the file is not a SentencePiece model.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids, offsets
 
     def _part_offsets(self, text: str, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
-        """Ranges by counting bytes: what the tokens write is the text, if it is not normalized."""
+        """Ranges by counting bytes: the tokens' bytes are the text, unless it is normalized."""
         prefix = b" " * self.model.add_dummy_prefix
         shown = text if self._space_symbol_ids else text.replace(_SPACE_SYMBOL, " ")
         if b"".join(self.token_bytes[i] for i in ids) != prefix + shown.encode():
@@ -175,13 +175,13 @@ def train_sentencepiece(
     BOS, EOS and unknown; the 256 bytes follow.
 
     Args:
-      texts: documents; put them in random order if they exceed `max_bytes`.
-      path: where the `.model` file goes; an existing one is replaced.
-      vocab_size: number of tokens, special ones and bytes included.
-      character_coverage: share of the characters seen that get a piece; the rest become bytes.
+      texts: documents, in random order if they exceed `max_bytes`.
+      path: the `.model` file to write; an existing one is replaced.
+      vocab_size: number of tokens, including special ones and bytes.
+      character_coverage: fraction of the characters that get a piece; the rest become bytes.
 
     Raises:
-      ValueError: no text, or `vocab_size` does not fit the text.
+      ValueError: there is no text, or `vocab_size` does not fit it.
     """
     least = _NUM_SPECIAL + _NUM_BYTES + 1
     if vocab_size < least:
@@ -248,7 +248,7 @@ def _training_lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     seen = 0
     for text in texts:
         check_encodable(text)
-        # The trainer skips any sentence with these characters; at encoding they become bytes.
+        # The trainer skips sentences with these characters; encoding turns them into bytes.
         for line in re.sub(f"[{_SPACE_SYMBOL}\0]", "\n", text).splitlines(keepends=True):
             for start in range(0, len(line), _CHUNK_CHARS):
                 chunk = line[start : start + _CHUNK_CHARS]

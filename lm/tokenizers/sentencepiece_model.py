@@ -1,7 +1,7 @@
-"""The few fields of SentencePiece's model file that encoding and decoding depend on.
+"""The fields of SentencePiece's model file that encoding and decoding depend on.
 
 A `.model` file is the protocol buffer `ModelProto` of google/sentencepiece's own schema.
-Written by hand because the module that SentencePiece ships refuses older protobuf runtimes.
+Parsed here because the module that SentencePiece ships refuses older protobuf runtimes.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ class Model:
     """Pieces and the settings that matter.
 
     Attributes:
-      pieces, scores, types: one a token; a space is written U+2581.
+      pieces, scores, types: one per token; a space is written U+2581.
       model_type: UNIGRAM, BPE (or 3 words, 4 characters).
-      unk_surface: what the unknown token decodes to.
-      add_dummy_prefix: a space goes in front of the text.
-      charsmap: whether a table of normalizations is applied (NFKC for example).
+      unk_surface: text of the unknown token.
+      add_dummy_prefix: put a space in front of the text.
+      charsmap: whether a table of normalizations is applied, as NFKC.
     """
 
     pieces: Sequence[str]
@@ -40,7 +40,7 @@ def parse(proto: bytes) -> Model:
     """Reads a serialized ModelProto.
 
     Raises:
-      ValueError: the bytes are no ModelProto.
+      ValueError: the bytes are not a ModelProto.
     """
     pieces, scores, types = [], [], []
     trainer: dict[int, int | bytes] = {}
@@ -57,7 +57,7 @@ def parse(proto: bytes) -> Model:
             elif number == 3:
                 normalizer.update(_fields(_as_bytes(value)))
     except (IndexError, KeyError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"no SentencePiece ModelProto: {error!r}") from error
+        raise ValueError(f"not a SentencePiece ModelProto: {error!r}") from error
     return Model(
         pieces,
         scores,
@@ -104,7 +104,7 @@ def _as_bytes(value: int | bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field: integers of varints, else bytes."""
+    """Number and value of each field: an int for varints, else bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)

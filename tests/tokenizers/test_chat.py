@@ -213,7 +213,7 @@ HARMFUL = {
     "power": ("{{ 9 ** 999999999 }}", "operator '\\*\\*' is not allowed"),
     "integers": (
         doubling("9", "n.s * n.s"),
-        "integers of absurd size",
+        "integers over 256 bits",
     ),
     "concatenation": (
         doubling("'a'", "n.s ~ n.s"),
@@ -246,7 +246,7 @@ HARMFUL = {
         "{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "too much work",
     ),
-    "missing variable": ("{{ nothing }}", "needs what is not there: 'nothing' is undefined"),
+    "missing variable": ("{{ nothing }}", "needs a missing value: 'nothing' is undefined"),
     "missing key": ("{{ messages[0].text }}", "has no attribute 'text'"),
     "missing method": ("{{ messages[0].text() }}", "has no attribute 'text'"),
     "missing in text": ("{{ 'a' ~ nothing }}", "'nothing' is undefined"),

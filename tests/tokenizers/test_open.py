@@ -180,10 +180,10 @@ def test_what_cannot_be_opened(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*; give a folder with"):
         open_tokenizer(tmp_path)
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"a\.txt' is no tokenizer; give a folder with"):
+    with pytest.raises(ValueError, match=r"a\.txt' is not a tokenizer; give a folder with"):
         open_tokenizer(tmp_path / "a.txt")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
         open_tokenizer(tmp_path)
     (tmp_path / "m.gguf").write_bytes(b"GGUFxxxx")
     with pytest.raises(ValueError, match=r"m\.gguf"):
@@ -195,7 +195,11 @@ def test_what_cannot_be_opened(tmp_path):
     [
         ("tokenizer_config.json", "{", "is not JSON"),
         ("tokenizer_config.json", "[]", "holds a list; an object was expected"),
-        ("tokenizer_config.json", '{"eos_token": "<no>"}', "names '<no>', which is no token"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<no>"}',
+            "'<no>', which is not in its vocabulary",
+        ),
     ],
 )
 def test_bad_configurations(tmp_path, file, content, message):
