@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.configs.pretrain import Pretrain
+from experiments.configs.sft import Sft
 from lm.checkpoints import Checkpoints
 from lm.config.command_line import ConfigError
 from lm.data.batches import Batches, HeldOut
@@ -30,7 +31,7 @@ from lm.train.objective import NextToken
 from lm.train.optimizers import make_optimizer
 from lm.train.schedules import BatchRamp, BatchStage, linear_ramp
 
-Config = Pretrain
+Config = Pretrain | Sft
 
 
 def layout_of(config: Config, model: ModelConfig) -> Layout:

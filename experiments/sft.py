@@ -1,0 +1,127 @@
+"""Fine-tune a model on conversations, with a loss on what the assistant says alone.
+
+    python -m experiments.sft --config=quicktest --workdir=runs/sft
+    python -m experiments.sft --config=lora --config.model=PATH_OR_NAME \
+        --config.data.files='chats/*.jsonl' --workdir=runs/lora
+
+A line of the JSONL files is {"messages": [{"role": "user", "content": "..."}, ...]}; the model's
+chat template says how they become text, and which of it is the assistant's. All weights train, or
+LoRA adapters (--config.lora.rank=16). The same command resumes, bit for bit. The workdir is that of
+`experiments.pretrain`, with the tokenizer in `data/` and, for adapters, the model beneath them in
+`base/`, once; `python -m experiments.generate --model=WORKDIR --chat --prompt=...` opens it.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import pathlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from experiments.assemble import layout_of, make_run, make_stream
+from experiments.configs import sft as configs
+from experiments.configs.sft import Sft
+from lm import distributed
+from lm.config import program
+from lm.config.command_line import ConfigError, input_errors
+from lm.data.batches import HeldOut
+from lm.data.conversations import (
+    PLAIN_TEMPLATE,
+    Conversation,
+    pack_conversations,
+    read_conversations,
+)
+from lm.run.finetune import adapters_over, from_scratch, pretrained
+from lm.run.metrics import read
+from lm.run.parts import Run
+from lm.run.session import session
+from lm.tokenizers import ChatTemplate
+
+CONFIGS = {"quicktest": configs.quicktest, "full": configs.full, "lora": configs.lora}
+PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps to trace, such as 10:15.")
+
+
+def main(config: Sft, workdir: pathlib.Path) -> None:
+    with session(config, workdir) as opened:
+        run = assemble(config, workdir)
+        outcome = opened.train(run, PROFILE_STEPS.value if flags.FLAGS.is_parsed() else None)
+        if outcome.reason == "finished" and distributed.is_first_process():
+            last = [row for row in read(workdir / "metrics.jsonl") if "held_out_loss" in row][-1]
+            held_out = {name: last[f"held_out_{name}"] for name in ("loss", "bits_per_byte")}
+            (workdir / "summary.json").write_text(json.dumps({"held_out": held_out}) + "\n")
+            print(f"held-out loss {held_out['loss']:.4f}; try it: python -m experiments.generate "
+                  f"--model={workdir} --chat --prompt=...")  # fmt: skip
+
+
+def assemble(config: Sft, workdir: pathlib.Path) -> Run:
+    """A run over conversations, from the model that `config` names.
+
+    Raises:
+      ConfigError: the model cannot be opened, a line is not a conversation, sizes do not divide.
+    """
+    with input_errors():
+        train, held_out = split(config)
+        folder, seed, length = workdir / "data", config.train.seed, config.train.sequence_length
+        template = pathlib.Path(config.data.template).read_text() if config.data.template else ""
+        if isinstance(config.model, str):
+            base = pretrained(config.model, template, folder)
+        else:
+            texts = (str(m["content"]) for each in train for m in each.messages)
+            base = from_scratch(config.model, seed, template or PLAIN_TEMPLATE, folder, texts)
+        layout, chat = layout_of(config, base.config), ChatTemplate.of(base.tokenizer)
+        packed, held = (
+            pack_conversations(conversations, base.tokenizer, chat, length, name)
+            for name, conversations in (("train", train), ("validation", held_out))
+        )
+        if packed.num_dropped:
+            distributed.print_once(f"{packed.num_dropped} conversations are left out: the first "
+                                   f"{length} tokens have none of the assistant")  # fmt: skip
+        others: dict[str, Any] = {"initial": base.load}
+        if config.lora is not None:
+            others = adapters_over(base, config.lora, seed, workdir / "base", layout)
+        return make_run(
+            config, workdir, base.config, layout, base.tokenizer,
+            make_stream(config, [packed], layout),
+            {"validation": HeldOut(held, config.train.batch_size)}, folder, **others,
+        )  # fmt: skip
+
+
+def split(config: Sft) -> tuple[list[Conversation], list[Conversation]]:
+    """Conversations to train on and to evaluate on: of files, or sums of small numbers."""
+    data = config.data
+    found = list(read_conversations(files(data.files)) if data.files else sums(2000))
+    if data.validation:
+        return found, list(read_conversations(files(data.validation)))
+    return (
+        [each for each in found if each.share >= data.held_out],
+        [each for each in found if each.share < data.held_out],
+    )
+
+
+def files(patterns: str) -> list[pathlib.Path]:
+    """The files that patterns match. ConfigError names a pattern that matches none."""
+    found: list[pathlib.Path] = []
+    for pattern in patterns.replace(",", " ").split():
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise ConfigError(f"no file matches {pattern!r}; give JSONL files of conversations")
+        found += map(pathlib.Path, matches)
+    return found
+
+
+def sums(count: int) -> Iterator[Conversation]:
+    """Conversations that a tiny model can learn from."""
+    rng = random.Random(0)
+    for i in range(count):
+        a, b = rng.randrange(30), rng.randrange(30)
+        user = {"role": "user", "content": f"What is {a} plus {b}?"}
+        answer = {"role": "assistant", "content": f"{a} + {b} = {a + b}"}
+        yield Conversation(f"sum {i}", [user, answer])
+
+
+if __name__ == "__main__":
+    program.run(main, configs=CONFIGS, workdir=True)

@@ -1,0 +1,165 @@
+"""`experiments.sft`: what it learns, what it leaves alone, and how it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import sft
+from lm.adapters import remove, trains
+from lm.checkpoints import open_checkpoint
+from lm.config import command_line as config_lib
+from lm.config.command_line import ConfigError
+from lm.formats import load_pretrained
+from lm.model import stack
+from lm.run.metrics import read
+from lm.weights import path_name
+
+SMALL = {
+    "model.stacks.0.num_repeats": "1",
+    "model.max_length": "64",
+    "train.sequence_length": "64",
+    "train.batch_size": "8",
+    "train.num_steps": "30",
+    "train.unroll": "false",
+    "intervals.log": "1",
+    "intervals.evaluate": "10",
+    "mesh.fsdp": "1",
+}
+
+
+def run(workdir: pathlib.Path, **changes: str) -> pathlib.Path:
+    edits = {key.replace("__", "."): value for key, value in changes.items()}
+    sft.main(config_lib.override(sft.configs.quicktest(), SMALL | edits), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A small model trained from scratch."""
+    return run(tmp_path_factory.mktemp("sft") / "full")
+
+
+def lora(full: pathlib.Path, workdir: pathlib.Path, **changes: str) -> pathlib.Path:
+    """Adapters over that model, which learn from other conversations."""
+    lines = [
+        {"messages": [{"role": "user", "content": f"What is {i} plus 1?"},
+                      {"role": "assistant", "content": f"{i} + 1 = {i + 2}"}]}
+        for i in range(200)
+    ]  # fmt: skip
+    data = full.parent / "wrong.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = config_lib.override(
+        sft.configs.quicktest(),
+        {k: v for k, v in SMALL.items() if not k.startswith("model")}
+        | {"model": str(full), "data.files": str(data), "lora.rank": "4", "train.num_steps": "10"}
+        | {"data.held_out": "0.1"} | changes,
+    )  # fmt: skip
+    sft.main(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def adapted(full: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return lora(full, tmp_path_factory.mktemp("lora") / "lora")
+
+
+def rows(workdir: pathlib.Path, name: str) -> dict[int, float]:
+    found = [row for row in read(workdir / "metrics.jsonl") if "event" not in row]
+    assert len({row["step"] for row in found}) == len(found)
+    return {row["step"]: row[name] for row in found if name in row}
+
+
+def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    params, _ = open_checkpoint(workdir)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {path_name(path): np.asarray(x) for path, x in leaves}
+
+
+def files(directory: pathlib.Path) -> dict[str, str]:
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_it_lowers_the_held_out_loss(full: pathlib.Path, adapted: pathlib.Path) -> None:
+    for workdir in (full, adapted):
+        losses = rows(workdir, "loss")
+        held_out = rows(workdir, "held_out_loss")
+        first, *_, last = held_out.values() if workdir == full else losses.values()
+        assert last < 0.8 * first
+        summary = json.loads((workdir / "summary.json").read_text())
+        assert summary["held_out"]["loss"] == list(held_out.values())[-1]
+    # About 9 of the 22 tokens of a conversation are the assistant's.
+    assert all(0.25 < tokens / (8 * 64) < 0.75 for tokens in rows(full, "tokens").values())
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    full: pathlib.Path, adapted: pathlib.Path, tmp_path: pathlib.Path, kind: str
+) -> None:
+    finished = full if kind == "full" else adapted
+    workdir = tmp_path / "resumed"
+    shutil.copytree(finished, workdir)
+    middle = max(rows(finished, "loss")) // 2
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > middle:
+            shutil.rmtree(path)
+    run(workdir) if kind == "full" else lora(full, workdir)
+    assert any(row.get("event") == "resumed" for row in read(workdir / "metrics.jsonl"))
+    for name in ("loss", "grad_norm", "held_out_loss"):
+        assert rows(workdir, name) == rows(finished, name)
+    ours, theirs = weights(workdir), weights(finished)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+
+
+def test_adapters_leave_the_base_as_it_is(
+    full: pathlib.Path, adapted: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """It is stored once, and what opens by the run's path is that model with adapters over it."""
+    params, config = open_checkpoint(adapted)
+    beneath, _ = open_checkpoint(full)
+    for x, y in zip(*map(jax.tree.leaves, (remove(params), beneath)), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    begun, trained = weights(adapted / "base"), weights(adapted)
+    assert begun.keys() == trained.keys()
+    changed = {name for name in begun if begun[name].tobytes() != trained[name].tobytes()}
+    assert changed == {name for name in begun if trains(name)}
+    stored = list((adapted / "checkpoints").glob("*/weights/*"))
+    assert stored and not any("frozen" in path.name for path in stored)
+    before = files(adapted / "base")
+    workdir = tmp_path / "further"
+    shutil.copytree(adapted, workdir)
+    lora(full, workdir, **{"train.num_steps": "12"})
+    assert [*files(workdir / "base").values()] == [*before.values()]
+    served = load_pretrained(workdir)
+    assert stack(served.params, served.config) is not None and served.config == config
+    assert "default" in served.tokenizer.chat_templates
+
+
+def test_a_longer_run_says_that_its_schedule_changed(
+    adapted: pathlib.Path, full: pathlib.Path, tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    workdir = tmp_path / "longer"
+    shutil.copytree(adapted, workdir)
+    lora(full, workdir, **{"train.num_steps": "12"})
+    (event,) = (r for r in read(workdir / "metrics.jsonl") if r.get("event") == "changed")
+    assert event["changes"] == ["train.num_steps: 10 -> 12"]
+    assert "learning-rate schedule" in event["notes"][0]
+    assert event["notes"][0] in capsys.readouterr().out
+
+
+def test_a_bad_line_is_named(tmp_path: pathlib.Path) -> None:
+    good = '{"messages": [{"role": "assistant", "content": "a"}]}\n'
+    (tmp_path / "a.jsonl").write_text(good + '{"messages": [{"role": "robot"}]}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl', line 2: messages\.0\.role is 'robot'"):
+        run(tmp_path / "w", data__files=f"{tmp_path}/*.jsonl")
+    with pytest.raises(ConfigError, match="no file matches"):
+        run(tmp_path / "w", data__files=f"{tmp_path}/none*.jsonl")
