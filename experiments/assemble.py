@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 from experiments.configs.pretrain import Pretrain
 from experiments.configs.sft import Sft
@@ -32,6 +34,14 @@ from lm.train.optimizers import make_optimizer
 from lm.train.schedules import BatchRamp, BatchStage, linear_ramp
 
 Config = Pretrain | Sft
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "Steps to trace, such as 10:15.", module_name=sys.argv[0]
+)
+
+
+def profile_steps() -> str | None:
+    """What `--profile_steps` says."""
+    return _PROFILE_STEPS.value if flags.FLAGS.is_parsed() else None
 
 
 def layout_of(config: Config, model: ModelConfig) -> Layout:

@@ -17,10 +17,9 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
-from absl import flags
 
 from data_pipelines import local_text
-from experiments.assemble import layout_of, make_run, make_stream
+from experiments.assemble import layout_of, make_run, make_stream, profile_steps
 from experiments.configs import pretrain as configs
 from experiments.configs.pretrain import Pretrain
 from experiments.summary import summarize
@@ -39,14 +38,12 @@ CONFIGS = {
     "demo": configs.demo,
     "twenty_minutes": configs.twenty_minutes,
 }
-PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps to trace, such as 10:15.")
 
 
 def main(config: Pretrain, workdir: pathlib.Path) -> None:
     with session(config, workdir) as opened:
         run, corpus = assemble(config, workdir)
-        profile_steps = PROFILE_STEPS.value if flags.FLAGS.is_parsed() else None
-        outcome = opened.train(run, profile_steps)
+        outcome = opened.train(run, profile_steps())
         if outcome.reason == "finished":
             params = outcome.state.params
             if jax.process_count() > 1 and config.sampling.prompts:

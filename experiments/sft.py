@@ -20,9 +20,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from absl import flags
-
-from experiments.assemble import layout_of, make_run, make_stream
+from experiments.assemble import layout_of, make_run, make_stream, profile_steps
 from experiments.configs import sft as configs
 from experiments.configs.sft import Sft
 from lm import distributed
@@ -42,13 +40,12 @@ from lm.run.session import session
 from lm.tokenizers import ChatTemplate
 
 CONFIGS = {"quicktest": configs.quicktest, "full": configs.full, "lora": configs.lora}
-PROFILE_STEPS = flags.DEFINE_string("profile_steps", None, "Steps to trace, such as 10:15.")
 
 
 def main(config: Sft, workdir: pathlib.Path) -> None:
     with session(config, workdir) as opened:
         run = assemble(config, workdir)
-        outcome = opened.train(run, PROFILE_STEPS.value if flags.FLAGS.is_parsed() else None)
+        outcome = opened.train(run, profile_steps())
         if outcome.reason == "finished" and distributed.is_first_process():
             last = [row for row in read(workdir / "metrics.jsonl") if "held_out_loss" in row][-1]
             held_out = {name: last[f"held_out_{name}"] for name in ("loss", "bits_per_byte")}

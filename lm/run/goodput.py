@@ -119,21 +119,19 @@ class Goodput:
             monitoring.unregister_event_duration_listener(heard)
 
     def has_compiled(self, seconds: float) -> None:
-        """Tells that the last `seconds` went into compiling. Such times may contain one another."""
-        now = self._settle()
-        start = now - seconds
-        while self._compiled and self._compiled[-1][1] > start:
-            inner_start, inner_end = self._compiled.pop()
-            seconds -= inner_end - max(inner_start, start)
-            start = min(start, inner_start)
-        self._compiled.append((start, now))
+        """The last `seconds` went into compiling; they may contain times reported before."""
+        start = self._settle() - seconds
+        # Those within this one, up to the rounding of a difference of two times.
+        while self._compiled and self._compiled[-1][0] > start - 1e-6:
+            seconds -= self._compiled.pop()[1]
+        self._compiled.append((start, self._since - start))
         span = self._open[-1]
         moved = min(max(seconds, 0.0), span.seconds)
         span.seconds -= moved
         self._closed["compile"] += moved
 
     def done(self, step: int) -> None:
-        """Tells that `step` steps have been done by now."""
+        """`step` steps have been done by now."""
         self._steps.append(step)
         self._marks.append(self._total("step"))
 
@@ -157,17 +155,22 @@ class Goodput:
         are lost, and their number is returned; their time, and that of a process that was killed,
         is known up to its last row.
         """
-        before, rest = _last_account(rows)
-        measured = [row for row in rows if "step_seconds" in row and "event" not in row]
-        if rest:
-            steps, total = rest[-1]["step_seconds"], rest[-1]["seconds"]
-            between = max(total - sum(before.values()) - (steps - before["step"]), 0.0)
-            before["other"] += between
-            before["step"] = steps
+        accounts = [i for i, row in enumerate(rows) if row.get("event") == "goodput"]
+        before = dict.fromkeys(KINDS, 0.0)
+        if accounts:
+            before |= {k: v for k, v in rows[accounts[-1]]["seconds"].items() if k in KINDS}
+            self.num_starts += rows[accounts[-1]]["num_starts"]
+        else:
+            self.num_starts += any("event" not in row for row in rows)
+        measured = [(i, row) for i, row in enumerate(rows) if "step_seconds" in row]
+        if measured and measured[-1][0] > (accounts or [-1])[-1]:
+            last = measured[-1][1]
+            stepped = last["step_seconds"] - before["step"]
+            before["other"] += max(last["seconds"] - sum(before.values()) - stepped, 0.0)
+            before["step"] += stepped
         for kind, seconds in before.items():
             self._closed[kind] += seconds
-        self.num_starts += _num_starts(rows)
-        points = {0: 0.0} | {row["step"]: row["step_seconds"] for row in measured}
+        points = {0: 0.0} | {row["step"]: row["step_seconds"] for _, row in measured}
         self._steps = array("q", sorted(points))
         self._marks = array("d", (points[s] for s in self._steps))
         if self._steps[-1] >= step:
@@ -215,7 +218,7 @@ class Goodput:
 
 
 def table(seconds: Mapping[str, float]) -> str:
-    """Seconds by kind for reading: a headline, then a line a kind that took any time."""
+    """Seconds by kind for reading: a headline, then a line for each kind that took any time."""
     total = max(sum(seconds.values()), 1e-9)
     shown = {kind: value for kind, value in seconds.items() if value >= 0.0005 * total}
     lines = [f"goodput {seconds['step'] / total:.1%} of {duration(total)}"]
@@ -227,11 +230,14 @@ def table(seconds: Mapping[str, float]) -> str:
 
 def duration(seconds: float) -> str:
     """3723 -> '1:02:03'; 4.21 -> '4.2 s'."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    return f"{seconds:.1f} s" if seconds < 9.95 else clock_time(seconds)
+
+
+def clock_time(seconds: float) -> str:
+    """3723 -> '1:02:03'; 4.21 -> '0:04'."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def process_age() -> float:
@@ -244,32 +250,14 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _last_account(
-    rows: Sequence[Mapping[str, Any]],
-) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
-    """Seconds by kind of the last "goodput" event, and the rows with times that follow it."""
-    last = max((i for i, row in enumerate(rows) if row.get("event") == "goodput"), default=-1)
-    seconds = dict.fromkeys(KINDS, 0.0)
-    if last >= 0:
-        seconds |= {k: v for k, v in rows[last]["seconds"].items() if k in KINDS}
-    after = rows[last + 1 :]
-    return seconds, [row for row in after if "step_seconds" in row and "event" not in row]
-
-
-def _num_starts(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Processes there were before, by the file; at least one where it has rows."""
-    known = [row["num_starts"] for row in rows if row.get("event") == "goodput"]
-    return known[-1] if known else int(any("event" not in row for row in rows))
-
-
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What turns tokens a second into tokens a second a device, and into MFU.
+    """What turns tokens per second into tokens per second and device, and into MFU.
 
     Attributes:
       num_devices: of the whole run.
       flops_per_token: of training, `lm.model.train_flops`.
-      peak_flops: of one device, a second, `lm.hardware.chips.peak_flops`; None for no MFU.
+      peak_flops: of one device, per second, `lm.hardware.chips.peak_flops`; None for no MFU.
     """
 
     num_devices: int = 1
@@ -298,7 +286,7 @@ class Throughput:
         self._tokens, self._start = 0.0, clock()
 
     def add(self, num_tokens: float) -> None:
-        """Tells that a step is done."""
+        """A step of so many tokens is done."""
         self._tokens += num_tokens
 
     def read(self) -> dict[str, float]:

@@ -1,12 +1,11 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard event files, and a progress bar. No JAX.
 
-`metrics.jsonl` holds one object a line: `{"step": 10, "loss": 3.1415927410125732, ...}` for what
+`metrics.jsonl` holds one object per line: `{"step": 10, "loss": 3.1415927410125732, ...}` for what
 was measured at a step, `{"event": "resumed", "step": 10}` for what happened. Floats are written in
 full (`float(repr(x)) == x`); the numbers strict JSON lacks are the strings "NaN", "Infinity" and
 "-Infinity", as in protobuf's JSON mapping, and `read` turns them back into floats.
 """
 
-import contextlib
 import importlib
 import json
 import math
@@ -16,12 +15,12 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from lm.run.goodput import Hardware
+from lm.run.goodput import Hardware, clock_time
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -59,7 +58,7 @@ class MetricsWriter:
         values = {name: _number(name, value) for name, value in scalars.items()}
         self._append({"step": int(step)} | values)
         if writer := self._open_tensorboard():
-            # One record for the row: `add_scalar`, a record a value, takes five times as long.
+            # One record for the row: `add_scalar`, a record per value, takes five times as long.
             proto = importlib.import_module("tensorboardX.proto.summary_pb2")
             shown = [proto.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
             writer.file_writer.add_summary(proto.Summary(value=shown), int(step))
@@ -68,12 +67,6 @@ class MetricsWriter:
         """Writes `{"event": name, "step": step, ...}`; details are JSON values."""
         if self.enabled:
             self._append({"event": name, "step": int(step)} | details)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """Shows text, such as a sample, in TensorBoard; it is not part of `metrics.jsonl`."""
-        if writer := self._open_tensorboard():
-            # TensorBoard renders Markdown; an indented block keeps the text as it is.
-            writer.add_text(name, "    " + text.replace("\n", "\n    "), int(step))
 
     def truncate_after(self, step: int) -> int:
         """Drops rows of later steps, in TensorBoard too, and marks events of later steps as undone.
@@ -218,14 +211,14 @@ def memory(devices: Iterable[Any]) -> dict[str, int]:
 
     Returns:
       `device_memory_bytes` and `device_memory_peak_bytes`, of the fullest device, where the backend
-      tells (GPU, TPU); else `host_memory_bytes`, the process's resident set, or
-      `host_memory_peak_bytes` where the system tells no more.
+      reports them (GPU, TPU); else `host_memory_bytes`, the process's resident set, or
+      `host_memory_peak_bytes` where the system reports no more.
     """
-    told = [stats for device in devices if (stats := device.memory_stats())]
-    if told:
+    known = [stats for device in devices if (stats := device.memory_stats())]
+    if known:
         names = {"device_memory_bytes": "bytes_in_use"}
         names["device_memory_peak_bytes"] = "peak_bytes_in_use"
-        return {name: max(int(stats.get(key, 0)) for stats in told) for name, key in names.items()}
+        return {name: max(int(stats.get(key, 0)) for stats in known) for name, key in names.items()}
     try:
         resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])  # proc(5), in pages
     except OSError:
@@ -238,33 +231,34 @@ class Progress:
     """Shows how training goes in one line of at most the terminal's width, or 100 columns.
 
     A bar on a terminal, else a line now and then: step, loss, gradient norm, learning rate, tokens
-    a second (of all devices and of one), MFU, memory, steps skipped, and the time left. Where they
-    do not all fit, the ones that matter least are left out.
+    per second (of all devices and of one), MFU, memory, steps skipped, and the time left. Where
+    they do not all fit, the ones that matter least are left out.
 
-    The first `num_warmup` (at least 1) updates, which compile, and what runs inside `pause()`
-    count neither for the throughput nor for the time left. With `Goodput.step_clock` for its clock
-    nothing but steps counts, without any pause.
+    Args:
+      num_steps: of the run.
+      start: steps done before.
+      clock: seconds of stepping; `Goodput.step_clock` counts nothing else.
+      hardware: for the rates of a device.
+      enabled: whether anything is shown.
+      stream: standard error by default.
     """
+
+    SECONDS_BETWEEN_LINES = 15.0
 
     def __init__(
         self,
         num_steps: int,
         *,
         start: int = 0,
-        num_warmup: int = 1,
-        seconds_between_lines: float = 15.0,
-        enabled: bool = True,
-        stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         hardware: Hardware | None = None,
+        enabled: bool = True,
+        stream: TextIO | None = None,
     ):
         self.num_steps, self.step = num_steps, start
         self._enabled, self._stream, self._clock = enabled, stream or sys.stderr, clock
         self._hardware = hardware or Hardware()
-        self._seconds_between_lines = seconds_between_lines
-        self._num_warmup = num_warmup
         self._last_line = -math.inf
-        self._paused = 0.0
         # (time, step, tokens so far) at the last updates; the rate is over this window.
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=50)
         self._tokens = 0
@@ -280,27 +274,23 @@ class Progress:
             )
 
     def update(self, step: int, *, loss: float, num_tokens: int, **values: float) -> None:
-        """Tells that `step` is done, with `num_tokens` more tokens since the last update.
+        """Shows that `step` is done, with `num_tokens` more tokens since the last update.
 
         Of `values`, those named as in a metrics row are shown: `grad_norm`, `learning_rate`,
         `skipped_steps`, and what `memory` returns. One that is not given again stays.
         """
-        now = self._clock() - self._paused
+        now = self._clock()
         self._tokens += num_tokens
         self._values |= values
         self.step = step
-        if self._num_warmup > 1:
-            self._num_warmup -= 1
-        else:
-            self._marks.append((now, step, self._tokens))
+        self._marks.append((now, step, self._tokens))
         if self._bar is not None:
             self._bar.ncols = self._columns()
             room = self._bar.ncols - len(f"100% |{' ' * 10}| {step}/{self.num_steps}, ")
             self._bar.set_postfix_str(_fit(self._parts(loss), room), refresh=False)
             self._bar.update(step - self._bar.n)
         elif self._enabled:
-            due = now - self._last_line >= self._seconds_between_lines
-            if due or step >= self.num_steps:
+            if now - self._last_line >= self.SECONDS_BETWEEN_LINES or step >= self.num_steps:
                 self._last_line = now
                 start = f"step {step}/{self.num_steps}  "
                 line = start + _fit(self._parts(loss), 100 - len(start))
@@ -313,60 +303,34 @@ class Progress:
             parts.append((2, f"grad {values['grad_norm']:.3g}"))
         if "learning_rate" in values:
             parts.append((3, f"lr {values['learning_rate']:.2e}".replace("e-0", "e-")))
-        if self.tokens_per_second is not None:
-            rates = self._hardware.rates(self.tokens_per_second)
-            parts.append((0, f"{_rate(self.tokens_per_second)} tok/s"))
+        if (tokens_per_second := self._rate(2)) is not None:
+            rates = self._hardware.rates(tokens_per_second)
+            parts.append((0, f"{_shown(tokens_per_second)} tok/s"))
             if self._hardware.num_devices > 1:
-                parts.append((5, f"{_rate(rates['tokens_per_second_per_device'])}/device"))
+                parts.append((5, f"{_shown(rates['tokens_per_second_per_device'])}/device"))
             if "mfu" in rates:
                 parts.append((1, f"MFU {rates['mfu']:.1%}"))
-        for name, words in _MEMORY.items():
-            if name in values:
-                parts.append((4, f"{words}{values[name] / 1e9:.3g} GB"))
-                break
+        if memory := [name for name in _MEMORY if name in values]:
+            parts.append((4, f"{_MEMORY[memory[0]]}{values[memory[0]] / 1e9:.3g} GB"))
         if values.get("skipped_steps"):
             parts.append((0, f"{values['skipped_steps']:.0f} skipped"))
-        if self.seconds_left is not None:
-            parts.append((0, f"{_duration(self.seconds_left)} left"))
+        if (steps_per_second := self._rate(1)) is not None:
+            left = (self.num_steps - self.step) / steps_per_second
+            parts.append((0, f"{clock_time(left)} left"))
         return parts
+
+    def _rate(self, column: int) -> float | None:
+        """Steps (1) or tokens (2) per second over the last updates; None before the second."""
+        if len(self._marks) < 2:
+            return None
+        first, last = self._marks[0], self._marks[-1]
+        return (last[column] - first[column]) / max(last[0] - first[0], 1e-9)
 
     def _columns(self) -> int:
         try:
             return os.get_terminal_size(self._stream.fileno()).columns or 100
         except (OSError, ValueError):
             return 100
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Over the last updates; None until two updates after the warm-up have been seen."""
-        return self._rate(2)
-
-    @property
-    def seconds_left(self) -> float | None:
-        rate = self._rate(1)
-        return None if rate is None else (self.num_steps - self.step) / rate
-
-    def _rate(self, column: int) -> float | None:
-        if len(self._marks) < 2:
-            return None
-        first, last = self._marks[0], self._marks[-1]
-        return (last[column] - first[column]) / max(last[0] - first[0], 1e-9)
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leaves the time spent inside out of the throughput."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._paused += self._clock() - start
-
-    def print(self, text: str) -> None:
-        """Prints a line above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif self._enabled:
-            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -393,11 +357,5 @@ def _fit(parts: list[tuple[int, str]], width: int) -> str:
     return "  ".join(text for _, text in parts)
 
 
-def _rate(per_second: float) -> str:
+def _shown(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second < 1e7 else f"{per_second / 1e6:,.4g}M"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

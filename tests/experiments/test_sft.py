@@ -29,7 +29,7 @@ SMALL = {
     "train.num_steps": "30",
     "train.unroll": "false",
     "intervals.log": "1",
-    "intervals.evaluate": "10",
+    "intervals.evaluate": "5",
     "mesh.fsdp": "1",
 }
 
@@ -88,13 +88,14 @@ def files(directory: pathlib.Path) -> dict[str, str]:
 
 
 def test_it_lowers_the_held_out_loss(full: pathlib.Path, adapted: pathlib.Path) -> None:
-    for workdir in (full, adapted):
-        losses = rows(workdir, "loss")
-        held_out = rows(workdir, "held_out_loss")
-        first, *_, last = held_out.values() if workdir == full else losses.values()
-        assert last < 0.8 * first
+    for workdir, share in ((full, 0.4), (adapted, 0.9)):
+        before, (first, *_, last) = (
+            rows(workdir, "loss")[1],
+            rows(workdir, "held_out_loss").values(),
+        )
+        assert last < first and last < share * before
         summary = json.loads((workdir / "summary.json").read_text())
-        assert summary["held_out"]["loss"] == list(held_out.values())[-1]
+        assert summary["held_out"]["loss"] == last
     # About 9 of the 22 tokens of a conversation are the assistant's.
     assert all(0.25 < tokens / (8 * 64) < 0.75 for tokens in rows(full, "tokens").values())
 
