@@ -60,15 +60,15 @@ def read_conversations(paths: Iterable[Path]) -> Iterator[Conversation]:
     """
     for path in paths:
         for _, where, value in read_jsonl(path, "messages"):
-            messages, tools = value.get("messages"), value.get("tools")
-            _check(where, messages, tools)
-            yield Conversation(where, messages, tools)
+            each = Conversation(where, value.get("messages", ()), value.get("tools"))
+            _check(each)
+            yield each
 
 
-def _check(where: str, messages: Any, tools: Any) -> None:
+def _check(conversation: Conversation) -> None:
+    where, messages, tools = conversation.where, conversation.messages, conversation.tools
     if not isinstance(messages, list) or not messages:
-        kind = "missing" if messages is None else f"a {type(messages).__name__} of no messages"
-        raise CorpusError(f"{where}: 'messages' is {kind}; give a list of objects with a role")
+        raise CorpusError(f"{where}: 'messages' is not a list of objects, at least one of them")
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:

@@ -119,12 +119,14 @@ class Goodput:
             monitoring.unregister_event_duration_listener(heard)
 
     def has_compiled(self, seconds: float) -> None:
-        """The last `seconds` went into compiling; they may contain times reported before."""
-        start = self._settle() - seconds
-        # Those within this one, up to the rounding of a difference of two times.
-        while self._compiled and self._compiled[-1][0] > start - 1e-6:
-            seconds -= self._compiled.pop()[1]
-        self._compiled.append((start, self._since - start))
+        """The last `seconds` went into compiling. Such times may contain one another."""
+        now = self._settle()
+        start = now - seconds
+        while self._compiled and self._compiled[-1][1] > start:
+            inner_start, inner_end = self._compiled.pop()
+            seconds -= inner_end - max(inner_start, start)
+            start = min(start, inner_start)
+        self._compiled.append((start, now))
         span = self._open[-1]
         moved = min(max(seconds, 0.0), span.seconds)
         span.seconds -= moved

@@ -289,12 +289,13 @@ class Progress:
             room = self._bar.ncols - len(f"100% |{' ' * 10}| {step}/{self.num_steps}, ")
             self._bar.set_postfix_str(_fit(self._parts(loss), room), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self._enabled:
-            if now - self._last_line >= self.SECONDS_BETWEEN_LINES or step >= self.num_steps:
-                self._last_line = now
-                start = f"step {step}/{self.num_steps}  "
-                line = start + _fit(self._parts(loss), 100 - len(start))
-                print(line, file=self._stream, flush=True)
+            return
+        due = now - self._last_line >= self.SECONDS_BETWEEN_LINES or step >= self.num_steps
+        if self._enabled and due:
+            self._last_line = now
+            start = f"step {step}/{self.num_steps}  "
+            line = start + _fit(self._parts(loss), 100 - len(start))
+            print(line, file=self._stream, flush=True)
 
     def _parts(self, loss: float) -> list[tuple[int, str]]:
         """(rank, text) from left to right; rank 0 is never left out, the highest goes first."""

@@ -89,8 +89,8 @@ def test_the_order_of_the_data_depends_on_the_mask(tokenizer):
     [
         ("{", "not JSON"),
         ("[]", "a JSON list, not an object with 'messages'"),
-        ({}, "'messages' is missing"),
-        ({"messages": []}, "'messages' is a list of no messages"),
+        ({}, "'messages' is not a list of objects"),
+        ({"messages": []}, "'messages' is not a list of objects"),
         ({"messages": ["hi"]}, r"messages\.0\.role is None; use system, "),
         ({"messages": [{"role": "bot", "content": "a"}]}, r"messages\.0\.role is 'bot'"),
         ({"messages": [{"role": "assistant"}]}, r"messages\.0\.content is a NoneType"),

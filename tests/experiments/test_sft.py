@@ -58,7 +58,7 @@ def lora(full: pathlib.Path, workdir: pathlib.Path, **changes: str) -> pathlib.P
     config = config_lib.override(
         sft.configs.quicktest(),
         {k: v for k, v in SMALL.items() if not k.startswith("model")}
-        | {"model": str(full), "data.files": str(data), "lora.rank": "4", "train.num_steps": "10"}
+        | {"model": str(full), "data.files": str(data), "lora.rank": "4", "train.num_steps": "20"}
         | {"data.held_out": "0.1"} | changes,
     )  # fmt: skip
     sft.main(config, workdir)
@@ -137,7 +137,7 @@ def test_adapters_leave_the_base_as_it_is(
     before = files(adapted / "base")
     workdir = tmp_path / "further"
     shutil.copytree(adapted, workdir)
-    lora(full, workdir, **{"train.num_steps": "12"})
+    lora(full, workdir, **{"train.num_steps": "24"})
     assert [*files(workdir / "base").values()] == [*before.values()]
     served = load_pretrained(workdir)
     assert stack(served.params, served.config) is not None and served.config == config
@@ -150,9 +150,9 @@ def test_a_longer_run_says_that_its_schedule_changed(
 ) -> None:  # fmt: skip
     workdir = tmp_path / "longer"
     shutil.copytree(adapted, workdir)
-    lora(full, workdir, **{"train.num_steps": "12"})
+    lora(full, workdir, **{"train.num_steps": "24"})
     (event,) = (r for r in read(workdir / "metrics.jsonl") if r.get("event") == "changed")
-    assert event["changes"] == ["train.num_steps: 10 -> 12"]
+    assert event["changes"] == ["train.num_steps: 20 -> 24"]
     assert "learning-rate schedule" in event["notes"][0]
     assert event["notes"][0] in capsys.readouterr().out
 
