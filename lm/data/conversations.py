@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.batches import PackedSource
 from lm.data.corpus import CorpusError
 from lm.data.jsonl import read_jsonl
+from lm.data.packed import PackedSource
 from lm.data.packing import make_plan
 from lm.data.sources import ArraySource, Document
 from lm.tokenizers import Tokenizer
@@ -86,10 +86,10 @@ def _check(conversation: Conversation) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PackedConversations(PackedSource):
-    """Packed rows in which only targets that the assistant wrote count.
+    """Packed rows, of one shard, in which only targets that the assistant wrote count.
 
     Attributes:
-      written: as `source`, 1 for each token of the assistant, else 0.
+      written: as the documents, 1 for each token of the assistant, else 0.
       num_dropped: conversations cut before the assistant's first token, and so left out.
     """
 
@@ -98,8 +98,9 @@ class PackedConversations(PackedSource):
 
     def fill(self, row: int, out: Mapping[str, np.ndarray], i: int) -> None:
         super().fill(row, out, i)
+        _, pieces = self.row(row)
         at = 0
-        for document, start, length in self.plan.row(row).tolist():
+        for document, start, length in pieces.tolist():
             out["weights"][i, at : at + length] = self.written.read(document, start + 1, length)
             at += length
 
@@ -150,4 +151,4 @@ def pack_conversations(
         f"{tokens.fingerprint} {written.fingerprint}".encode()
     ).hexdigest()[:32]
     plan = make_plan(tokens, seq_len, tokenizer.fingerprint)
-    return PackedConversations(tokens, plan, name, written=written, num_dropped=num_dropped)
+    return PackedConversations([(tokens, plan)], name, written=written, num_dropped=num_dropped)

@@ -41,10 +41,10 @@ def tokenizer(tmp_path_factory):
 def test_targets_that_count_are_what_the_template_marks(tokenizer, source, seq_len):
     template = ChatTemplate(source, "<s>", "</s>")
     packed = pack_conversations(CONVERSATIONS, tokenizer, template, seq_len, "chats")
-    batch = HeldOut(packed, packed.plan.num_rows).host_batch(0)
+    batch = HeldOut(packed, packed.num_rows).host_batch(0)
     found = {}
-    for r in range(packed.plan.num_rows):
-        for segment, (document, start, _) in enumerate(packed.plan.row(r).tolist(), 1):
+    for r in range(packed.num_rows):
+        for segment, (document, start, _) in enumerate(packed.row(r)[1].tolist(), 1):
             assert start == 0  # no part of a conversation without what went before
             counts = (batch["segment_ids"][r] == segment) & (batch["weights"][r] > 0)
             ids = batch["targets"][r][counts].tolist()
@@ -54,14 +54,15 @@ def test_targets_that_count_are_what_the_template_marks(tokenizer, source, seq_l
     ]
     assert found == dict(enumerate(wanted))
     texts = sum(len(text) for turns in TURNS for role, text in turns if role == "assistant")
-    assert sum(packed.source.num_bytes) == texts
+    assert packed.num_bytes == texts
 
 
 def test_what_is_longer_than_a_row_is_cut_and_without_the_assistant_left_out(tokenizer):
     template = ChatTemplate(PLAIN_TEMPLATE, "<s>", "</s>")
     packed = pack_conversations(CONVERSATIONS, tokenizer, template, 64, "chats")
-    assert packed.num_dropped == 1 and len(packed.source) == 2
-    assert packed.source.lengths.max() <= 65
+    ((documents, _),) = packed.shards
+    assert packed.num_dropped == 1 and len(documents) == 2
+    assert max(documents.lengths) <= 65
     with pytest.raises(CorpusError, match="no conversation with a token of the assistant"):
         pack_conversations(CONVERSATIONS[2:], tokenizer, template, 64, "chats")
 
@@ -80,7 +81,7 @@ def test_the_order_of_the_data_depends_on_the_mask(tokenizer):
         )], 2)
         for source in (plain, marked)
     ]  # fmt: skip
-    np.testing.assert_array_equal(*(s.sources[0].source.read(0) for s in streams))
+    np.testing.assert_array_equal(*(s.sources[0].shards[0][0].read(0) for s in streams))
     assert streams[0].plan_hash != streams[1].plan_hash
 
 

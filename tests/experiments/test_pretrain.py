@@ -154,6 +154,8 @@ def test_a_mixture_with_named_validation_sets_and_another_batch_size_later(
     rows = metrics_lib.read(workdir / "metrics.jsonl")
     (event,) = (row for row in rows if row.get("event") == "changed")
     assert event["step"] == 10 and "train.batch_size: 8 -> 16" in event["changes"]
+    sigma = {row["step"]: row["loss_sigma"] for row in rows if "event" not in row}
+    assert sigma[10] > 0 == sigma[11]  # statistics of another batch size begin anew
     stages = Checkpoints(workdir / "checkpoints").metadata(14)["data"]["stages"]
     assert [(stage["first_step"], stage["batch_size"]) for stage in stages[-1:]] == [(10, 16)]
     tokens = {row["step"]: row["tokens"] for row in rows if "event" not in row}

@@ -96,8 +96,8 @@ def test_it_lowers_the_held_out_loss(full: pathlib.Path, adapted: pathlib.Path) 
         assert last < first and last < share * before
         summary = json.loads((workdir / "summary.json").read_text())
         assert summary["held_out"]["loss"] == last
-    # About 9 of the 22 tokens of a conversation are the assistant's.
-    assert all(0.25 < tokens / (8 * 64) < 0.75 for tokens in rows(full, "tokens").values())
+    # The assistant's are about 10 of the 43 tokens of a conversation, and most rows hold one.
+    assert all(0.1 < tokens / (8 * 64) < 0.3 for tokens in rows(full, "tokens").values())
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -155,6 +155,7 @@ def test_a_longer_run_says_that_its_schedule_changed(
     assert event["changes"] == ["train.num_steps: 20 -> 24"]
     assert "learning-rate schedule" in event["notes"][0]
     assert event["notes"][0] in capsys.readouterr().out
+    assert rows(workdir, "loss_sigma")[21] > 0  # its statistics go on
 
 
 def test_a_bad_line_is_named(tmp_path: pathlib.Path) -> None:
