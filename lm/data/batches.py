@@ -58,7 +58,7 @@ class Batches:
     Raises:
       ValueError: no sources or two of one name; stages out of order, of unequal sequence lengths
         or a batch size below 1; a mixture of unknown sources or of weights that round to nothing;
-        caps that end before `num_steps` does.
+        caps that end before `num_steps` steps.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Batches:
         return [n / s.num_rows for n, s in zip(drawn, self.sources, strict=False)]
 
     def first_row(self, step: int) -> int:
-        """The first global row of a step, rows skipped at it left behind."""
+        """The first global row of a step, after those skipped at it."""
         return self.timeline.first_row(step)
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +242,7 @@ class Batches:
         return hashlib.sha256(key.encode()).hexdigest()[:32]
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint stores to go on at `step`, and to read every step before it again."""
+        """What a checkpoint stores to continue at `step`, and to read every earlier step again."""
         stages, _ = self.timeline.past(step)
         return {"step": step} | self._state([stage.record() for stage in stages], self.skips)
 
@@ -316,7 +316,7 @@ class Batches:
             if mine != about:
                 raise ValueError(
                     f"data order: plan of source '{name}' is {mine}, in the checkpoint {about}; "
-                    "the data set, tokenizer or sequence length changed; restore it, or give the "
+                    "the dataset, tokenizer or sequence length changed; restore it, or give the "
                     "changed source another name"
                 )
             for other in self._about.keys() - state["sources"].keys():
@@ -404,5 +404,5 @@ def _place(read, shape: tuple[int, int], sharding) -> "dict[str, jax.Array]":
 
 
 def _number(name: str) -> int:
-    """An integer that tells a source from others wherever it stands."""
+    """An integer that identifies a source whatever its place in the list."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""Mixtures: which source a global row comes from, and how many rows it has given before.
+"""Mixtures: which source a global row comes from, and how many rows that source gave before it.
 
 A mixture with caps is a sequence of phases. In a phase the shares are fixed and exact in every
 block of rows; it ends with the last row of a source that reaches its cap, whose share then goes to

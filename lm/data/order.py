@@ -16,7 +16,7 @@ DEFAULT_BLOCK = 1000
 
 
 def derive_key(*parts: int) -> int:
-    """A 64-bit key from integers: equal parts give equal keys, others unrelated ones."""
+    """A 64-bit key from integers: equal parts give equal keys, different parts unrelated ones."""
     key = 0
     for part in parts:
         key = _mix_int((key + _GOLDEN) ^ _mix_int(part & _MASK))
@@ -109,7 +109,7 @@ def epoch_row(rank, num_rows: int, seed: int, source: int = 0) -> np.ndarray:
     """Plan row behind the rank-th row drawn from a source of `num_rows` rows.
 
     Ranks [e * num_rows, (e + 1) * num_rows) are epoch e: each row once, in an order keyed by
-    (seed, source, e). `source` is any integer that tells sources apart.
+    (seed, source, e). `source` is any integer that identifies the source.
     """
     rank = np.asarray(rank, dtype=np.int64)
     epoch, within = np.divmod(rank, num_rows)

@@ -29,7 +29,7 @@ class PackPlan:
     Attributes:
       row_offsets: int64 [rows + 1]; row r holds pieces[row_offsets[r]:row_offsets[r + 1]].
       pieces: int32 or int64 [P, 3] of (document, start, length).
-      seq_len: pairs a row has room for.
+      seq_len: pairs that fit in a row.
       num_pairs: (input, target) pairs in all rows.
       hash: names the plan: its pieces, its dataset and its tokenizer.
     """

@@ -1,6 +1,6 @@
-"""Tokenized documents: TFDS data sets stored as array_record, read and written without TensorFlow.
+"""Tokenized documents: TFDS datasets stored as array_record, read and written without TensorFlow.
 
-A data set holds one example a document with the features `tokens` (int32 [n], BOS and EOS
+A dataset holds one example per document with the features `tokens` (int32 [n], BOS and EOS
 included), `num_bytes` (bytes of its text) and `name`. It opens with any TFDS reader
 (`tfds.builder_from_directory(path).as_data_source(split)`).
 
@@ -40,8 +40,8 @@ class TokenSource(Protocol):
     """Random access to tokenized documents.
 
     Attributes:
-      lengths: int64 [documents], tokens a document.
-      num_bytes: int64 [documents], bytes of text a document, BOS and EOS counting none.
+      lengths: int64 [documents], tokens per document.
+      num_bytes: int64 [documents], bytes of text per document, BOS and EOS not counted.
       fingerprint: names the content: sources with the same tokens have the same one.
     """
 
@@ -58,7 +58,7 @@ class TokenSource(Protocol):
 
 
 class ArraySource:
-    """Documents laid end to end in one array, in memory or memory-mapped.
+    """Documents stored end to end in one array, in memory or memory-mapped.
 
     Args:
       tokens: unsigned or signed integers [total].
@@ -128,7 +128,7 @@ def write_dataset(
     name: str = "tokens",
     max_documents_per_shard: int = 100_000,
 ) -> None:
-    """Writes documents, in their order, as a TFDS data set in array_record files.
+    """Writes documents, in their order, as a TFDS dataset in array_record files.
 
     Args:
       directory: an empty or missing directory, by TFDS custom `.../<name>/<version>`.
@@ -184,19 +184,19 @@ def open_source(
     split: str,
     cache: str | os.PathLike[str] | None = None,
 ) -> ArraySource:
-    """Opens a split of a TFDS data set, through a memory-mapped copy of its tokens.
+    """Opens a split of a TFDS dataset, through a memory-mapped copy of its tokens.
 
     The copy is made once, atomically, in `cache` (by default `<directory>/../.token_cache`) and
-    made again when the data set's files change.
+    made again when the dataset's files change.
 
     Raises:
-      FileNotFoundError: no TFDS data set at `directory`.
+      FileNotFoundError: no TFDS dataset at `directory`.
       ValueError: no such split, or it lacks the features `tokens` or `num_bytes`.
     """
     directory = Path(directory)
     if not (directory / "dataset_info.json").is_file():
         raise FileNotFoundError(
-            f"no TFDS data set at '{directory}' (dataset_info.json is missing); pass the "
+            f"no TFDS dataset at '{directory}' (dataset_info.json is missing); pass the "
             "directory that write_dataset or TFDS wrote, version included"
         )
     cache = Path(cache) if cache is not None else directory.parent / ".token_cache"
@@ -220,12 +220,12 @@ def _write_cache(directory: Path, split: str, path: Path) -> None:
     builder: Any = tfds.builder_from_directory(directory)
     splits: Any = builder.info.splits or {}
     if split not in splits:
-        raise ValueError(f"data set '{directory}' has no split '{split}'; it has {sorted(splits)}")
+        raise ValueError(f"dataset '{directory}' has no split '{split}'; it has {sorted(splits)}")
     features = sorted(dict(builder.info.features or {}))
     for needed in ("tokens", "num_bytes"):
         if needed not in features:
             raise ValueError(
-                f"data set '{directory}' has no feature '{needed}' but {features}; write it with "
+                f"dataset '{directory}' has no feature '{needed}' but {features}; write it with "
                 "write_dataset"
             )
     examples = builder.as_data_source(split)
@@ -246,7 +246,7 @@ def _write_cache(directory: Path, split: str, path: Path) -> None:
                     _update(digest, tokens, num_bytes[-1])
         total = sum(lengths)
         if not total:
-            raise ValueError(f"split '{split}' of data set '{directory}' holds no tokens")
+            raise ValueError(f"split '{split}' of dataset '{directory}' holds no tokens")
         _narrow(partial / "tokens.int32", partial / "tokens.npy", total, largest)
         np.save(partial / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
         np.save(partial / "num_bytes.npy", np.asarray(num_bytes, dtype=np.int64))

@@ -56,7 +56,7 @@ def find_cluster(
 
     Raises:
       ClusterError: some settings without the others, values that cannot be, or a detection that
-        fails: a host of several must not take itself for the only one.
+        fails (a host of several must not run as if it were alone).
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     cluster = _from_settings(given) or _detected(timeout)

@@ -152,6 +152,8 @@ class Watchdog:
         else:
             answer = self.gather(deadline)
         self.names = answer["names"]
+        for link in self.members.values():
+            link.heard = time.monotonic()  # some waited long for the others
         self.main.send(**answer)
 
     def gather(self, deadline: float) -> dict[str, Any]:
@@ -187,7 +189,8 @@ class Watchdog:
             # Members first: the place of one that has ended is free for one started again.
             for key, _ in sorted(events, key=lambda e: getattr(e[0].data, "report", None) is None):
                 if key.data is None:
-                    self.register(Link.of_socket(server.accept()[0]))
+                    with contextlib.suppress(OSError):  # it may be gone already
+                        self.register(Link.of_socket(server.accept()[0]))
                 elif key.data is self.main:
                     raise SystemExit
                 else:

@@ -15,7 +15,7 @@ SEQ_LEN = 16
 
 
 def packed(num_documents, seed=0, seq_len=SEQ_LEN, longest=60, shard=SHARD_DOCUMENTS):
-    """Documents of distinct tokens, so that a token tells its document and place."""
+    """Documents of distinct tokens, so that a token identifies its document and place."""
     lengths = np.random.default_rng(seed).integers(2, longest, num_documents)
     starts = 100_000 * seed + 1 + np.cumsum(lengths) - lengths
     source = ArraySource.from_documents(

@@ -19,7 +19,7 @@ NAMES = ("web", "books", "code")
 
 @functools.cache
 def source(name, num_rows, seq_len=SEQ_LEN):
-    """One document per row, of tokens that tell source, row and place."""
+    """One document per row, whose tokens identify source, row and place."""
     base = 1_000_000 * (NAMES.index(name) + 1)
     documents = (
         Document(base + 100 * row + np.arange(seq_len + 1, dtype=np.int32), seq_len)
@@ -363,7 +363,7 @@ def test_a_source_under_a_new_name_is_noticed():
         Batches([dataclasses.replace(web, name="net")], 4).resume(state)
 
 
-def test_check_tells_what_differs():
+def test_check_names_what_differs():
     web, books = source("web", 20), source("books", 7)
     batches = Batches([web], 4, seed=1)
     state = batches.state(9)

@@ -83,10 +83,11 @@ class Process:
     """A watchdog and the pipe of the process it belongs to."""
 
     def __init__(
-        self, port: int, id: int, num: int, timeout: float = 60.0, token: str = "", host: str = "h"
-    ) -> None:
+        self, port: int, id: int, num: int, timeout: float = 60.0, token: str = "",
+        host: str = "h", silence: float = 60.0,
+    ) -> None:  # fmt: skip
         self.settings = watchdog.Settings(
-            id, num, host, 1, token, ("127.0.0.1", port), 4000 + id, 60.0, timeout
+            id, num, host, 1, token, ("127.0.0.1", port), 4000 + id, silence, timeout
         )
         self.process = subprocess.Popen(
             [sys.executable, "-I", watchdog.__file__],
@@ -149,6 +150,18 @@ def test_all_meet_and_hear_of_a_failure(launch):
     assert [p.answer() for p in run] == [
         {"failure": "host 2 of 3 (h2) ended with KeyError: 'x'"}
     ] * 3
+
+
+def test_those_that_waited_long_for_the_last_are_not_dead(launch):
+    port = free_port()
+    first = launch(port, 0, 3, silence=3.0)
+    with connect(port, report(1)):
+        time.sleep(4.0)
+        last = launch(port, 2, 3, silence=3.0)
+        assert [p.answer()["port"] for p in (first, last)] == [4000] * 2
+        before = time.monotonic()
+        assert first.answer() == {"failure": "host 1 of 3 (x) stopped answering"}
+        assert time.monotonic() - before > 2.0  # silence counts from here
 
 
 @pytest.mark.parametrize(

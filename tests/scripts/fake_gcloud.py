@@ -1,9 +1,9 @@
-"""A stand-in for gcloud: one TPU, its life told by a file, its worker a folder on this machine.
+"""A stand-in for gcloud: one TPU, its states read from a file, its worker a folder on this machine.
 
-FAKE_GCLOUD names a folder: `calls` receives one JSON list a call; `state.json` holds `state` ("" if
-there is no TPU), `queue`, the states still to come, one a look, `lives`, the queues of TPUs to be
-created, and `fail`, commands that fail. Scripts sent by ssh really run, with `home` as their home
-folder. A TPU that is lost loses its home.
+FAKE_GCLOUD names a folder: `calls` receives one JSON list per call; `state.json` holds `state` (""
+if there is no TPU), `queue`, the states still to come, one per poll, `lives`, the queues of TPUs to
+be created, and `fail`, commands that fail. Scripts sent by ssh really run, with `home` as their
+home folder. A TPU that is lost loses its home.
 """
 
 import json

@@ -103,7 +103,7 @@ def test_mistakes(args, message):
 
 
 class World:
-    """The stand-in on PATH, and what it was asked."""
+    """The stand-in on PATH, and the calls it received."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -114,13 +114,13 @@ class World:
         program.chmod(0o755)
         path = f"{program.parent}:{os.environ['PATH']}"
         self.environ = {**os.environ, "PATH": path, "FAKE_GCLOUD": str(folder)}
-        self.tell(state="", queue=[], lives=[])
+        self.set(state="", queue=[], lives=[])
 
-    def tell(self, **state) -> None:
+    def set(self, **state) -> None:
         (self.folder / "state.json").write_text(json.dumps(state))
 
     def verbs(self) -> list[str]:
-        """Of the calls, looks left out."""
+        """Verbs of the calls, without polls of the state."""
         calls = [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
         scripts = [" ".join(c) for c in calls if c[4] != "describe"]
         return [
@@ -160,7 +160,7 @@ AWKWARD = 'it\'s $HOME; "b" `c` &'
 
 
 def test_watch_lives_through_preemption(world):
-    world.tell(state="", queue=[], lives=[[*BIRTH, *["ACTIVE"] * 4, "SUSPENDED"], BIRTH])
+    world.set(state="", queue=[], lives=[[*BIRTH, *["ACTIVE"] * 4, "SUSPENDED"], BIRTH])
     bucket = world.folder / "bucket"
     command = ["python3", "-c", RUN, str(bucket), AWKWARD]
     result = world.script("watch", TYPE, "--", *command)
@@ -178,7 +178,7 @@ def test_watch_lives_through_preemption(world):
 
 
 def test_watch_gives_up_on_what_always_fails(world):
-    world.tell(state="ACTIVE", queue=[], lives=[])
+    world.set(state="ACTIVE", queue=[], lives=[])
     (world.folder / "home").mkdir()
     result = world.script("watch", TYPE, "--max_restarts=1", "--", "sh", "-c", "echo no; exit 7")
     assert result.returncode == 1
@@ -190,7 +190,7 @@ def test_watch_gives_up_on_what_always_fails(world):
 
 
 def test_watch_bears_a_gcloud_that_fails_now_and_then(world):
-    world.tell(state="ACTIVE", queue=[], lives=[], fail=["ssh"])
+    world.set(state="ACTIVE", queue=[], lives=[], fail=["ssh"])
     (world.folder / "home").mkdir()
     process = subprocess.Popen(
         [*SCRIPT, "watch", *WHERE, TYPE, "--interval=0.1", "--", "echo", "well"],
@@ -200,7 +200,7 @@ def test_watch_bears_a_gcloud_that_fails_now_and_then(world):
         assert process.stdout is not None
         while "no answer (2)" not in process.stdout.readline():
             assert process.poll() is None
-        world.tell(state="ACTIVE", queue=[], lives=[])
+        world.set(state="ACTIVE", queue=[], lives=[])
         output = process.stdout.read()
         assert process.wait(60) == 0 and "# well" in output
     finally:
@@ -215,7 +215,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_a_run_ends_the_one_before(world):
-    world.tell(state="ACTIVE", queue=[], lives=[])
+    world.set(state="ACTIVE", queue=[], lives=[])
     home = world.folder / "home/lm"
     home.mkdir(parents=True)
     assert world.script("run", "--", "sleep", "300").returncode == 0
