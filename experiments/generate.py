@@ -94,7 +94,7 @@ def check_samples(rows: Sequence[tuple[str, Any]], samples: Sequence[Sample]) ->
 
 
 def read_settings() -> dict[str, Any]:
-    """What every request shares, checked before a model is opened."""
+    """Fields of every request, checked before a model is opened."""
     settings = {
         "max_new_tokens": FLAGS.max_new_tokens,
         "temperature": FLAGS.temperature,
@@ -113,7 +113,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of a JSONL file of prompts, each with `file:line`; empty lines are passed over.
 
     Raises:
-      ConfigError: there are none, or one is not a prompt.
+      ConfigError: the file has no prompts, or one is malformed.
     """
     found = False
     # Not `splitlines`: JSON strings may hold U+2028.
@@ -193,7 +193,7 @@ def encode(
 
 
 def to_json(sample: Sample) -> dict[str, Any]:
-    """The object `--format=json` prints."""
+    """The object that `--format=json` prints."""
     found: dict[str, Any] = {
         "prompt_token_ids": list(sample.prompt_token_ids or ()),
         "token_ids": list(sample.token_ids or ()),

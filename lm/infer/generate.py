@@ -29,7 +29,7 @@ UNSUPPORTED = {
 
 
 class Decoder(Protocol):
-    """The part of a tokenizer that fills in text."""
+    """What the engine needs of a tokenizer."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
@@ -242,7 +242,7 @@ class _Batch:
         return ids, lengths, sampling, S, num_top
 
     def _take(self, i: int, new: Sequence[int]) -> bool:
-        """Add the tokens of a row; whether a stop text has ended it."""
+        """Adds new tokens of row i. Returns whether a stop text has ended it."""
         for token in new:
             if self.texts and self.texts[i].stopped:
                 return True
@@ -256,7 +256,7 @@ class _Batch:
             self.watch(self.indices[i], text)
 
     def _sample(self, i: int, state: DecodeState) -> Sample:
-        """The sample of a row, from arrays on the host."""
+        """The sample of row i, from arrays on the host."""
         request, prompt, ids = self.requests[i], self.prompts[i], self.ids[i]
         text = None
         stopped = bool(ids) and ids[-1] in self.stops[i]

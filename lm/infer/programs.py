@@ -176,7 +176,7 @@ def decode(
 
 
 def _placed(tokens: Tokens, cache: Any) -> Tokens:
-    """With the pages of its rows, where the cache has pages."""
+    """The tokens with the pages of their rows, where the cache has pages."""
     table = own_page_table(cache, len(tokens.ids))
     return tokens if table is None else in_pages(tokens, table)
 

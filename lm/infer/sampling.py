@@ -1,4 +1,4 @@
-"""The next token from logits. Randomness belongs to a request and a position, never to a batch."""
+"""The next token from logits. Randomness is keyed by request and position, never by the batch."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _where_any(rows, keep, logits: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def keep_top_k(logits: jax.Array, top_ks: jax.Array) -> jax.Array:
-    """The `top_ks` [B] largest of each row of logits [B, V] and their equals; -inf elsewhere."""
+    """The `top_ks` [B] largest of each row of logits [B, V] and ties; -inf elsewhere."""
     ones = jnp.ones(logits.shape, jnp.float32)
     return _keep(logits, ones, top_ks.astype(jnp.float32))
 
@@ -111,13 +111,13 @@ def keep_top_p(logits: jax.Array, top_ps: jax.Array) -> jax.Array:
 
 
 def keep_min_p(logits: jax.Array, min_ps: jax.Array) -> jax.Array:
-    """Those of each row at least `min_ps` [B] times as probable as its likeliest token."""
+    """Tokens of each row at least `min_ps` [B] times as probable as its likeliest token."""
     least = jnp.max(logits, axis=-1) + jnp.log(min_ps)
     return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
 def _keep(logits: jax.Array, weights: jax.Array, least: jax.Array) -> jax.Array:
-    """The fewest largest of each row whose weights add up to `least`, and what equals the last.
+    """The fewest largest of each row whose weights add up to `least`, and ties of the last.
 
     The bound is found bit by bit, from the highest: 32 sums instead of a sort, which accelerators
     are slow at.

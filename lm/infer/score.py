@@ -23,7 +23,7 @@ Convention = Literal["transformers", "llama.cpp"]
 
 
 class Scorer:
-    """Log-probability of each token of some rows, given those before it.
+    """Log-probability of each token of rows of ids, given the tokens before it.
 
     Rows are padded to powers of two, so that few shapes are compiled. Compute is in `dtype`,
     log-probabilities in float32; the logits of a row are never held whole where they are large.
@@ -81,7 +81,7 @@ class Scorer:
 def logprobs(
     params: ModelWeights, ids: jax.Array, config: ModelConfig, layout: Layout, dtype: Any
 ) -> jax.Array:
-    """ids [B, T] -> float32 [B, T - 1]. Padding on the right is seen by padding alone."""
+    """ids [B, T] -> float32 [B, T - 1]. Padding on the right is seen only by padding."""
     with use_layout(layout):
         hidden = forward(params, Tokens.of(ids), config, dtype=dtype).hidden
         return make_head(params, config).logprobs(hidden[:, :-1], ids[:, 1:])[0]
@@ -106,7 +106,7 @@ def make_windows(
     be shorter. A stride below the window gives every token some context.
 
     "llama.cpp" (its `perplexity` program): windows do not overlap, each scores the tokens after its
-    middle one, and a rest that fills no window is left out.
+    middle one, and a remainder shorter than a window is left out.
 
     Raises:
       ValueError: a window or stride that is not possible, or a text too short to score.
@@ -118,7 +118,7 @@ def make_windows(
             raise ValueError(f"stride={stride}: windows of llama.cpp do not overlap; leave it out")
         if num_tokens < window:
             raise ValueError(
-                f"the text has {num_tokens} tokens, which fill no window of {window}; give more "
+                f"the text has {num_tokens} tokens, less than one window of {window}; give more "
                 "text or a smaller window"
             )
         for start in range(0, num_tokens - window + 1, window):
@@ -146,9 +146,9 @@ class Perplexity:
     Attributes:
       tokens: scored.
       nats_per_token: mean of their negative log-probabilities.
-      perplexity: e to that.
-      bits_per_byte: of the text of the scored tokens, which no tokenizer makes smaller.
-      windows: how many.
+      perplexity: exp(nats_per_token).
+      bits_per_byte: of the text of the scored tokens; comparable across tokenizers.
+      windows: number of windows.
     """
 
     tokens: int
@@ -170,8 +170,8 @@ def perplexity(
 
     Args:
       scorer: with the model.
-      tokenizer: says which bytes a token stands for, and whether windows begin with BOS.
-      ids: of the text, BOS in front where the model wants it.
+      tokenizer: gives the bytes of each token, and whether windows begin with BOS.
+      ids: token ids of the text, with BOS in front where the model wants it.
       window: tokens read at a time.
       stride, convention: see `make_windows`. As in llama.cpp, under its convention BOS takes the
         place of each window's first token where the model wants BOS.

@@ -26,19 +26,19 @@ from lm.weights import (
 from lm.weights.panels import panel_width
 
 PANELED = (jnp.float32, jnp.bfloat16)
-# Of latent attention: this one is not only multiplied by.
+# Latent attention also reads this one as a matrix.
 WHOLE = ("key_value_up",)
 
 
 def serving_form(params: ModelWeights, dtype: Any, donate: bool = False) -> ModelWeights:
     """Weights unstacked, in `dtype`; on a CPU arrays are cut into panels, and NF4 has plain scales.
 
-    What is so already is kept. Weights that are split over devices are not cut.
+    Weights already in this form are kept. Weights sharded over devices are not cut.
 
     Args:
       params: weights, stacked or not.
       dtype: of compute.
-      donate: delete an array that was cut at once, so that no more than one is there twice.
+      donate: delete each array as soon as it is cut, so that at most one exists twice.
     """
     tied = params.output is None
 
@@ -73,7 +73,7 @@ def _cuttable(weight: jax.Array) -> bool:
 
 
 def _on_cpu(array: jax.Array) -> bool:
-    """Whether it lies on one CPU, whole."""
+    """Whether the whole array is on one CPU."""
     return [device.platform for device in array.devices()] == ["cpu"]
 
 

@@ -15,11 +15,11 @@ class Stream(Protocol):
 
 
 class StoppedText:
-    """Text that is certain as tokens come: what may become a stop text is held back.
+    """Text that is certain as tokens arrive; what may become a stop text is held back.
 
     Attributes:
-      text: given out so far.
-      stopped: whether a stop text has come.
+      text: text returned so far.
+      stopped: whether a stop text was found.
     """
 
     def __init__(self, stream: Stream, stops: Sequence[str] = ()) -> None:
@@ -28,11 +28,11 @@ class StoppedText:
         self.text, self.stopped = "", False
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now and was not before."""
+        """Adds a token; returns the text that became certain."""
         return self._give(self._stream.push(token_id), last=False)
 
     def finish(self) -> str:
-        """What is left at the end."""
+        """Returns the text that was still held back."""
         return self._give(self._stream.finish(), last=True)
 
     def _give(self, new: str, last: bool) -> str:

@@ -12,7 +12,7 @@ from lm.tokenizers import ChatTemplate, Tokenizer
 
 
 class Tokenized:
-    """A Sampler that renders and encodes prompts, and fills in the text of samples without one."""
+    """A Sampler that renders and encodes prompts, and fills in missing texts of samples."""
 
     def __init__(
         self, sampler: Sampler, tokenizer: Tokenizer, template: ChatTemplate | None = None

@@ -117,7 +117,7 @@ class Output:
 
     Attributes:
       hidden: [B, T, D], normalized, ready for the output matrix.
-      cache: the caches, one a layer, or None.
+      cache: the caches, one per layer, or None.
       aux: auxiliary sums by name; a dense model has none.
     """
 
@@ -143,7 +143,7 @@ def forward(
       params: weights, stacked or unstacked.
       tokens: what to read.
       config: the model.
-      cache: one LayerCache a layer (decoding), or None (training).
+      cache: one LayerCache per layer (decoding), or None (training).
       attention: instead of `lm.kernels.attention.attention`.
       dtype: of activations; norms, rotary angles and softmax are float32 inside.
       remat: what the backward pass computes again; see `lm.model.remat`.
@@ -257,7 +257,7 @@ class Block:
     def heads(
         self, x: jax.Array, w: AttentionWeights, layer: Layer, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """What each head attends to, [B, T, H, h]."""
+        """Attention output of each head, [B, T, H, h]."""
         a = layer.attention
         B, T, _ = x.shape
 
@@ -283,7 +283,7 @@ class Block:
     def plain(
         self, q: jax.Array, k: jax.Array, v: jax.Array, a: Attention, sinks: Any = None
     ) -> jax.Array:
-        """Attention of the tokens to themselves."""
+        """Attention among the tokens, without a cache."""
         t = self.tokens
         view = View(t.positions, t.positions, t.segment_ids, t.segment_ids, t.in_order)
         options = {} if sinks is None else {"sinks": sinks}
@@ -292,7 +292,7 @@ class Block:
     def latent_heads(
         self, x: jax.Array, w: LatentAttentionWeights, a: Attention, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """The same of latent attention. See `lm.model.latent` for its two forms."""
+        """As `heads`, for latent attention. See `lm.model.latent` for its two forms."""
         table = None if a.rope is None else self.tables[a.rope, a.rotated_dim]
         q = latent.queries(x, w, a, table)
         latents = latent.latents(x, w, a, table)
@@ -308,12 +308,12 @@ class Block:
 
 
 def _named(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values under the names that remat knows."""
+    """Queries, keys and values under the names remat policies use."""
     return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
 
 def scores_of(a: Attention) -> Scores:
-    """What a layer's scores mean."""
+    """The scores of a layer's attention."""
     scale = (a.head_dim**-0.5 if a.scale is None else a.scale) * score_factor(a.rope)
     return Scores(scale, window=a.window, softcap=a.softcap)
 
@@ -368,7 +368,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def rope_tables(tokens: Tokens, config: ModelConfig) -> RopeTables:
-    """cos and sin of every kind of rotary embedding the layers use."""
+    """cos and sin tables for each kind of rotary embedding in the model."""
     kinds = {
         (a.rope, a.rotated_dim) for a in (layer.attention for layer in config.layers) if a.rope
     }

@@ -1,10 +1,10 @@
 """Multi-head latent attention (MLA, arXiv:2405.04434, section 2.1), in its two forms.
 
-A token's latent is normalized, and beside it lies one rotated key that all heads share. Expanded,
-every head's key and value are made of the latent, and attention is the ordinary one: the form for
-training and long prompts. Absorbed, the matrix that makes keys multiplies the queries instead and
-the one that makes values the result: multi-query attention over the latents themselves, the form
-for decoding, where reading the cache is what takes the time.
+A token's latent is normalized, and stored beside one rotated key that all heads share. Expanded,
+every head's key and value are computed from the latent, and attention is the ordinary one: the form
+for training and long prompts. Absorbed, the matrix that makes keys multiplies the queries instead,
+and the one that makes values multiplies the result: multi-query attention over the latents
+themselves, the form for decoding, whose time is that of reading the cache.
 
 Shape suffixes: B batch, T tokens, H heads, R kv_rank, n nope_dim, r rope_dim, v value_dim.
 """
@@ -68,7 +68,7 @@ def latents(x: jax.Array, w: LatentAttentionWeights, a: Attention, table: Table)
 def expand(
     latents_BTx: jax.Array, w: LatentAttentionWeights, a: Attention
 ) -> tuple[jax.Array, jax.Array]:
-    """Every head's keys [B, T, H, n + r] and values [B, T, H, v], of latents [B, T, R + r]."""
+    """Each head's keys [B, T, H, n + r] and values [B, T, H, v] from latents [B, T, R + r]."""
     latent = _sizes(a)
     B, T, _ = latents_BTx.shape
     kept, rotated = jnp.split(latents_BTx, [latent.kv_rank], axis=-1)
@@ -85,7 +85,7 @@ def expand(
 def expands(T: int, a: Attention) -> bool:
     """Whether the expanded form is fewer operations for T queries over a cache.
 
-    Expanding a cached latent costs R (n + v) a head; each query then saves 2 R - n - v over it.
+    Expanding a cached latent costs R (n + v) per head; each query then saves 2 R - n - v over it.
     """
     latent = _sizes(a)
     head = latent.nope_dim + latent.value_dim

@@ -46,7 +46,7 @@ class Ranges(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What travels."""
+    """What travels around the ring."""
 
     k_PBsKh: jax.Array
     v_PBsKh: jax.Array
@@ -55,7 +55,7 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What stays."""
+    """What stays on its device."""
 
     q_PBtHh: jax.Array
     positions_PBt: jax.Array
@@ -74,7 +74,7 @@ def ring_attention(
 ) -> jax.Array:
     """`lm.kernels.attention.attention` of rows that the layout in force splits along the sequence.
 
-    Tokens may stand in any order that the view tells; `lm.parallel.Zigzag` gives the balanced one.
+    Tokens may be in any order the view describes; `lm.parallel.Zigzag` gives the balanced one.
     Each device works on one chunk of keys while the next arrives from its neighbour, and merges
     results by their log-sum-exp; going back, the keys' gradients travel with them and home. Beside
     its own part a device holds what it works on and what arrives. Causal attention with a window
@@ -142,7 +142,7 @@ def _fields(view: View) -> tuple[Any, ...]:
 
 
 def _specs(static: Static, q: jax.Array, k: jax.Array) -> tuple[Any, ...]:
-    """Of q and what is like it, of k and v, of positions and segments, of a log-sum-exp."""
+    """PartitionSpecs of queries, of keys, of positions and segments, and of a log-sum-exp."""
     spec = static.context.spec
     return (
         spec(q.shape, "batch", "sequence", "heads", None),
@@ -287,7 +287,7 @@ def _pair(
 
 
 def _each_pair(static: Static, queries: Queries, keys: Keys, pair: Any, total: Any) -> Any:
-    """`total` after `pair(total, i, j)` of all parts where a query may see a key."""
+    """`total` after `pair(total, i, j)` for all parts where a query may see a key."""
     visible = may_see(
         ranges(queries.positions_PBt, queries.segments_PBt),
         ranges(keys.positions_PBs, keys.segments_PBs),
@@ -304,7 +304,7 @@ def _each_pair(static: Static, queries: Queries, keys: Keys, pair: Any, total: A
 
 
 def ranges(positions: jax.Array, segments: jax.Array | None) -> Ranges:
-    """Of positions and segments [P, B, t]. Padding, segment 0, counts as the last segment."""
+    """Ranges of positions and segments [P, B, t]; padding, segment 0, counts as the last."""
     if segments is None:
         zeros = jnp.zeros(positions.shape[:-1], jnp.int32)
         return Ranges(zeros, jnp.min(positions, -1), zeros, jnp.max(positions, -1))
@@ -324,7 +324,7 @@ def may_see(queries: Ranges, keys: Ranges, scores: Scores) -> jax.Array:
 
     Never false where one does, whatever the order of the tokens: a query sees keys of its own
     segment alone, so none that is later by (segment, position), and a window cannot reach back
-    where all that a query and a key may share is one segment and it lies too far.
+    where all that a query and a key may share is one segment and it is too far away.
     """
     q = Ranges(*(x[:, None] for x in queries))
     k = Ranges(*(x[None] for x in keys))

@@ -1,4 +1,4 @@
-"""Ulysses (arXiv:2309.14509): heads for tokens before attention, and back after it."""
+"""Ulysses (arXiv:2309.14509): tokens are exchanged for heads before attention, and back after."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_heads(context: Context, num_heads: int, num_kv_heads: int) -> int:
     """How often a key/value head is repeated so that every device gets one.
 
     Raises:
-      ValueError: heads cannot be shared out.
+      ValueError: heads cannot be distributed.
     """
     heads = context.part("heads", num_heads)
     kv_heads = context.part("kv_heads", num_kv_heads)
@@ -89,6 +89,6 @@ def check_heads(context: Context, num_heads: int, num_kv_heads: int) -> int:
     if works(context.size):
         return max(1, context.size // kv_heads)
     raise ValueError(
-        f"Ulysses cannot share out {heads} query and {kv_heads} key/value heads of a device over "
+        f"Ulysses cannot distribute {heads} query and {kv_heads} key/value heads of a device over "
         f"{context.label}; use a context of {divisors(heads, works)}, or ring attention"
     )

@@ -196,11 +196,11 @@ def test_allocator_refuses_and_keeps_what_it_has():
     with pytest.raises(OutOfPages, match="1 pages"):
         pool.fork(pages, 20)
     assert [pool.holders(page) for page in pages] == [1, 1, 1]
-    with pytest.raises(ValueError, match="given back more often"):
+    with pytest.raises(ValueError, match="freed more often"):
         pool.free([pages[0], pages[1], pages[0]])
     assert [pool.holders(page) for page in pages] == [1, 1, 1]
     pool.free(pages)
-    with pytest.raises(ValueError, match="given back more often"):
+    with pytest.raises(ValueError, match="freed more often"):
         pool.free(pages[:1])
     with pytest.raises(ValueError, match="is free; it has nothing to share"):
         pool.fork(pages, 20)

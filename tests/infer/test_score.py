@@ -80,7 +80,7 @@ def test_bos_takes_the_first_place_in_windows_of_llama_cpp(params):  # noqa: F81
         ((100, 16, 17, "transformers"), "stride=17; use 1 to the window, 16"),
         ((1, 16, None, "transformers"), "1 tokens; perplexity needs"),
         ((100, 16, 8, "llama.cpp"), "do not overlap"),
-        ((15, 16, None, "llama.cpp"), "fill no window of 16"),
+        ((15, 16, None, "llama.cpp"), "less than one window of 16"),
     ],
 )
 def test_windows_that_cannot_be(arguments, message):

@@ -159,13 +159,14 @@ def compiled(program: Program, topology: str, tensor: int = 1):
             pages.scales.shape, pages.scales.dtype, (None, *kv)
         ),
     )  # fmt: skip
-    lowered = jax.jit(run, donate_argnums=0).lower(
-        page_specs,
-        abstract((N, H, program.key_dim), jnp.bfloat16, heads),
-        abstract((N, K, program.key_dim), jnp.bfloat16, kv),
-        abstract((N, K, program.value_dim), jnp.bfloat16, kv),
-        abstract((B, M)), abstract((B,)), abstract((B + 1,)),
-    )  # fmt: skip
+    with jax.set_mesh(mesh):  # which chip a kernel is lowered for
+        lowered = jax.jit(run, donate_argnums=0).lower(
+            page_specs,
+            abstract((N, H, program.key_dim), jnp.bfloat16, heads),
+            abstract((N, K, program.key_dim), jnp.bfloat16, kv),
+            abstract((N, K, program.value_dim), jnp.bfloat16, kv),
+            abstract((B, M)), abstract((B,)), abstract((B + 1,)),
+        )  # fmt: skip
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
     return lowered.compile({"exec_time_optimization_effort": -1.0}), size
 

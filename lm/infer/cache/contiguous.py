@@ -52,7 +52,7 @@ class Slots:
         return cls(jnp.zeros(shape, dtype), scales)
 
     def write(self, new: jax.Array, slots: jax.Array) -> Slots:
-        """With new [B, T, K, h] at slots int32 [B, T]; slots there are not are left out."""
+        """With new [B, T, K, h] written at `slots` [B, T]; those out of range are dropped."""
         rows = jnp.arange(len(slots), dtype=slots.dtype)[:, None]
         scales = self.scales
         if scales is not None:

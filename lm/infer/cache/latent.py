@@ -62,7 +62,7 @@ class LatentCache:
         return cache.read(q, k, v, tokens, scores, self.implementation), cache
 
     def write(self, latents: jax.Array, tokens: Tokens) -> LatentCache:
-        """With latents [B, T, kv_rank + rope_dim] in their slots."""
+        """The cache with latents [B, T, kv_rank + rope_dim] written to their slots."""
         B, S, _ = self.latents.shape
         slots = jnp.where(live_tokens(tokens), tokens.positions, S)
         rows = jnp.arange(B, dtype=slots.dtype)[:, None]

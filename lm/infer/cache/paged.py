@@ -1,4 +1,4 @@
-"""Keys and values in pages, and who has which page."""
+"""Keys and values in pages, and which sequences hold which page."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def _constrained(data: jax.Array) -> jax.Array:
 
 
 class OutOfPages(RuntimeError):
-    """More pages are wanted than are free."""
+    """More pages were asked for than are free."""
 
 
 class PageAllocator:
-    """Hands out the pages of a pool. A page is free again when each that has it gave it back.
+    """Allocates the pages of a pool. A page is free again once every holder has freed it.
 
     Attributes:
       num_pages, page_size: of the pool.
@@ -115,18 +115,18 @@ class PageAllocator:
         return len(self._free)
 
     def holders(self, page: int) -> int:
-        """How many have the page."""
+        """Number of holders of a page."""
         return self._holders[self._known(page)]
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """Number of pages that hold `num_tokens`."""
         return -(-num_tokens // self.page_size)
 
     def allocate(self, num: int) -> list[int]:
-        """`num` pages nobody has.
+        """`num` free pages.
 
         Raises:
-          OutOfPages: fewer are free; none is taken.
+          OutOfPages: fewer are free; none is allocated.
           ValueError: `num` is negative.
         """
         if num < 0:
@@ -142,15 +142,15 @@ class PageAllocator:
         return pages
 
     def free(self, pages: Iterable[int]) -> None:
-        """Give pages back.
+        """Frees pages.
 
         Raises:
-          ValueError: nobody has one of them, or there is no such page; nothing is given back.
+          ValueError: a page is not allocated, or does not exist; nothing is freed.
         """
         pages = list(pages)
         for page in pages:
             if self._holders[self._known(page)] < pages.count(page):
-                raise ValueError(f"page {page} is given back more often than it was taken")
+                raise ValueError(f"page {page} is freed more often than it was allocated")
         for page in pages:
             self._holders[page] -= 1
             if not self._holders[page]:
@@ -168,8 +168,8 @@ class PageAllocator:
           The pages, and (from, to) of the copy, if any.
 
         Raises:
-          OutOfPages: there is none to copy to; nothing is shared.
-          ValueError: the pages hold fewer tokens, or nobody has one of them.
+          OutOfPages: no page is left to copy to; nothing is shared.
+          ValueError: the pages hold fewer tokens, or one of them is not allocated.
         """
         if not 0 <= num_tokens <= len(pages) * self.page_size:
             raise ValueError(
@@ -207,5 +207,5 @@ def make_page_table(sequences: Sequence[Sequence[int]], width: int) -> np.ndarra
 
 
 def copy_pages(pages: Pages, sources: jax.Array, targets: jax.Array) -> Pages:
-    """With pages int32 [n] copied to others."""
+    """The pool with pages `sources` int32 [n] copied to `targets`."""
     return jax.tree.map(lambda x: x.at[targets].set(x[sources]), pages)

@@ -134,7 +134,7 @@ def default_implementation(
 
 
 def _platform() -> str | None:
-    """Of the devices compiled for; a GPU that is only described has no cuDNN to ask."""
+    """Platform of the devices compiled for; a GPU that is only described has no cuDNN."""
     device = target()
     if device is None or device.platform not in ("gpu", "cuda"):
         return None if device is None else device.platform
@@ -155,13 +155,13 @@ def attention_backward(
     dlse: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of attention where `k`, `v` may be only a part of the keys.
+    """Gradients of attention where `k`, `v` may be only some of the keys.
 
-    Each weight is exp(score - lse), so the results of the parts add up: to dq as they are, to dk
-    and dv each its own rows. Sinks need nothing here if `out` and `lse` count them.
+    Each weight is exp(score - lse), so parts' results add up to dq, and are the rows of dk and dv.
+    Sinks need nothing here if `out` and `lse` include them.
 
     Args:
-      q, k, v, view, scale, causal, window, softcap: as `attention`.
+      q, k, v, view, scores: as `attention`.
       out, lse: [B, T, H, h of v] and [B, T, H], of the softmax over all keys.
       dout: the gradient of `out`.
       dlse: the gradient of `lse`, float32 [B, T, H]; None for 0.

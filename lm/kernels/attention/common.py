@@ -1,4 +1,4 @@
-"""What attention kernels share around their calls: padding, sinks, and the work they declare."""
+"""What the attention kernels share: padding, sinks, and the work they declare."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DECLARED = "kernel_flops_"
 
 
 def padded(x: jax.Array, axis: int, block: int, **how: Any) -> jax.Array:
-    """`x` of whole blocks along the axis; `how` as `jnp.pad`."""
+    """`x` padded to a multiple of `block` along the axis; `how` as `jnp.pad`."""
     extra = -x.shape[axis] % block
     if not extra:
         return x
@@ -30,7 +30,7 @@ def padded(x: jax.Array, axis: int, block: int, **how: Any) -> jax.Array:
 
 
 def padded_rows(view: View, query: int, key: int, causal: bool) -> Rows:
-    """Rows of whole blocks; no query sees a key that is padding."""
+    """Rows padded to multiples of the blocks; no query sees a padding key."""
     query_positions, key_positions = (
         jnp.asarray(x, jnp.int32) for x in (view.query_positions, view.key_positions)
     )
@@ -54,18 +54,17 @@ def padded_rows(view: View, query: int, key: int, causal: bool) -> Rows:
 
 
 def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) with a key without a value more: the rest is weighted down."""
+    """(out, lse) with one more key that has no value: the others get less weight."""
     both = jnp.logaddexp(lse, sinks.astype(jnp.float32))
     return (out * jnp.exp(lse - both)[..., None]).astype(out.dtype), both
 
 
 def num_scores(T: int, S: int, scores: Scores) -> int:
-    """Scores that count of T queries to S keys, both from position 0, of one document.
+    """Number of unmasked scores of T queries and S keys of one document, both from position 0.
 
-    So it is of tokens to themselves, and of a prompt to the cache it begins to fill, where kernels
-    skip the keys behind it. Positions are not known when a program is traced: of queries further on
-    (a later part of a prompt) and of rings' parts it is what the first would see, and packed rows
-    have fewer.
+    That holds for tokens attending to themselves and for a prompt into an empty cache. Positions
+    are not known when a program is traced: later chunks of a prompt and the parts of a ring are
+    counted as if they were first, and packed rows have fewer.
     """
     own, window = np.arange(T), scores.window  # a query's position
     first = np.zeros_like(own) if window is None else np.maximum(own - window + 1, 0)
@@ -74,7 +73,7 @@ def num_scores(T: int, S: int, scores: Scores) -> int:
 
 
 def kernel_flops(kernel: str, scores: int, h: int, d: int) -> int:
-    """Operations of a kernel of `PRODUCTS`, for so many scores and head sizes h and d of values."""
+    """Operations of a kernel of `PRODUCTS` for `scores` scores, and head sizes h and d (values)."""
     of_keys, of_values = PRODUCTS[kernel]
     return 2 * scores * (of_keys * h + of_values * d)
 
@@ -83,16 +82,16 @@ def declared(**flops: int) -> Any:
     """A context for tracing kernels whose interface takes no cost estimate.
 
     Args:
-      flops: operations of a call, by words of the kernel's name.
+      flops: operations per call, by a word of the kernel's name.
     """
     return set_xla_metadata(**{_DECLARED + part: str(n) for part, n in flops.items()})
 
 
 def declared_flops(kernel: str, metadata: dict[str, Any] | None) -> float:
-    """What `declared` said of a kernel of that name.
+    """The operations `declared` for a kernel of that name.
 
     Raises:
-      ValueError: nothing.
+      ValueError: none were declared.
     """
     for key, value in (metadata or {}).items():
         if key.startswith(_DECLARED) and f"_{key.removeprefix(_DECLARED)}_" in f"_{kernel}_":

@@ -23,8 +23,8 @@ class Blocks(NamedTuple):
       forward: (queries, keys) of the forward kernel.
       backward: (queries, keys) of the backward kernel.
       heads: most query heads that are visited together.
-      resident: most keys whose gradients the backward kernel holds in VMEM; longer rows take a
-        call for each so many keys.
+      resident: most keys whose gradients the backward kernel holds in VMEM; longer rows take
+        one call per that many keys.
     """
 
     forward: tuple[int, int]
@@ -71,7 +71,7 @@ def blocks_for(chip: str | None, head_dim: int) -> Blocks:
 
 
 def even(length: int, block: int) -> int:
-    """The block size that cuts `length` into as many parts as `block` would, with least padding."""
+    """The block size that cuts `length` into as many parts as `block` does, with least padding."""
     parts = -(-length // block)
     return min(block, -(-length // (parts * LANES)) * LANES)
 

@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
     Attributes:
       forward, dq: tiles of queries.
       dkv: tiles of keys.
-      together: the gradients of keys and of values come of one kernel.
+      together: one kernel computes the gradients of keys and of values.
     """
 
     forward: Tile
@@ -44,7 +44,7 @@ class Tiles(NamedTuple):
     together: bool
 
 
-# By head size. As large as registers (232 a thread) and shared memory allow; not measured.
+# By head size. As large as registers (232 per thread) and shared memory allow; not measured.
 TABLE = {
     64: Tiles(Tile(128, 128, 2, 3), Tile(128, 128, 2, 2), Tile(64, 128, 2, 2), True),
     128: Tiles(Tile(128, 128, 2, 2), Tile(128, 64, 2, 2), Tile(64, 128, 2, 2), True),
@@ -120,17 +120,17 @@ def _static(q, k, v, view, scores, tiles) -> Static:
 
 
 def forward_shared_memory(tile: Tile, head_dim: int) -> int:
-    """Bytes of shared memory a program of the forward kernel holds, but for its barriers."""
+    """Bytes of shared memory per program of the forward kernel, without its barriers."""
     return 2 * head_dim * (tile.query + 2 * tile.stages * tile.key) + 4 * tile.query
 
 
 def dq_shared_memory(tile: Tile, head_dim: int) -> int:
-    """As `forward_shared_memory`, of the gradient of the queries."""
+    """As `forward_shared_memory`, for the gradient of the queries."""
     return 2 * head_dim * (2 * tile.query + 2 * tile.stages * tile.key)
 
 
 def dkv_shared_memory(tile: Tile, head_dim: int) -> int:
-    """As `forward_shared_memory`, of the gradients of keys and values."""
+    """As `forward_shared_memory`, for the gradients of keys and values."""
     return 2 * head_dim * (2 * tile.key + 2 * tile.stages * tile.query) + (
         2 * tile.stages * tile.query * 4
     )
@@ -246,9 +246,9 @@ def _call(static: Static, q, k, view: View, kernel: str) -> tuple[kernels.Call, 
 
 
 def ranges(possible: Any, whole: Any) -> Ranges:
-    """The blocks each tile meets, as one range with one stretch that needs no mask.
+    """The blocks each tile visits, as one range with one stretch that needs no mask.
 
-    Blocks within it that nothing sees are masked.
+    Blocks in the range that no query sees are masked.
 
     Args:
       possible, whole: bool [B or 1, tiles, blocks], of NumPy or JAX: see `schedule.pairs`.
@@ -273,7 +273,7 @@ def ranges(possible: Any, whole: Any) -> Ranges:
 
 
 def _mask_rows(call: kernels.Call, rows: Rows) -> tuple[jax.Array, ...]:
-    """int32 ([B, n, T], [B, n, S]) of what the mask cannot know by index; () if that is nothing."""
+    """int32 ([B, n, T], [B, n, S]): what the mask cannot derive from indices; () if nothing."""
     if not call.by_index:
         return (
             stack_rows(rows.query_positions, rows.query_segments),

@@ -79,7 +79,7 @@ class Call(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """Of exponents of two, of what `Scores.capped` gives."""
+        """Exponents of two per unit of `Scores.capped`."""
         return self.scores.unit * LOG2_E
 
 
@@ -483,7 +483,7 @@ def _scratch_of_keys(tile: Tile, h: int, dtype: Any) -> list[Any]:
 def backward_keys(
     call: Call, rows, q, k, v, dout, lse2, delta, wanted: tuple[str, ...]
 ) -> tuple[jax.Array, ...]:
-    """Of dk and dv, [B, S, K, h] of k's dtype, those wanted.
+    """Those of dk and dv that are wanted, [B, S, K, h] of k's dtype.
 
     The sums of both take h registers a thread, of 255, those of one half as many.
 

@@ -239,7 +239,7 @@ def _specs(call: Call, visits: Any, num_rows: int):
         return at(pl.program_id(0), pl.program_id(3), flat)
 
     def of_queries(*block):
-        """Of an array [B, K, N, g, T, ...]."""
+        """BlockSpec of an array [B, K, N, g, T, ...]."""
         tail = (0,) * (len(block) - 2)
         return pl.BlockSpec(
             (1, 1, 1, *block),
@@ -247,7 +247,7 @@ def _specs(call: Call, visits: Any, num_rows: int):
         )
 
     def of_keys(size: int):
-        """Of an array [B, K, S, size]."""
+        """BlockSpec of an array [B, K, S, size]."""
         return pl.BlockSpec(
             (1, 1, call.key, size), lambda b, k, n, p, flat: (b, k, key_block(at(b, p, flat)), 0)
         )

@@ -1,4 +1,4 @@
-"""Attention in plain JAX: what every other implementation is compared with.
+"""Attention in plain JAX, the reference for every other implementation.
 
 Shape suffixes: B batch, T queries, S keys, K key/value heads, G query heads per key/value head,
 H = K x G query heads, h head size.
@@ -20,7 +20,7 @@ NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: merging two of it
 
 @flax.struct.dataclass
 class View:
-    """Where queries and keys stand; packing, windows, caches and rings are all told by this.
+    """Where queries and keys stand; packing, windows, caches and rings differ only in this.
 
     Attributes:
       query_positions: int32 [B, T].

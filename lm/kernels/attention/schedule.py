@@ -109,7 +109,7 @@ def _too_long(T: int, S: int) -> str:
 
 
 def _by_index(num_queries, num_keys, query, key, scores: Scores, in_order: bool):
-    """bool [num_queries, num_keys] twice: may a query see a key; do all see all. By index alone."""
+    """bool [num_queries, num_keys] twice: may any query see a key; do all see all. By index."""
     if not in_order:
         return np.ones((num_queries, num_keys), bool), np.ones((num_queries, num_keys), bool)
     first_q, first_k = np.arange(num_queries)[:, None] * query, np.arange(num_keys)[None] * key

@@ -1,4 +1,4 @@
-"""Kernels on arrays split over the mesh of the layout: batch and heads, each device its own."""
+"""Kernels on arrays sharded over the layout's mesh by batch and heads."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _where() -> dict[str, Any]:
 
 
 def _specs(layout: Layout, q, k) -> tuple[PartitionSpec, ...]:
-    """Of queries, keys, positions and log-sum-exp.
+    """PartitionSpecs of queries, keys, positions and log-sum-exp.
 
     Raises:
       ValueError: the mesh does not divide batch or heads, splits the sequence, or splits queries

@@ -1,9 +1,9 @@
 """Pages of keys and values.
 
-A token's key and value of one head lie side by side in one row, so that one copy brings a page of
-all heads, and heads of 64 fill a TPU's 128 lanes. Latent attention (MLA, arXiv:2405.04434) has rows
-whose first lanes are key and value at once. Rows are filled up with zeros to whole multiples of 128
-lanes: a TPU's memory would be, and what is not is laid out otherwise and copied for every call.
+A token's key and value of one head are stored side by side in one row, so that one copy brings a
+page of all heads, and heads of 64 fill a TPU's 128 lanes. Latent attention (MLA, arXiv:2405.04434)
+has rows whose first lanes are key and value at once. Rows are zero-padded to multiples of 128
+lanes: a TPU pads them anyway, and arrays that are not are laid out differently and copied per call.
 
 Shape suffixes: P pages of the pool, K key/value heads, p tokens of a page, W lanes of a row, N
 tokens of a flat batch, B sequences, M most pages of a sequence.
@@ -183,7 +183,7 @@ def new_rows(
 
 
 def check_tables(page_table: Any, kv_lens: Any, num_pages: int, page_size: int) -> None:
-    """Refuse tables that point outside the pool. Of host arrays: traced values cannot be looked at.
+    """Refuses tables that point outside the pool. For host arrays: traced values are unknown.
 
     Args:
       page_table: int [B, M]; entries behind a sequence's length are not looked at.

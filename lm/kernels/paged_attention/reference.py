@@ -80,7 +80,7 @@ def reference_paged_attention(
     q_BTKGh = q.at[tokens].get(mode="fill", fill_value=0).reshape(len(starts), T, K, H // K, -1)
     rows = gather_pages(pages, page_table, q.dtype)
     key_positions = jnp.arange(rows.shape[2], dtype=jnp.int32)
-    # What lies behind a sequence's end may be anything, and zero times NaN is NaN.
+    # Slots after a sequence's end may hold anything, and zero times NaN is NaN.
     rows = jnp.where((key_positions < kv_lens[:, None])[:, None, :, None], rows, 0)
 
     keys = rows[..., : pages.key_dim]

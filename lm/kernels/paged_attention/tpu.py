@@ -5,7 +5,7 @@ one new token are items of one token and longer ones of `block_q`, in a pass eac
 pays for no empty queries. An item's pages come from HBM a block of pages at a time, all heads of a
 page in one copy, into one of two buffers; while a block is multiplied the next one is on its way,
 the following item's first included. Pages behind the end of a sequence, or before its window, are
-never read. The page table and the items lie in scalar memory.
+never read. The page table and the items are in scalar memory.
 
 Shape suffixes as in `reference`; I items, R = block_q x G rows of queries padded to a tile, C keys
 of a block of pages, V lanes of a value.
@@ -334,7 +334,7 @@ class _Copies:
         ]
 
     def clear_tail(self, item: Any, slot: Any) -> None:
-        """Zero what lies behind the end in the item's last page: zero times NaN is NaN."""
+        """Zeroes the slots after the end of the item's last page: zero times NaN is NaN."""
         s = self.static
         end = self.ends[item]
 

@@ -22,7 +22,7 @@ class Shape(NamedTuple):
 
     Attributes:
       heads, group: key/value heads, and query heads of each.
-      key_lanes: of a query and of what is read as a key.
+      key_lanes: lanes of a query and of what is read as a key.
       value_lanes: lanes of a row that are read as the value.
       page_size, width: tokens of a page, lanes of its rows.
       itemsize, q_itemsize: bytes of a page's element and of a query's.
@@ -66,7 +66,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(pages: Pages, q: jax.Array, sinks: bool) -> Shape:
-    """Of a call's arrays.
+    """The shape of a call's arrays.
 
     Keys and values are read as whole rows where a slice would not end at a tile: the query has
     zeros for the value's lanes, and the value's lanes are taken from the result.
