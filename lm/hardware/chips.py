@@ -1,4 +1,4 @@
-"""What accelerators can do, by the names JAX gives them. No JAX.
+"""Peak figures of accelerators, by the names JAX gives them. No JAX.
 
 Peaks are dense bfloat16 with float32 accumulation, as the vendors state them. TPUs: the pages of
 each version at docs.cloud.google.com/tpu/docs (v2 ... v6e, tpu7x); v4's links: "TPU v4: An
@@ -15,24 +15,24 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """An accelerator chip. Figures that are not known, or not asked for anywhere, are None.
+    """An accelerator chip. Figures that are unknown, or unused, are None.
 
     Attributes:
-      name: what people call it.
-      kinds: beginnings of `jax.Device.device_kind`.
-      flops: peak operations a second of the chip.
-      num_devices: how many devices JAX counts for one chip: v2, v3 and TPU7x show each of their two
+      name: its common name.
+      kinds: prefixes of `jax.Device.device_kind`.
+      flops: peak operations per second of the chip.
+      num_devices: devices that JAX counts for one chip: v2, v3 and TPU7x show each of their two
         cores; v4 and v5p join theirs (megacore).
       hbm_bytes: memory.
-      usable_hbm_bytes: what a program may use of it: libtpu's "available HBM" (libtpu 0.0.42),
-        whose last digit differs between programs; of GPUs all of the data sheet's.
-      hbm_bandwidth: bytes a second.
-      links: to neighbouring chips: 2 a dimension of a torus; 1 for a switch between all.
-      link_bandwidth: bytes a second one way, of a link. (The vendors' "bidirectional" figure is of
-        all links both ways.)
-      dcn_bandwidth: bytes a second one way of a chip's share of the data-centre network.
-      wraps: chips along a dimension from which on its ends are joined into a ring; torus dimensions
-        of v4, v5p and TPU7x must be multiples of it.
+      usable_hbm_bytes: memory a program may use: libtpu's "available HBM" (libtpu 0.0.42), whose
+        last digit differs between programs; for GPUs all of the data sheet's.
+      hbm_bandwidth: bytes per second.
+      links: to neighbouring chips: 2 per dimension of a torus; 1 for a switch between all.
+      link_bandwidth: bytes per second of one link, one way. (The vendors' "bidirectional" figure is
+        for all links both ways.)
+      dcn_bandwidth: bytes per second, one way, of a chip's share of the data-centre network.
+      wraps: a torus dimension of at least this many chips has its ends joined; the dimensions of
+        v4, v5p and TPU7x must be multiples of it.
     """
 
     name: str
@@ -72,8 +72,8 @@ CHIPS = (
 def chip_of(device_kind: str) -> Chip | None:
     """The chip of a `jax.Device.device_kind`, e.g. "TPU v5 lite"; None for one not in the table.
 
-    A TPU's name must be the whole of it ("TPU v4 lite" is not a v4); a GPU's may go on
-    ("NVIDIA A100-SXM4-40GB"), and the longest beginning counts.
+    A TPU's kind must match in full ("TPU v4 lite" is not a v4); a GPU's may be longer
+    ("NVIDIA A100-SXM4-40GB"), and the longest prefix counts.
     """
     found = [
         (len(kind), chip)
@@ -85,11 +85,11 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def _begins(device_kind: str, kind: str) -> bool:
-    """Whether a whole word ends there: "NVIDIA L40S" is no L4."""
+    """Whether `kind` is a prefix that ends a word: "NVIDIA L40S" is not an L4."""
     return device_kind.startswith(kind) and not device_kind[len(kind) :][:1].isalnum()
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak operations a second of one device as JAX counts them; None where it is not known."""
+    """Peak operations per second of one device as JAX counts devices; None where unknown."""
     chip = chip_of(device_kind)
     return None if chip is None else chip.flops / chip.num_devices

@@ -20,7 +20,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,15 +114,17 @@ def program_cost(text: str, mesh: Any) -> ProgramCost:
     sizes = dict(mesh.shape)
     counter = _Counter(computations, math.prod(sizes.values()), sizes.get("slice", 1))
     totals = counter.of(entry, "", False)
-    found: dict[tuple[Any, ...], list[float]] = {}
+    named = _Totals()
     for (op, groups, dtype, is_async), figures in totals.collectives.items():
-        axes, size = _axes_of(groups, sizes)
-        total = found.setdefault((op, axes, dtype, size, is_async), [0.0] * 4)
-        for i, figure in enumerate(figures):
-            total[i] += figure
+        named.put((op, *_axes_of(groups, tuple(sizes.items())), dtype, is_async), figures)
     listed = [
         Collective(op, axes, dtype, size, is_async, int(calls), count, payload, wire)
-        for (op, axes, dtype, size, is_async), (calls, count, payload, wire) in found.items()
+        for (op, axes, size, dtype, is_async), (
+            calls,
+            count,
+            payload,
+            wire,
+        ) in named.collectives.items()
     ]
     return ProgramCost(
         tuple(sorted(listed, key=lambda c: -c.wire_bytes)), totals.flops, dict(totals.calls),
@@ -134,17 +136,14 @@ class _Totals:
     """Sums over a computation run once. Collectives: (calls, count, payload, wire) by key."""
 
     def __init__(self) -> None:
-        self.collectives: dict[tuple[Any, ...], list[float]] = {}
+        self.collectives: dict[tuple[Any, ...], tuple[float, ...]] = {}
         self.calls: collections.Counter[str] = collections.Counter()
         self.flops = self.hbm = self.host = 0.0
         self.loops: list[tuple[str, float, int | None]] = []
 
     def add(self, other: _Totals, times: float = 1) -> None:
         for key, (calls, *figures) in other.collectives.items():
-            mine = self.collectives.setdefault(key, [0.0] * 4)
-            mine[0] += calls
-            for i, figure in enumerate(figures):
-                mine[i + 1] += times * figure
+            self.put(key, (calls, *(times * figure for figure in figures)))
         for name, count in other.calls.items():
             self.calls[name] += times * count  # type: ignore[assignment]
         self.flops += times * other.flops
@@ -158,9 +157,11 @@ class _Totals:
     ) -> None:  # fmt: skip
         share = (len(groups[0]) - 1) / len(groups[0])
         wire = payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(op, share)
-        figures = self.collectives.setdefault((op, groups, dtype, is_async), [0.0] * 4)
-        for i, figure in enumerate((1, 1, payload, wire)):
-            figures[i] += figure
+        self.put((op, groups, dtype, is_async), (1, 1, payload, wire))
+
+    def put(self, key: tuple[Any, ...], figures: Iterable[float]) -> None:
+        old = self.collectives.get(key, (0.0,) * 4)
+        self.collectives[key] = tuple(a + b for a, b in zip(old, figures, strict=True))
 
     @property
     def weight(self) -> tuple[float, float, float]:
@@ -297,7 +298,7 @@ class _Counter:
         return _hbm(written) + sum(_hbm(operand.arrays) for operand in operands)
 
     def fusion_traffic(self, instruction: Instruction) -> float:
-        """A fusion reads of an operand what it slices from it, and may update another in place."""
+        """A fusion reads what it slices from an operand, and may update another in place."""
         inside = self.computations[instruction.attribute("calls") or ""]
         total, updated = 0.0, set()
         root = inside.root
@@ -329,12 +330,12 @@ def _hbm(arrays: tuple[Array, ...]) -> float:
 
 
 def _hbm_as(arrays: tuple[Array, ...], where: Array) -> float:
-    """Bytes of `arrays`, if they are part of an array in device memory."""
+    """Bytes of `arrays` if `where`, the array they are part of, is in device memory."""
     return sum(a.bytes for a in arrays) if where.space == 0 else 0.0
 
 
 def _through(instruction: Instruction) -> Instruction:
-    """What an instruction passes on unchanged."""
+    """The instruction whose values this one passes on."""
     while instruction.op in ("bitcast", "copy", "convert", "reshape", "transpose"):
         instruction = instruction.operands[0]
     return instruction
@@ -402,7 +403,7 @@ def _window(attributes: str):
 def _valid_pairs(
     size: int, kernel: int, out: int, stride: int, pad: int, dilate: int, kernel_dilate: int
 ) -> int:
-    """Pairs of output and kernel position that meet an element, not padding or a hole."""
+    """Pairs of output and kernel position that meet an element, not padding or dilation."""
     at, found = np.arange(out, dtype=np.int64) * stride - pad, 0
     for k in range(kernel):
         positions = at + k * kernel_dilate
@@ -412,10 +413,10 @@ def _valid_pairs(
 
 
 def trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> int | None:
-    """How often a loop's body runs; None where the program does not say.
+    """How often a loop's body runs; None where the program does not state it.
 
-    XLA for GPUs notes it. Else it is read from the condition: a counter that the loop begins with a
-    constant is compared with one. (libtpu counts in ones.)
+    XLA for GPUs writes it down. Otherwise it follows from the condition, which compares a counter
+    that starts at a constant with a constant. (libtpu counts in ones.)
     """
     match = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if match:
@@ -525,20 +526,13 @@ def _joined(pairs: list[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
 
 
 @functools.cache
-def _axes_cache(
+def _axes_of(
     groups: tuple[tuple[int, ...], ...], sizes: tuple[tuple[str, int], ...]
 ) -> tuple[tuple[str, ...], int]:
-    shape = tuple(size for _, size in sizes)
-    group = groups[0]
+    """(names of the mesh axes that groups span, devices per group); `sizes` of the mesh axes."""
+    group, shape = groups[0], tuple(size for _, size in sizes)
     coordinates = np.array(np.unravel_index(group, shape))
     varying = [i for i in range(len(shape)) if len(set(coordinates[i].tolist())) > 1]
     whole = math.prod(shape[i] for i in varying) == len(group)
     axes = tuple(sizes[i][0] for i in varying)
     return (axes if whole else (f"groups of {len(group)}",)), len(group)
-
-
-def _axes_of(
-    groups: tuple[tuple[int, ...], ...], sizes: Mapping[str, int]
-) -> tuple[tuple[str, ...], int]:
-    """(names of the mesh axes that groups span, devices of a group)."""
-    return _axes_cache(groups, tuple(sizes.items()))

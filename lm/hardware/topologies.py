@@ -1,4 +1,4 @@
-"""Accelerators that are not here: devices to compile for, described by the platform's compiler.
+"""Accelerators that are not here: devices to compile for, as the compiler describes them.
 
     devices = describe("v5e:16x16")          # a TPU slice, as the cloud names its shapes
     devices = describe("2*v5p:4x4x8")        # two of them, joined by the data-centre network
@@ -6,8 +6,8 @@
 
 Nothing can run on such a device; `jax.jit(f).lower(...).compile()` for it gives the program, its
 memory and its collectives. TPUs need the package `libtpu`, GPUs `jax-cuda12-plugin` and its
-`jax-cuda12-pjrt` (no driver), in this environment or in `COMPILERS`, a folder of its own where they
-trouble no program that wants neither.
+`jax-cuda12-pjrt` (no driver), in this environment or in the folder `COMPILERS`, where other
+programs do not find them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jax.experimental import topologies
 COMPILERS = pathlib.Path(os.environ.get("LM_COMPILERS", pathlib.Path(sys.prefix) / "aot"))
 
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # dimensions of the torus
-GPUS = {"h200": 8}  # most on a host
+GPUS = {"h200": 8}  # at most on a host
 _CUDA = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 
 # A GpuTargetConfigProto. Figures: NVIDIA H200 data sheet and CUDA C programming guide, table of
@@ -69,7 +69,7 @@ def parse(name: str) -> tuple[int, str, tuple[int, ...]]:
     slices, chip = int(match[1] or 1), match[2]
     sizes = tuple(int(size) for size in match[3].split("x"))
     if 0 in (slices, *sizes):
-        raise TopologyError(f"topology {name!r} has no chips; sizes begin at 1")
+        raise TopologyError(f"topology {name!r} has no chips; sizes start at 1")
     if chip in GPUS and (len(sizes) != 1 or slices != 1 or sizes[0] > GPUS[chip]):
         raise TopologyError(f"topology {name!r}: {chip} is one host of 1 to {GPUS[chip]}; {chip}:8")
     if chip in TPUS and len(sizes) != TPUS[chip]:
@@ -109,7 +109,7 @@ def describe(name: str) -> list[Any]:
         if slices > 1:
             options["num_slices"] = slices
     try:
-        with _quiet():
+        with quiet():
             jax.devices("cpu")  # what starting JAX loads speaks too
             try:
                 return list(topologies.get_topology_desc(**options).devices)
@@ -124,11 +124,10 @@ def describe(name: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What libtpu and XLA say on stderr of hardware that is not here goes nowhere.
+def quiet() -> Iterator[None]:
+    """Drops what libtpu and XLA write to stderr about missing hardware, unless the block raises.
 
-    They write past Python, to the file descriptor. Of a failure all of it is shown after all; an
-    exception says what it has to by itself.
+    They write to the file descriptor, past Python's `sys.stderr`.
     """
     sys.stderr.flush()
     kept = os.dup(2)
@@ -147,7 +146,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _prepare() -> None:
-    """Makes what lies in COMPILERS importable, and lets several processes compile at once."""
+    """Makes the packages in COMPILERS importable, and lets several processes compile at once."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -250,8 +250,8 @@ ENTRY %main (p: bf16[1024]) -> bf16[1024] {{
 """,
         mesh(slice=4, fsdp=2),
     ).collectives
-    told = {(c.op, c.axes, c.size, c.is_async): (c.count, c.payload_bytes) for c in found}
-    assert told == {
+    sent = {(c.op, c.axes, c.size, c.is_async): (c.count, c.payload_bytes) for c in found}
+    assert sent == {
         ("all-reduce", ("slice",), 4, False): (1, 2048),
         ("all-gather", ("slice",), 4, True): (1, 4 * 2048),
     }

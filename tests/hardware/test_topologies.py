@@ -1,4 +1,4 @@
-"""Devices that are not here: their names, what is refused, and what is said on the way."""
+"""Devices that are not here: their names, what is refused, and what is written to stderr."""
 
 from __future__ import annotations
 
@@ -11,34 +11,26 @@ import pytest
 from lm.hardware import topologies
 
 
-@pytest.mark.parametrize(
-    ("name", "parsed"),
-    [
-        ("v5e:2x2", (1, "v5e", (2, 2))),
-        ("V6E:16x16", (1, "v6e", (16, 16))),
-        ("2*v5p:4x4x8", (2, "v5p", (4, 4, 8))),
-        ("h200:8", (1, "h200", (8,))),
-    ],
-)
-def test_names(name, parsed) -> None:
-    assert topologies.parse(name) == parsed
+def test_names() -> None:
+    for name, parsed in {
+        "v5e:2x2": (1, "v5e", (2, 2)), "V6E:16x16": (1, "v6e", (16, 16)),
+        "2*v5p:4x4x8": (2, "v5p", (4, 4, 8)), "h200:8": (1, "h200", (8,)),
+    }.items():  # fmt: skip
+        assert topologies.parse(name) == parsed
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("v9:2x2", "topology 'v9:2x2' is unknown; known chips are v4, v5e"),
-        ("v5e", "is unknown"),
-        ("v5e:2x2x2", "a v5e slice has 2 dimensions; v5e:4x4"),
-        ("v5p:4x4", "a v5p slice has 3 dimensions; v5p:4x4x4"),
-        ("v5e:0x2", "has no chips"),
-        ("h200:9", "one host of 1 to 8"),
-        ("2*h200:8", "one host of 1 to 8"),
-    ],
-)
-def test_wrong_names_are_refused_with_what_works(name, message) -> None:
-    with pytest.raises(topologies.TopologyError, match=message):
-        topologies.parse(name)
+def test_wrong_names_are_refused_with_what_works() -> None:
+    for name, message in {
+        "v9:2x2": "topology 'v9:2x2' is unknown; known chips are v4, v5e",
+        "v5e": "is unknown",
+        "v5e:2x2x2": "a v5e slice has 2 dimensions; v5e:4x4",
+        "v5p:4x4": "a v5p slice has 3 dimensions; v5p:4x4x4",
+        "v5e:0x2": "has no chips",
+        "h200:9": "one host of 1 to 8",
+        "2*h200:8": "one host of 1 to 8",
+    }.items():
+        with pytest.raises(topologies.TopologyError, match=message):
+            topologies.parse(name)
 
 
 def need(chip: str) -> None:
@@ -75,7 +67,7 @@ def test_sizes_that_make_no_hosts_are_refused() -> None:
 
 
 @pytest.mark.aot
-def test_nothing_is_said_of_hardware_that_is_not_here() -> None:
+def test_nothing_is_written_about_hardware_that_is_not_here() -> None:
     need("v5e")
     code = "from lm.hardware import topologies; print(len(topologies.describe('v5e:2x2')))"
     done = subprocess.run(
@@ -85,13 +77,13 @@ def test_nothing_is_said_of_hardware_that_is_not_here() -> None:
     assert (done.stdout, done.stderr) == ("4\n", "")
 
 
-def test_of_a_failure_everything_is_said(capfd) -> None:
-    with topologies._quiet():
+def test_everything_is_written_of_a_failure(capfd) -> None:
+    with topologies.quiet():
         os.write(2, b"noise\n")
     assert capfd.readouterr().err == ""
 
     def fail() -> None:
-        with topologies._quiet():
+        with topologies.quiet():
             os.write(2, b"the reason\n")
             raise RuntimeError
 
