@@ -85,7 +85,7 @@ def make_jax_step(
     from lm.train.state import init_state
     from lm.train.step import make_train_step
 
-    layout = Layout(make_mesh(MeshShape()), make_rules())
+    layout = Layout(make_mesh(MeshShape(), jax.devices()[:1]), make_rules())
     optimizer = make_optimizer(AdamW(B1, B2, EPS, WEIGHT_DECAY))
     function = None if attention is None else functools.partial(attend, implementation=attention)
     gradient = Accumulation(

@@ -24,7 +24,7 @@ from lm.infer import programs as infer
 from lm.infer.cache import make_cache
 from lm.infer.generate import MIN_STOPS
 from lm.kernels.attention import IMPLEMENTATIONS
-from lm.model import check_mesh, param_specs
+from lm.model import check_layout, param_specs
 from lm.model.params import unstacked_specs
 from lm.parallel import choose_strategy, context_attention, reorder_for
 from lm.run.layout import check_sizes
@@ -143,7 +143,8 @@ def _train_layout(config: Aot, mesh: Any) -> Layout:
 
 
 def _check_serve(name: Name, config: Aot, mesh: Any, rows: int) -> None:
-    check_mesh(config.model, mesh)
+    rules = make_rules(config.serve.zero)
+    check_layout(config.model, Layout(mesh, rules))
     length = config.cache_length
     if not 1 <= length <= config.model.max_length:
         raise ValueError(
@@ -164,7 +165,7 @@ def _check_serve(name: Name, config: Aot, mesh: Any, rows: int) -> None:
             f"train.attention={config.train.attention!r} is the training step's; {name} uses what "
             "its cache chooses, so leave it out"
         )
-    check_divides(mesh, make_rules(config.serve.zero).activations["batch"], "serve's rows", rows)
+    check_divides(mesh, rules.activations["batch"], "serve's rows", rows)
 
 
 def check_attention(name: str | None, platform: str) -> None:

@@ -13,8 +13,8 @@ import flax.struct
 import jax
 
 from lm.model.config import Attention, FeedForward, Latent, Layer, ModelConfig, Norm, Stack
-from lm.sharding import check_divides
-from lm.weights import ParamSpec
+from lm.sharding import Layout, check_divides
+from lm.weights import ParamSpec, is_spec, shardings
 from lm.weights.specs import map_specs
 
 Slot = Any  # a Weight; in the trees made from the specs, a ParamSpec, a shape or a sharding
@@ -312,20 +312,32 @@ def stack(params: ModelWeights, config: ModelConfig) -> ModelWeights:
     )
 
 
-def check_mesh(config: ModelConfig, mesh: Any) -> None:
-    """Raises ValueError, with the sizes that work, where a mesh axis does not divide the model."""
+def check_layout(
+    config: ModelConfig, layout: Layout, specs: Any = None, pipeline: bool = False
+) -> None:
+    """Whether the layout can split the model: its weights, gradients, optimizer state and heads.
+
+    Args:
+      config: the model.
+      layout: mesh and rules, and with them the ZeRO stage and its axes.
+      specs: of every weight, where some are not plain arrays; None for `param_specs(config)`.
+      pipeline: whether something runs the stages; else `stage` must be 1.
+
+    Raises:
+      ValueError: a mesh axis does not divide a size, or the model has no use for one. The message
+        names the weight, the axis and the sizes that work.
+    """
+    mesh, rules = layout.mesh, layout.rules
+    specs = param_specs(config) if specs is None else specs
+    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+    used = {"stage": pipeline, "expert": any("experts" in spec.axes for spec in leaves)}
     for axis, missing in (("stage", "pipeline"), ("expert", "mixture of experts")):
-        if mesh.shape.get(axis, 1) > 1:
+        if mesh.shape[axis] > 1 and not used[axis]:
             raise ValueError(
                 f"mesh axis {axis!r}={mesh.shape[axis]}: the model has no {missing}; use 1"
             )
-    check_divides(mesh, "fsdp", "embed_dim", config.embed_dim)
-    check_divides(mesh, "tensor", "padded vocab_size", config.padded_vocab_size)
-    for layer in dict.fromkeys(config.layers):
-        check_divides(mesh, "tensor", "num_kv_heads", layer.attention.num_kv_heads)
-        check_divides(mesh, "tensor", "num_heads", layer.attention.num_heads)
-        check_divides(mesh, "tensor", "feed_forward.hidden_dim", layer.feed_forward.hidden_dim)
-        if (latent := layer.attention.latent) is not None:
-            check_divides(mesh, "fsdp", "latent.kv_rank", latent.kv_rank)
-            if latent.query_rank is not None:
-                check_divides(mesh, "fsdp", "latent.query_rank", latent.query_rank)
+    for a in dict.fromkeys(layer.attention for layer in config.layers):
+        for name, size in (("kv_heads", a.num_kv_heads), ("heads", a.num_heads)):
+            check_divides(mesh, rules.activations.get(name, ()), f"num_{name}", size)
+    for kind in ("weights", "gradients", "optimizer"):
+        shardings(specs, rules, mesh, kind=kind)

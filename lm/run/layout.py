@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from lm.model import ModelConfig, check_mesh
+from lm.model import ModelConfig, check_layout
 from lm.parallel import check_context
 from lm.sharding import (
     Layout,
@@ -55,7 +55,7 @@ def check_sizes(
             f"train.sequence_length={sequence_length} is not between 1 and model.max_length="
             f"{model.max_length}; shorten the rows or raise the model's length"
         )
-    check_mesh(model, mesh)
+    check_layout(model, layout)
     if num_micro_batches < 1 or batch_size % num_micro_batches:
         raise ValueError(
             f"train.num_micro_batches={num_micro_batches} does not divide the {batch_size} rows of "

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lm.sharding.rules import REPLICAS, Rules, Table, mesh_axes, partition_spec, without
+from lm.sharding.rules import Rules, Table, mesh_axes, partition_spec, without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,7 @@ class Layout:
 
         JAX adds `axis` to every constraint and `shard_map` in there, so no rule may name it.
         """
-        tables = dataclasses.asdict(self.rules)
-        rules = Rules(**{name: without(table, (axis,)) for name, table in tables.items()})
-        return Layout(self.mesh, rules, (*self.mapped, axis))
+        return Layout(self.mesh, self.rules.without((axis,)), (*self.mapped, axis))
 
 
 _current: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -103,7 +101,7 @@ def map_devices(
     )
     return jax.shard_map(
         function,
-        mesh=mesh if around.empty else around,
+        mesh=around if around.manual_axes else mesh,
         axis_names={axis for axis in mesh.axis_names if axis not in around.manual_axes},
         in_specs=specs[0],
         out_specs=specs[1],
@@ -150,25 +148,24 @@ def constrain_both(
 
 
 def gather_weight(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """A weight as matrices multiply it: gathered over the axes of tokens, split over `tensor`.
+    """A weight as products need it: whole along `Rules.gathered`, split along its other axes.
 
-    One mesh axis at a time, the last of a dimension first. On the way back the gradient goes to the
+    So ZeRO's splits are undone; those over `tensor`, and of experts over `expert`, stay. One mesh
+    axis at a time, the last of a dimension first. On the way back the gradient goes to the
     `gradients` table, the first axis first: a reduce-scatter under ZeRO-2 and -3, an all-reduce
-    otherwise. Nothing without a layout.
+    otherwise, over the batch axes that do not split the weight itself. Nothing without a layout.
     """
     layout = current_layout()
     if layout is None:
         return x
     mesh, rules = layout.mesh, layout.rules
+    whole = [name for name in rules.gathered if name in logical_axes]
     split = [
-        a
-        for axes in (*rules.weights.values(), *rules.gradients.values())
-        for a in axes
-        if a in REPLICAS
+        a for table in (rules.weights, rules.gradients) for n in whole for a in table.get(n, ())
     ]
     shared = [a for a in dict.fromkeys(split) if mesh.shape[a] > 1]
     for i in reversed(range(max(1, len(shared)))):
-        forward = named_sharding(mesh, without(rules.weights, shared[i:]), logical_axes)
-        backward = named_sharding(mesh, without(rules.gradients, shared[i + 1 :]), logical_axes)
-        x = reshard(x, forward, backward)
+        forward = named_sharding(mesh, without(rules.weights, shared[i:], whole), logical_axes)
+        back = named_sharding(mesh, without(rules.gradients, shared[i + 1 :], whole), logical_axes)
+        x = reshard(x, forward, back)
     return x

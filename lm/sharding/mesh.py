@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis. At most one may be -1: the devices that are left.
+    """Devices along each mesh axis. At most one may be -1, for all remaining devices.
 
     Attributes:
       slice: replicas across the data-centre network (several TPU slices).
@@ -52,7 +53,7 @@ class MeshShape:
         if len(free) > 1:
             names = " and ".join(repr(AXES[i]) for i in free)
             raise ValueError(f"mesh axes {names} are both -1; only one can be what is left")
-        fixed = int(np.prod([size for size in sizes if size != -1]))
+        fixed = math.prod(size for size in sizes if size != -1)
         if free:
             if num_devices % fixed:
                 raise ValueError(
@@ -66,7 +67,7 @@ class MeshShape:
             )
             raise ValueError(
                 f"the mesh {shape or '(all axes 1)'} needs {fixed} devices, {num_devices} present; "
-                "change an axis, or set one to -1 to take what is left"
+                "change an axis, set one to -1 to take what is left, or make fewer devices visible"
             )
         return tuple(sizes)
 
@@ -75,7 +76,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `shape` over `devices` (default: all), laid out for their interconnect.
 
     Axes are of type Auto: sharding is stated by constraints and by jit's in and out shardings.
-    A mesh that needs fewer devices than are present takes the first ones.
+    CPU devices are a pretence, so a smaller mesh takes the first ones of a single process. A mesh
+    that would leave accelerators idle is refused, unless those to use are given.
 
     Raises:
       ValueError: the shape does not fit the devices.
@@ -83,15 +85,13 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     if devices is None:
         devices = jax.devices()
         wanted = [getattr(shape, axis) for axis in AXES]
-        if -1 not in wanted and all(size > 0 for size in wanted):
-            count = int(np.prod(wanted))
-            if count < len(devices) and jax.process_count() == 1:
-                devices = devices[:count]
+        if devices[0].platform == "cpu" and jax.process_count() == 1 and min(wanted) > 0:
+            devices = devices[: math.prod(wanted)]
     sizes = shape.sizes(len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices != sizes[0] and devices[0].platform == "tpu":
         raise ValueError(
-            f"mesh axis 'slice'={sizes[0]}, and the devices lie in {slices} slice"
+            f"mesh axis 'slice'={sizes[0]}, and the devices are in {slices} slice"
             f"{'s' * (slices > 1)}; use slice={slices} and let the other axes divide the "
             f"{len(devices) // slices} devices of one"
         )
@@ -108,13 +108,12 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def pretend_cpu_devices(shape: MeshShape) -> None:
-    """Let the CPU stand for as many devices as `shape` asks for; other platforms do not mind.
+    """Creates enough CPU devices for `shape`. No effect on GPU or TPU.
 
-    It works before JAX's first use of a device, and leaves an explicit
-    `--xla_force_host_platform_device_count` alone.
+    Nor once JAX has used a device, or where `--xla_force_host_platform_device_count` is given.
     """
     sizes = [size for size in dataclasses.astuple(shape) if size > 0]
-    wanted = int(np.prod(sizes))
+    wanted = math.prod(sizes)
     if wanted > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the backend is up already
             jax.config.update("jax_num_cpu_devices", wanted)

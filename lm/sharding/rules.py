@@ -15,8 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 Table = Mapping[str, tuple[str, ...]]
 
-BATCH = ("slice", "data", "fsdp")
-REPLICAS = (*BATCH, "context")  # axes that split tokens, and over which weights are the same
+BATCH = ("slice", "data", "fsdp", "expert")
+TOKENS = (*BATCH, "context")  # axes that split tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,21 @@ class Rules:
       weights: parameters at rest.
       gradients: gradients, as the backward pass leaves them.
       optimizer: optimizer state and the parameter update.
+      gathered: logical axes of weights that ZeRO splits and a product needs whole; the others, of
+        which each device multiplies by its own part (`ffn`, `experts`), stay split.
     """
 
     activations: Table
     weights: Table
     gradients: Table
     optimizer: Table
+    gathered: tuple[str, ...] = ("embed", "expert_embed")
+
+    def without(self, mesh_axes: Sequence[str]) -> Rules:
+        """The rules that split nothing over these mesh axes."""
+        names = ("activations", "weights", "gradients", "optimizer")
+        tables = {name: without(getattr(self, name), mesh_axes) for name in names}
+        return dataclasses.replace(self, **tables)
 
     def __hash__(self) -> int:
         tables = (getattr(self, field.name) for field in dataclasses.fields(self))
@@ -42,13 +51,13 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """How arrays lie on the mesh.
+    """How arrays are sharded over the mesh.
 
     Attributes:
       zero: ZeRO stage over `zero_axes`.
       sequence_parallel: between blocks, split the sequence over `tensor`.
-      zero_axes: mesh axes that share the state. On a TPU pod, `fsdp,data` with each as long as one
-        dimension of the torus moves half of the gradients' bytes of one long `fsdp`.
+      zero_axes: mesh axes that ZeRO shards the state over. On a TPU pod, `fsdp,data` with each as
+        long as one dimension of the torus moves half of the gradients' bytes of one long `fsdp`.
       context: how attention crosses the mesh axis `context`, see `lm.parallel.context`; None for
         "zigzag" where that axis is larger than 1.
     """
@@ -65,24 +74,27 @@ def make_rules(
     """Tensor parallelism over `tensor` and ZeRO (arXiv:1910.02054) stage `zero` over `zero_axes`.
 
     Args:
-      zero: 0 replicates everything over `fsdp`; 1 shards the optimizer state, 2 also the
+      zero: 0 replicates everything over `zero_axes`; 1 shards the optimizer state, 2 also the
         gradients, 3 also the weights.
       sequence_parallel: between blocks, also split the sequence over `tensor` (arXiv:2205.05198).
-      zero_axes: axes of the tokens that share the state, the ones nearest each other first. Weights
-        are gathered, and gradients scattered, over one of them at a time: where each is one
-        dimension of a torus, a TPU's links carry half of what they would for one large axis (its
-        compiler makes an all-reduce of a reduce-scatter over several dimensions).
+      zero_axes: mesh axes ZeRO shards the state over, fastest interconnect first, all of them axes
+        that split tokens. Weights are gathered, and gradients scattered, over one of them at a
+        time: where each is one dimension of a torus, a TPU's links carry half of what they would
+        for one large axis (its compiler makes an all-reduce of a reduce-scatter over several
+        dimensions). The weights of experts, already split over `expert`, take the others
+        (`expert_embed`); dense weights are replicated over `expert` unless it is named here.
 
     Raises:
       ValueError: `zero` is not 0, 1, 2 or 3, or `zero_axes` are not different axes of the tokens.
     """
     if zero not in (0, 1, 2, 3):
         raise ValueError(f"ZeRO stage {zero} does not exist; use 0, 1, 2 or 3")
-    if not zero_axes or len({*zero_axes} & {*REPLICAS}) != len(zero_axes):
-        raise ValueError(f"zero_axes={zero_axes} must be different ones of {', '.join(REPLICAS)}")
+    if not zero_axes or len({*zero_axes} & {*TOKENS}) != len(zero_axes):
+        raise ValueError(f"zero_axes={zero_axes} must be different ones of {', '.join(TOKENS)}")
     tensor = dict.fromkeys(("heads", "kv_heads", "ffn", "vocab"), ("tensor",))
     tensor |= {"layers": ("stage",), "experts": ("expert",)}
-    sharded = tensor | {"embed": tuple(zero_axes)}
+    of_experts = tuple(axis for axis in zero_axes if axis != "expert")
+    sharded = tensor | {"embed": tuple(zero_axes), "expert_embed": of_experts}
     activations = {
         "batch": BATCH,
         "sequence": ("context",),
@@ -100,9 +112,16 @@ def make_rules(
     )
 
 
-def without(table: Table, mesh_axes: Sequence[str]) -> Table:
-    """The table that does not split over these mesh axes."""
-    return {name: tuple(a for a in axes if a not in mesh_axes) for name, axes in table.items()}
+def without(
+    table: Table, mesh_axes: Sequence[str], logical_axes: Sequence[str] | None = None
+) -> Table:
+    """The table that does not split over these mesh axes: all of it, or these logical axes."""
+    return {
+        name: tuple(a for a in axes if a not in mesh_axes)
+        if logical_axes is None or name in logical_axes
+        else axes
+        for name, axes in table.items()
+    }
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

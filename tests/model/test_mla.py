@@ -25,7 +25,7 @@ from lm.model import (
     RopeScaling,
     Stack,
     Tokens,
-    check_mesh,
+    check_layout,
     forward,
     param_specs,
     unstack,
@@ -207,16 +207,19 @@ def test_decoding_over_tensor_equals_one_device():
     np.testing.assert_allclose(split, jax.jit(run_two)(params), rtol=1e-5, atol=1e-5)
 
 
-def test_meshes_must_divide_the_latents():
-    check_mesh(SHARDED, make_mesh(MeshShape(fsdp=8)))
-    for field, latent in {
-        "kv_rank=12": dataclasses.replace(SIZES, kv_rank=12, query_rank=8),
-        "query_rank=6": SIZES,
+def test_layouts_must_divide_the_latents():
+    split = Layout(make_mesh(MeshShape(fsdp=8)), make_rules())
+    check_layout(SHARDED, split)
+    for name, latent in {
+        "key_value_up .*embed=12": Latent(12, 4, 4, 6, 24),
+        "query_up .*embed=6": Latent(16, 4, 4, 6, 6),
     }.items():
-        with pytest.raises(ValueError, match=f"'fsdp'=8 does not divide latent.{field}; use 1, 2"):
-            check_mesh(model(latent), make_mesh(MeshShape(fsdp=8)))
+        attention = model(latent, num_heads=8)
+        other = dataclasses.replace(attention, vocab_size=512, embed_dim=32)
+        with pytest.raises(ValueError, match=name + "; use 1, 2"):
+            check_layout(other, split)
     with pytest.raises(ValueError, match="'tensor'=8 does not divide num_kv_heads=4"):
-        check_mesh(model(), make_mesh(MeshShape(tensor=8)))
+        check_layout(model(), Layout(make_mesh(MeshShape(tensor=8)), make_rules()))
 
 
 @pytest.mark.parametrize(

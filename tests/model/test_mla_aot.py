@@ -13,7 +13,7 @@ import pytest
 from lm.formats.families import make_config
 from lm.hardware import topologies
 from lm.infer.cache import make_cache
-from lm.model import Latent, ModelConfig, Tokens, check_mesh, forward, make_head, param_specs
+from lm.model import Latent, ModelConfig, Tokens, check_layout, forward, make_head, param_specs
 from lm.model.latent import expands
 from lm.model.params import unstacked_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
@@ -46,8 +46,9 @@ def layout_of(topology: str, zero: int) -> Layout:
     if not topologies.available(topology.split(":")[0]):
         pytest.skip(f"no compiler for {topology} here; `make compilers` installs it")
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2), topologies.describe(topology))
-    check_mesh(model(), mesh)
-    return Layout(mesh, make_rules(zero=zero))
+    layout = Layout(mesh, make_rules(zero=zero))
+    check_layout(model(), layout)
+    return layout
 
 
 def tokens_of(layout: Layout, T: int) -> Tokens:

@@ -18,7 +18,7 @@ from lm.model import (
     Norm,
     Rope,
     Tokens,
-    check_mesh,
+    check_layout,
     forward,
     make_head,
     make_stacks,
@@ -26,7 +26,7 @@ from lm.model import (
     stack,
     unstack,
 )
-from lm.sharding import MeshShape, make_mesh, make_rules
+from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.weights import Int8, ParamSpec, abstract, initialize, is_spec, path_name, shardings
 
 
@@ -345,7 +345,7 @@ def test_initial_values_belong_to_their_path():
 def test_abstract_shardings_and_initial_weights_agree(config):
     mesh, rules = make_mesh(MeshShape(fsdp=2, tensor=2)), make_rules()
     specs = param_specs(config)
-    check_mesh(config, mesh)
+    check_layout(config, Layout(mesh, rules))
     described, placed_at = abstract(specs, rules, mesh), shardings(specs, rules, mesh)
     made = jax.eval_shape(lambda key: initialize(specs, key), jax.random.key(0))
     placed = jax.device_put(weights(config), placed_at)
@@ -367,24 +367,47 @@ def test_heads_must_divide():
         Attention(8, 0, 16)
 
 
+TWO_AXES = make_rules(zero_axes=("fsdp", "data"))
+
+
 @pytest.mark.parametrize(
-    ("sizes", "mesh", "message"),
+    ("sizes", "mesh", "rules", "message"),
     [
-        ((48, 8, 8, 48, 48), MeshShape(tensor=3),
+        ((48, 8, 8, 48, 48), MeshShape(tensor=3), make_rules(),
          "mesh axis 'tensor'=3 does not divide num_kv_heads=8; use 1, 2, 4 or 8"),
-        ((48, 8, 2, 48, 48), MeshShape(tensor=4), "'tensor'=4 does not divide num_kv_heads=2"),
-        ((48, 8, 8, 50, 48), MeshShape(tensor=4), "does not divide feed_forward.hidden_dim=50"),
-        ((42, 8, 8, 48, 48), MeshShape(fsdp=4), "'fsdp'=4 does not divide embed_dim=42; use 1, 2"),
-        ((48, 8, 8, 48, 50), MeshShape(tensor=4), "does not divide padded vocab_size=50; use 1, 2"),
+        ((48, 8, 2, 48, 48), MeshShape(tensor=4), make_rules(), "does not divide num_kv_heads=2"),
+        ((48, 8, 8, 50, 48), MeshShape(tensor=4), make_rules(),
+         r"0/feed_forward/up \[1, 48, 50\]: mesh axis 'tensor'=4 does not divide ffn=50; use 1, 2"),
+        ((42, 8, 8, 48, 48), MeshShape(fsdp=4), make_rules(1), "'fsdp'=4 does not divide embed=42"),
+        ((42, 8, 8, 48, 48), MeshShape(fsdp=4), make_rules(0), None),
+        ((48, 8, 8, 48, 48), MeshShape(fsdp=2, data=4), make_rules(), None),
+        ((44, 8, 8, 48, 48), MeshShape(fsdp=2, data=4), TWO_AXES, "do not divide embed=44"),
+        ((48, 8, 8, 48, 50), MeshShape(tensor=4), make_rules(), r"embed \[50, 48\].*vocab=50"),
+        ((48, 8, 8, 48, 48), MeshShape(stage=2), make_rules(), "'stage'=2: the model has no pipe"),
+        ((48, 8, 8, 48, 48), MeshShape(expert=2), make_rules(), "'expert'=2: the model has no mix"),
     ],
 )  # fmt: skip
-def test_meshes_must_divide(sizes, mesh, message):
+def test_layouts_must_divide_the_model(sizes, mesh, rules, message):
     embed_dim, num_heads, num_kv_heads, hidden_dim, vocab_size = sizes
     layer = Layer(Attention(num_heads, num_kv_heads, 4), FeedForward(hidden_dim))
     config = ModelConfig(vocab_size, embed_dim, make_stacks((layer,)), vocab_multiple=1)
+    layout = Layout(make_mesh(mesh), rules)
+    if message is None:
+        return check_layout(config, layout)
     with pytest.raises(ValueError, match=message):
-        check_mesh(config, make_mesh(mesh))
-    check_mesh(config, make_mesh(MeshShape(fsdp=2, tensor=2)))
+        check_layout(config, layout)
+
+
+def test_stages_must_divide_the_repeats():
+    layer = Layer(Attention(2, 2, 4), FeedForward(16))
+    layout = Layout(make_mesh(MeshShape(stage=2)), make_rules())
+    for num_layers, message in ((4, None), (3, "'stage'=2 does not divide layers=3; use 1 or 3")):
+        config = ModelConfig(48, 16, make_stacks((layer,) * num_layers))
+        if message is None:
+            check_layout(config, layout, pipeline=True)
+        else:
+            with pytest.raises(ValueError, match=message):
+                check_layout(config, layout, pipeline=True)
 
 
 def test_ids_must_be_rows():

@@ -15,6 +15,7 @@ from lm.sharding import (
     check_divides,
     constrain,
     current_layout,
+    gather_weight,
     make_mesh,
     make_rules,
     named_sharding,
@@ -41,6 +42,17 @@ def test_a_small_mesh_takes_the_first_devices():
     assert make_mesh(MeshShape(), jax.devices()[3:4]).devices.item() == jax.devices()[3]
 
 
+def test_accelerators_are_not_left_idle(monkeypatch):
+    gpus = [types.SimpleNamespace(platform="gpu", id=i) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: gpus)
+    with pytest.raises(ValueError, match=r"fsdp=2 needs 2 devices, 8 present; .* one to -1"):
+        make_mesh(MeshShape(fsdp=2))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="cpu")] * 8)
+    with pytest.raises(ValueError, match="needs 2 devices, 8 present"):
+        make_mesh(MeshShape(fsdp=2))
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -65,7 +77,7 @@ def test_zero_stages_shard_what_they_promise(zero):
     for table in (rules.weights, rules.gradients, rules.optimizer):
         assert table["heads"] == table["ffn"] == table["vocab"] == ("tensor",)
     assert "embed" not in rules.activations
-    assert rules.activations["batch"] == ("slice", "data", "fsdp")
+    assert rules.activations["batch"] == ("slice", "data", "fsdp", "expert")
 
 
 def test_unknown_zero_stage():
@@ -135,6 +147,58 @@ def test_constrain_follows_the_layout_in_force():
     assert y.sharding.is_equivalent_to(wanted, 2)
     assert y.addressable_shards[0].data.shape == (2, 4)
     np.testing.assert_array_equal(y, 2 * x)
+
+
+def shards(x: jax.Array) -> tuple[int, ...]:
+    """In how many parts each dimension is split."""
+    return tuple(n // k for n, k in zip(x.shape, x.sharding.shard_shape(x.shape), strict=True))
+
+
+def test_a_weight_is_gathered_over_what_zero_splits_alone():
+    """Experts stay on their devices, and dense layers use all batch axes."""
+    layout = Layout(make_mesh(MeshShape(fsdp=2, expert=2, tensor=2)), make_rules())
+    mesh, rules = layout.mesh, layout.rules
+    axes = ("experts", "expert_embed", "ffn")
+    at_rest = named_sharding(mesh, rules.weights, axes)
+    assert at_rest.spec == PartitionSpec("expert", "fsdp", "tensor")
+
+    def loss(experts, dense, x):
+        gathered = gather_weight(experts, *axes), gather_weight(dense, "embed", "ffn")
+        x = constrain(x, "batch", None)
+        y = jnp.einsum("bd,edf->bf", x, gathered[0]) + x @ gathered[1]
+        return jnp.sum(jnp.sin(y)), gathered
+
+    def under_layout(*arrays):
+        with use_layout(layout):
+            return jax.grad(loss, argnums=(0, 1), has_aux=True)(*arrays)
+
+    arrays = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((4, 8, 16), (8, 16))))
+    arrays = (*arrays, jax.random.normal(jax.random.key(9), (8, 8)))
+    places = (
+        at_rest,
+        *(
+            named_sharding(mesh, table, a)
+            for table, a in (
+                (rules.weights, ("embed", "ffn")),
+                (rules.activations, ("batch", None)),
+            )
+        ),
+    )
+    gradients, gathered = jax.jit(under_layout, in_shardings=places)(*arrays)
+    assert [shards(x) for x in gathered] == [(2, 1, 2), (1, 2)]
+    assert [shards(x) for x in gradients] == [(2, 2, 2), (2, 2)]
+    assert shards(jax.device_put(arrays[2], places[2])) == (4, 1)
+    expected, _ = jax.grad(loss, argnums=(0, 1), has_aux=True)(*arrays)
+    for x, y in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_weights_may_share_the_axis_of_experts():
+    table = make_rules(zero_axes=("fsdp", "expert")).weights
+    mesh = fake_mesh(fsdp=2, expert=4)
+    assert partition_spec(table, ("embed", "ffn"), mesh) == PartitionSpec(("fsdp", "expert"), None)
+    experts = partition_spec(table, ("experts", "expert_embed", "ffn"), mesh)
+    assert experts == PartitionSpec("expert", "fsdp", None)
 
 
 def test_constrain_refuses_what_does_not_divide():
