@@ -149,8 +149,8 @@ def test_bfloat16_keeps_float32_logits_and_the_dtypes_of_its_inputs(implementati
 
 
 MESHES = {
-    "tensor=2": (MeshShape(tensor=2), {}),
-    "tensor=4": (MeshShape(tensor=4), {}),
+    "fsdp=2 expert=2": (MeshShape(fsdp=2, expert=2), {}),
+    "zero over expert": (MeshShape(fsdp=2, expert=2, tensor=2), {"zero_axes": ("fsdp", "expert")}),
     "tensor=8": (MeshShape(tensor=8), {}),
     "data=4": (MeshShape(data=4), {"zero": 0}),
     "fsdp=4 zero=0": (MeshShape(fsdp=4), {"zero": 0}),

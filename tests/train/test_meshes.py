@@ -19,6 +19,7 @@ CASES = [
     *[Case(MeshShape(data=2, fsdp=4), zero=zero, zero_axes=("fsdp", "data")) for zero in (1, 2, 3)],
     Case(ALL, config=TIED, num_micro_batches=2, zero_axes=("data", "fsdp")),
     Case(MeshShape(fsdp=2, context=4), zero_axes=("fsdp", "context")),
+    Case(MeshShape(fsdp=2, expert=4), config=TIED),  # dense layers split the batch over experts
     Case(MeshShape(data=2, tensor=4), config=TIED),
     Case(MeshShape(data=2, tensor=4), sequence_parallel=True, loss="reference"),
     Case(TENSOR8, config=TIED, loss="reference"),
