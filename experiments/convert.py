@@ -17,18 +17,20 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from absl import flags
+import jax.numpy as jnp
 
-from experiments import model_flags as commands
+from experiments import model_flags
 from lm.adapters import merge
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
-from lm.formats import save_huggingface
+from lm.formats import load_pretrained, save_huggingface
 from lm.formats.open import is_huggingface, locate
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.save import save_tokenizer
 
-FLAGS = flags.FLAGS
+OPTIONS = program.Options()
+OPTIONS.define("string", "output", None, "A new folder for the model.")
+OPTIONS.define("enum", "format", "safetensors", ["safetensors"], "What is written.")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,26 +44,55 @@ TOKENIZER_FILES = (
 
 
 def main() -> None:
-    if not FLAGS.output:
+    if not OPTIONS.output:
         raise ConfigError("nowhere to write to; give a new folder with --output=DIR")
-    if FLAGS.keep_quantized:
+    if model_flags.KEEP_QUANTIZED.value:
         raise ConfigError("convert decodes blocks; leave --keep_quantized out")
-    output = pathlib.Path(FLAGS.output).expanduser()
-    with input_errors(), new_folder(output) as folder:
-        opened = commands.model_from_flags()
-        tokenizer = opened.tokenizer
-        save_huggingface(merge(opened.params), opened.config, folder, extra=special_ids(tokenizer))
-        source = locate(FLAGS.model)
-        if is_huggingface(source) and FLAGS.tokenizer is None:
-            copy_tokenizer(source, folder)
-        else:
-            write_tokenizer(tokenizer, source, folder)
-        if not (folder / "generation_config.json").exists():
-            text = json.dumps(special_ids(tokenizer), indent=2) + "\n"
-            (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    output = pathlib.Path(OPTIONS.output).expanduser()
+    convert(
+        model_flags.model_path(),
+        output,
+        dtype=model_flags.dtype(),
+        adapter=model_flags.adapter_path(),
+        tokenizer=model_flags.TOKENIZER.value,
+    )
     for path in sorted(output.rglob("*")):
         if path.is_file():
             print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+def convert(
+    model: str | pathlib.Path,
+    output: pathlib.Path,
+    *,
+    dtype: Any = jnp.float32,
+    adapter: str | pathlib.Path | None = None,
+    tokenizer: str | pathlib.Path | None = None,
+) -> None:
+    """Write a model as a Hugging Face directory.
+
+    Args:
+      model, dtype, tokenizer: see `lm.formats.load_pretrained`.
+      output: a new folder.
+      adapter: a PEFT directory whose LoRA adapter is merged into the weights.
+
+    Raises:
+      ConfigError: the model cannot be opened, or `output` is there or cannot be written.
+    """
+    with input_errors(), new_folder(output) as folder:
+        pretrained = load_pretrained(model, dtype=dtype, tokenizer=tokenizer)
+        if adapter is not None:
+            pretrained = model_flags.with_adapter(pretrained, adapter)
+        params, config, words = pretrained
+        save_huggingface(merge(params), config, folder, extra=special_ids(words))
+        source = locate(model)
+        if is_huggingface(source) and tokenizer is None:
+            copy_tokenizer(source, folder)
+        else:
+            write_tokenizer(words, source, folder)
+        if not (folder / "generation_config.json").exists():
+            text = json.dumps(special_ids(words), indent=2) + "\n"
+            (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -127,6 +158,4 @@ def write_tokenizer(tokenizer: Tokenizer, source: pathlib.Path, folder: pathlib.
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output", None, "A new folder for the model.")
-    flags.DEFINE_enum("format", "safetensors", ["safetensors"], "What is written.")
-    program.run(main)
+    program.run(main, options=OPTIONS)

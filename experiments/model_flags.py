@@ -1,4 +1,4 @@
-"""What the commands that use a finished model share: flags, and opening it."""
+"""Flags that the commands on a trained model share, and the model they name."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lm.formats.common import malformed
 from lm.formats.open import DTYPES
 
 _COMMAND = sys.argv[0]  # whose own flags these are, so that its `--help` lists them
-_MODEL = flags.DEFINE_string(
+MODEL = flags.DEFINE_string(
     "model",
     None,
     "A Hugging Face directory, a .gguf file, a checkpoint or workdir of a run, or the name of a "
     "model that an installed package brings.",
     module_name=_COMMAND,
 )
-_TOKENIZER = flags.DEFINE_string(
+TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "Where the tokenizer is, if not with --model.", module_name=_COMMAND
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", DTYPES, "Of weights and compute.", module_name=_COMMAND
 )
-_KEEP_QUANTIZED = flags.DEFINE_bool(
+KEEP_QUANTIZED = flags.DEFINE_bool(
     "keep_quantized", False, "Compute on the blocks of a .gguf file instead of decoding them once.",
     module_name=_COMMAND,
 )  # fmt: skip
@@ -41,18 +41,28 @@ _ADAPTER = flags.DEFINE_multi_string(
 )
 
 
+def model_path() -> str:
+    """The value of `--model`. Raises ConfigError if there is none."""
+    if not MODEL.value:
+        raise ConfigError("no model; give one with --model=PATH_OR_NAME")
+    return MODEL.value
+
+
+def adapter_path() -> str | None:
+    """The value of `--adapter`, if any. Raises ConfigError if there are several."""
+    if len(_ADAPTER.value) > 1:
+        raise ConfigError("give one --adapter=DIRECTORY; experiments.generate alone takes several")
+    return _ADAPTER.value[0] if _ADAPTER.value else None
+
+
 def model_from_flags() -> Pretrained:
     """The model the flags name, with the adapter they name.
 
     Raises:
       ConfigError: there is none, it or its adapter cannot be opened, or there are several adapters.
     """
-    opened = _open_base()
-    if not _ADAPTER.value:
-        return opened
-    if len(_ADAPTER.value) > 1:
-        raise ConfigError("give one --adapter=DIRECTORY; experiments.generate alone takes several")
-    return _adapted(opened, _ADAPTER.value[0])
+    adapter = adapter_path()
+    return _base() if adapter is None else with_adapter(_base(), adapter)
 
 
 def open_with_adapters() -> tuple[Pretrained, dict[str, int]]:
@@ -72,34 +82,33 @@ def open_with_adapters() -> tuple[Pretrained, dict[str, int]]:
         if name in named:
             raise ConfigError(f"two adapters are named {name!r}; give each its own name")
         named[name] = directory
-    opened = _open_base()
+    model = _base()
     if not named:
-        return opened, {}
-    adapted = [_adapted(opened, directory).params for directory in named.values()]
+        return model, {}
+    adapted = [with_adapter(model, directory).params for directory in named.values()]
     with input_errors():
-        params = combine(opened.params, adapted)
-    return opened._replace(params=params), {name: i for i, name in enumerate(named)}
+        params = combine(model.params, adapted)
+    return model._replace(params=params), {name: i for i, name in enumerate(named)}
 
 
-def _adapted(opened: Pretrained, directory: str) -> Pretrained:
+def with_adapter(model: Pretrained, directory: str | pathlib.Path) -> Pretrained:
+    """The model with the LoRA adapter in a PEFT directory. Raises ConfigError."""
     with input_errors(), malformed(directory):
-        return opened._replace(params=load_peft(directory, opened.params, opened.config))
+        return model._replace(params=load_peft(directory, model.params, model.config))
 
 
-def _open_base() -> Pretrained:
-    if not _MODEL.value:
-        raise ConfigError("no model; give one with --model=PATH_OR_NAME")
+def _base() -> Pretrained:
     with input_errors():
         return load_pretrained(
-            _MODEL.value,
+            model_path(),
             dtype=dtype(),
-            keep_quantized=_KEEP_QUANTIZED.value,
-            tokenizer=_TOKENIZER.value,
+            keep_quantized=KEEP_QUANTIZED.value,
+            tokenizer=TOKENIZER.value,
         )
 
 
 def dtype() -> jnp.dtype:
-    """What `--dtype` says."""
+    """The value of `--dtype`."""
     return jnp.dtype(_DTYPE.value)
 
 

@@ -20,66 +20,100 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any, Literal
 
-from absl import flags
+import jax.numpy as jnp
 
-from experiments import model_flags as commands
+from experiments import model_flags
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
+from lm.formats import Pretrained
 from lm.infer.generate import WIDER_DTYPE_HINT
 from lm.infer.score import Scorer, perplexity
 
-FLAGS = flags.FLAGS
+OPTIONS = program.Options()
+OPTIONS.define("string", "text", None, "File of text, in UTF-8.")
+OPTIONS.define("integer", "max_tokens", None, "Most tokens of the text to read.", lower_bound=2)
+OPTIONS.define("integer", "window", None, "Tokens read at a time; by default 2048 or 512.")
+OPTIONS.define("integer", "stride", None, "Tokens between windows; by default the window.")
+OPTIONS.define("enum", "convention", "transformers", ["transformers", "llama.cpp"], "See above.")
+OPTIONS.define("integer", "batch_size", 1, "Windows at once.", lower_bound=1)
+OPTIONS.define("enum", "format", "text", ["text", "json"], "What is printed.")
 
 
 def main() -> None:
-    if FLAGS.text is None:
+    if OPTIONS.text is None:
         raise ConfigError("no text; give a file with --text=FILE")
-    text = commands.read_text(FLAGS.text)
+    text = model_flags.read_text(OPTIONS.text)
     if not text:
-        raise ConfigError(f"{FLAGS.text} is empty; there is nothing to score")
-    opened = commands.model_from_flags()
-    tokenizer, config = opened.tokenizer, opened.config
-    window, stride = FLAGS.window, FLAGS.stride
+        raise ConfigError(f"{OPTIONS.text} is empty; there is nothing to score")
+    result = measure(
+        model_flags.model_from_flags(),
+        text,
+        window=OPTIONS.window,
+        stride=OPTIONS.stride,
+        convention=OPTIONS.convention,
+        max_tokens=OPTIONS.max_tokens,
+        batch_size=OPTIONS.batch_size,
+        dtype=model_flags.dtype(),
+    )
+    if OPTIONS.format == "json":
+        print(json.dumps(result))
+        return
+    print(
+        "perplexity {perplexity:.4f} ({nats_per_token:.5f} nats per token, {bits_per_byte:.5f} "
+        "bits per byte) of {tokens:,} tokens in {windows:,} windows of {window}, stride {stride}, "
+        "convention of {convention}".format(**result)
+    )
+
+
+def measure(
+    model: Pretrained,
+    text: str,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    convention: Literal["transformers", "llama.cpp"] = "transformers",
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+    dtype: Any = jnp.float32,
+) -> dict[str, Any]:
+    """The perplexity of a text, as the object `--format=json` prints.
+
+    Args:
+      model: to score with.
+      text: to score.
+      window: tokens read at a time; None for 2048, or 512 by the convention of llama.cpp.
+      stride: tokens between windows; None for the window.
+      convention: see the head of this file.
+      max_tokens: the most tokens of the text to read.
+      batch_size: windows at once.
+      dtype: of compute.
+
+    Raises:
+      ConfigError: the sizes do not fit the model, or log-probabilities are not finite.
+    """
+    tokenizer, config = model.tokenizer, model.config
     if window is None:
-        window = min(512 if FLAGS.convention == "llama.cpp" else 2048, config.max_length)
+        window = min(512 if convention == "llama.cpp" else 2048, config.max_length)
     if window > config.max_length:
         raise ConfigError(f"--window={window} is beyond the model's context of {config.max_length}")
     with input_errors():
         ids = tokenizer.encode(text, bos=tokenizer.add_bos)
-        scorer = Scorer(opened.params, config, batch_size=FLAGS.batch_size, dtype=commands.dtype())
-        if FLAGS.max_tokens is not None:
-            ids = ids[: FLAGS.max_tokens]
-        found = perplexity(scorer, tokenizer, ids, window, stride, FLAGS.convention)
+        scorer = Scorer(model.params, config, batch_size=batch_size, dtype=dtype)
+        if max_tokens is not None:
+            ids = ids[:max_tokens]
+        found = perplexity(scorer, tokenizer, ids, window, stride, convention)
     if not math.isfinite(found.nats_per_token):
-        raise ConfigError(
-            f"log-probabilities are not finite in {commands.dtype()}; {WIDER_DTYPE_HINT}"
-        )
-    result = dataclasses.asdict(found) | {
+        raise ConfigError(f"log-probabilities are not finite in {dtype}; {WIDER_DTYPE_HINT}")
+    return dataclasses.asdict(found) | {
         "window": window,
         "stride": window if stride is None else stride,
-        "convention": FLAGS.convention,
+        "convention": convention,
         "text_tokens": len(ids),
-        "dtype": str(commands.dtype()),
+        "dtype": str(dtype),
     }
-    if FLAGS.format == "json":
-        print(json.dumps(result))
-        return
-    print(
-        f"perplexity {found.perplexity:.4f} ({found.nats_per_token:.5f} nats per token, "
-        f"{found.bits_per_byte:.5f} bits per byte) of {found.tokens:,} tokens in {found.windows:,} "
-        f"windows of {window}, stride {result['stride']}, convention of {FLAGS.convention}"
-    )
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("text", None, "File of text, in UTF-8.")
-    flags.DEFINE_integer("max_tokens", None, "Most tokens of the text to read.", lower_bound=2)
-    flags.DEFINE_integer(
-        "window", None, "Tokens read at a time; by default 2048, or 512 for llama.cpp."
-    )
-    flags.DEFINE_integer("stride", None, "Tokens between windows; by default the window.")
-    flags.DEFINE_enum("convention", "transformers", ["transformers", "llama.cpp"], "See above.")
-    flags.DEFINE_integer("batch_size", 1, "Windows at once.", lower_bound=1)
-    flags.DEFINE_enum("format", "text", ["text", "json"], "What is printed.")
-    program.run(main)
+    program.run(main, options=OPTIONS)

@@ -17,9 +17,21 @@ from lm.config.command_line import ConfigError, Configs
 HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
 
 
+class Options(flags.FlagValues):
+    """A command's own flags, apart from absl's, so that one process can import several commands.
+
+    Their values are attributes once `run` has parsed them.
+    """
+
+    def define(self, kind: str, name: str, default: Any, *arguments: Any, **more: Any) -> None:
+        """Define a flag, as absl's `DEFINE_<kind>` does."""
+        getattr(flags, f"DEFINE_{kind}")(name, default, *arguments, **more, flag_values=self)
+
+
 def run(
     main: Callable[..., None],
     *,
+    options: Options | None = None,
     positional: bool = False,
     configs: Configs | None = None,
     workdir: bool = False,
@@ -31,6 +43,7 @@ def run(
     Args:
       main: called with the arguments that the other options ask for, in the order configuration,
         folder, list.
+      options: the flags of the command, which `main` reads.
       positional: pass `main` the list of arguments that are not flags.
       configs: pass `main` the configuration chosen from these by `--config` and edited by its keys;
         `--help` lists both.
@@ -41,9 +54,15 @@ def run(
             "workdir", None, "Folder of the run; the same folder resumes it.",
             module_name=sys.argv[0],
         )  # fmt: skip
+    if options is not None:
+        for name in options:
+            flags.FLAGS[name] = options[name]
+            flags.FLAGS.register_flag_by_module(sys.argv[0], options[name])  # for `--help`
     chosen: list[Any] = []
 
     def program(argv: Sequence[str]) -> None:
+        if options is not None:
+            options.mark_as_parsed()
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # absl programs show every library's INFO
         with reported():

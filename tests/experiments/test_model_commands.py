@@ -1,6 +1,7 @@
 """The commands that use a finished model: what they print, write and refuse."""
 
 import errno
+import importlib
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from absl.testing import flagsaver
 
 from experiments import model_flags as commands
 from experiments.convert import new_folder
-from experiments.generate import adapter_of, encode, read_rows
+from experiments.prompts import adapter_of, encode, read_rows
 from lm.adapters import add_lora, merge
 from lm.config.command_line import ConfigError
 from lm.formats import load_pretrained, save_huggingface
@@ -115,6 +116,23 @@ def test_convert(tiny, opened, tmp_path):
     assert dict(again.tokenizer.chat_templates) == dict(opened.tokenizer.chat_templates)
     error = run("convert", f"--model={tiny}", f"--output={tmp_path / 'm'}", status=2)
     assert error == f"error: {tmp_path / 'm'} is there already; give a new folder as --output\n"
+
+
+def test_commands_can_be_called_from_one_process(tiny, opened, tmp_path):
+    """Importing them all defines no flag twice, and their functions need no flags."""
+    names = ("aot", "average", "plot", "pretrain", "replay", "report", "sweep")
+    for name in (*names, "convert", "generate", "perplexity"):
+        importlib.import_module(f"experiments.{name}")
+    from experiments.convert import convert
+    from experiments.generate import generate
+    from experiments.perplexity import measure
+
+    rows = [{"prompt": "The"}, {"prompt": "def f(x):"}]
+    samples = list(generate(opened, rows, max_new_tokens=3))
+    assert [len(sample.token_ids) for sample in samples] == [3, 3]
+    assert measure(opened, "The quick brown fox.", window=8)["perplexity"] > 1
+    convert(tiny, tmp_path / "m")
+    assert load_pretrained(tmp_path / "m").config == opened.config
 
 
 @pytest.fixture

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lm.formats
 from lm.formats import from_huggingface
 from lm.formats.families import FAMILIES, make_config
 from lm.formats.known import KNOWN, known_model
@@ -162,6 +165,37 @@ def test_every_family_has_weights(family):
 def test_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_config(**({"family": "llama"} | SIZES | arguments))
+
+
+def names_compared(source: str) -> list[str]:
+    """Comparisons, memberships and patterns with the name of a family, a model type or the like."""
+    names = set(FAMILIES)
+    for family in FAMILIES.values():
+        names |= {family.name, family.huggingface.model_type}
+        names |= set(family.gguf.architectures if family.gguf else ())
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare | ast.MatchValue | ast.Subscript):
+            # `FAMILIES["gemma3"].rope` is a comparison in disguise.
+            inside = [node.slice] if isinstance(node, ast.Subscript) else [node]
+            values = [x for each in inside for x in ast.walk(each) if isinstance(x, ast.Constant)]
+            found += [ast.unparse(node) for x in values if x.value in names]
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("startswith"):
+            found += [ast.unparse(node) for x in node.args if ast.unparse(x).strip("'") in names]
+    return found
+
+
+def test_no_code_asks_for_a_familys_name():
+    """What a family does is said by its traits alone (`kind` of RopeScaling shares a name)."""
+    root = pathlib.Path(lm.formats.__file__).parents[1]
+    found = []
+    for folder in ("formats", "model"):
+        for path in sorted((root / folder).rglob("*.py")):
+            hits = names_compared(path.read_text())
+            found += [f"{path.name}: {hit}" for hit in hits if "kind" not in hit]
+    assert not found
+    assert names_compared('x = f.family in ("gemma2", "gemma3")')
+    assert names_compared('x = TABLE["llama"]')
 
 
 def test_unknown_model_names_the_nearest():

@@ -1,20 +1,23 @@
 """Whatever is at a path is opened, or what was looked for is said; real models equal llama.cpp."""
 
 import functools
+import gc
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import Checkpoints
+from lm.checkpoints import Checkpoints, checksums
 from lm.files import FormatError, find_packaged
 from lm.formats import load_pretrained, save_huggingface
 from lm.formats.open import locate
 from lm.infer import Request
 from lm.infer.generate import LocalSampler
 from lm.infer.score import Scorer, make_windows
+from lm.model import stack
 from lm.tokenizers import from_gguf
 from lm.tokenizers.save import save_tokenizer
 from lm.train.state import TrainState
@@ -38,8 +41,6 @@ def opened(tiny):
 
 
 def equal(ours, theirs):
-    import jax
-
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
 
@@ -91,8 +92,6 @@ def test_a_run_and_its_checkpoints(opened, tmp_path):
     (run / "data").mkdir(parents=True)
     save_tokenizer(opened.tokenizer, run / "data")
     (run / "config.json").write_text('{"train": {}}')
-    import jax
-
     nothing = jax.tree.map(lambda _: None, opened.params)
     with Checkpoints(run / "checkpoints", config=opened.config) as checkpoints:
         state = TrainState(jnp.int32(7), opened.params, nothing, ())
@@ -104,6 +103,52 @@ def test_a_run_and_its_checkpoints(opened, tmp_path):
     (run / "data" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer for .*; give the tokenizer's path"):
         load_pretrained(run)
+
+
+def test_a_gguf_file_is_read_once(tiny, monkeypatch):
+    calls, opening = [], open
+
+    def counted(path, *arguments, **more):
+        calls.append(str(path))
+        return opening(path, *arguments, **more)
+
+    monkeypatch.setattr("builtins.open", counted)
+    load_pretrained(tiny)
+    assert calls.count(str(tiny)) == 1
+
+
+def test_a_checkpoint_is_verified_once_and_held_once(opened, tmp_path, monkeypatch):
+    """Checksums are compared once; of stacked weights only one is there twice, dtype or not."""
+    params = stack(opened.params, opened.config)
+    save_tokenizer(opened.tokenizer, tmp_path)
+    nothing = jax.tree.map(lambda _: None, params)
+    with Checkpoints(tmp_path, config=opened.config) as checkpoints:
+        checkpoints.save(3, TrainState(jnp.int32(3), params, nothing, ()), {}, wait=True)
+    size = sum(x.nbytes for x in jax.tree.leaves(params.stacks))
+    others = live_bytes()
+    verified, peaks = [], []
+    verify = checksums.verify
+    monkeypatch.setattr(
+        checksums, "verify", lambda path, **how: (verified.append(path), verify(path, **how))
+    )
+    wait = jax.block_until_ready
+
+    def measured(tree):
+        peaks.append(live_bytes() - others)
+        return wait(tree)
+
+    monkeypatch.setattr(jax, "block_until_ready", measured)
+    again = load_pretrained(tmp_path)
+    assert len(verified) == 1
+    assert equal(again.params, opened.params)
+    largest = max(x.nbytes for x in jax.tree.leaves(params.stacks))
+    outside = sum(x.nbytes for x in (params.embed, params.norm.scale))
+    assert size < max(peaks) <= size + outside + largest
+
+
+def live_bytes():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
 
 
 def test_a_quantized_model_is_kept_or_decoded(tmp_path):
