@@ -157,7 +157,7 @@ def generate(
 
 
 def to_json(sample: Sample) -> dict[str, Any]:
-    """The object `--format=json` prints."""
+    """The object that `--format=json` prints."""
     found: dict[str, Any] = {
         "prompt_token_ids": list(sample.prompt_token_ids or ()),
         "token_ids": list(sample.token_ids or ()),

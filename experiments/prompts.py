@@ -19,7 +19,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of a JSONL file of prompts, each with `file:line`; empty lines are passed over.
 
     Raises:
-      ConfigError: there are none, or one is not a prompt.
+      ConfigError: the file has no prompts, or one is malformed.
     """
     found = False
     # Not `splitlines`: JSON strings may hold U+2028.
