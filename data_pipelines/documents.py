@@ -28,10 +28,10 @@ class Files:
     Attributes:
       name: lower-case letters, digits and underscores.
       files: glob patterns (`**` crosses directories); of kind array_record, of directories.
-      kind: "text", UTF-8, a document a file; "jsonl", an object a line, plain, `.gz` or `.zst`; or
-        "array_record", TFDS data sets in array_record files.
+      kind: "text", UTF-8, one document per file; "jsonl", one object per line, plain, `.gz` or
+        `.zst`; or "array_record", TFDS datasets in array_record files.
       field: that holds the text, of an object or an example.
-      split: of the TFDS data sets.
+      split: of the TFDS datasets.
       max_megabytes: of text to take, about; 0 for all.
 
     Raises:
@@ -69,7 +69,7 @@ class Files:
         """The files, sorted by name.
 
         Raises:
-          CorpusError: a pattern that matches nothing, or a directory that is no TFDS data set.
+          CorpusError: a pattern that matches nothing, or a directory that is not a TFDS dataset.
         """
         if self.kind != "array_record":
             return stages.find_user_files(self.files)
@@ -110,7 +110,7 @@ class Files:
             ]
             if not matches:
                 raise CorpusError(
-                    f"no TFDS data set at '{pattern}' (no directory there with a "
+                    f"no TFDS dataset at '{pattern}' (no directory there with a "
                     "dataset_info.json); give the directory of a version, such as "
                     "'tensorflow_datasets/wiki/1.0.0'"
                 )
@@ -138,7 +138,7 @@ class DataSource(Files):
         super().__post_init__()
         if not 0 <= self.held_out < 1:
             raise CorpusError(
-                f"held_out={self.held_out} of '{self.name}' must lie in [0, 1), such as 0.05"
+                f"held_out={self.held_out} of '{self.name}' must be in [0, 1), such as 0.05"
             )
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise CorpusError(f"weight={self.weight} of '{self.name}' must be a number from 0 up")
@@ -211,7 +211,7 @@ def _text(text: Any, field: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise CorpusError(
             f"{where}: field '{field}' has half a surrogate pair at character {error.start + 1}, "
-            "which is no Unicode text"
+            "which is not Unicode text"
         ) from error
     return text.replace("\r\n", "\n")
 
@@ -229,12 +229,12 @@ def _read_examples(directories: Sequence[Path], split: str, field: str) -> Itera
         splits: Any = builder.info.splits or {}
         if split not in splits:
             raise CorpusError(
-                f"data set '{directory}' has no split '{split}', only {_some(sorted(splits))}"
+                f"dataset '{directory}' has no split '{split}', only {_some(sorted(splits))}"
             )
         features = dict(builder.info.features or {})
         if field not in features:
             raise CorpusError(
-                f"data set '{directory}' has no feature '{field}', only {_some(sorted(features))};"
+                f"dataset '{directory}' has no feature '{field}', only {_some(sorted(features))};"
                 " set field"
             )
         examples = builder.as_data_source(split)

@@ -1,15 +1,15 @@
-"""Local text to a tokenizer and tokenized data sets, with no download.
+"""Local text to a tokenizer and tokenized datasets, with no download.
 
     python -m data_pipelines.local_text --output=DIR [--files='dir/**/*.txt'] [--vocab_size=4096]
 
 Without --files the corpus is what every machine with Python has: documentation, docstrings and
 source of the standard library and of the installed packages. With --kind=jsonl the files hold a
-JSON object a line, with --kind=array_record they are TFDS data sets. Several named sources and
+JSON object per line, with --kind=array_record they are TFDS datasets. Several named sources and
 validation sets that share one tokenizer are given in Python. DIR receives
 
     corpus.json            counts, bytes, what was dropped and why, parameters, fingerprints
     tokenizer.model        SentencePiece
-    <source>/1.0.0/        TFDS data sets in array_record files, splits `train` and `validation`
+    <source>/1.0.0/        TFDS datasets in array_record files, splits `train` and `validation`
     token_cache/, plans/   memory-mapped copies and pack plans, made when first used
 
 The same command finds DIR complete and changes nothing. A build is made in `.DIR.partial` beside
@@ -69,9 +69,6 @@ def build(
     Weights and caps of sources may differ from those it was built with: they decide the text that
     trains the tokenizer, and no document.
 
-    With `wait`, a barrier over all hosts such as `multihost_utils.sync_global_devices`, process 0
-    builds and the others open what it built, in a directory they share.
-
     Args:
       output: directory of the result.
       files: glob patterns of the user's own text, a source named "local_text"; None for
@@ -88,7 +85,8 @@ def build(
       prose_fraction: share of the system corpus's bytes that is prose, while prose lasts.
       seed: of the order, the choice of files and the split.
       process_index: of this host.
-      wait: called once by every host, by process 0 when it has built or failed.
+      wait: barrier over all hosts, called once by each: process 0 builds, the others open what it
+        built, in a directory they share.
 
     Raises:
       CorpusError: no files, a user file that cannot be read or is not UTF-8, no text left, too
@@ -144,9 +142,9 @@ def _parts(
     if max_bytes is not None and max_bytes < 1:
         raise CorpusError(f"max_bytes={max_bytes} must be at least 1")
     if not 0 < held_out < 1:
-        raise CorpusError(f"held_out={held_out} must lie between 0 and 1, such as 0.05")
+        raise CorpusError(f"held_out={held_out} must be between 0 and 1, such as 0.05")
     if not 0 <= prose_fraction <= 1:
-        raise CorpusError(f"prose_fraction={prose_fraction} must lie in [0, 1]")
+        raise CorpusError(f"prose_fraction={prose_fraction} must be in [0, 1]")
     if files and sources:
         raise CorpusError(f"files={files!r} and sources both say what to read; give one of them")
     parts: list[Part] = [*validation, *sources]
@@ -229,7 +227,7 @@ def _write_corpus(
     seed: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """Collects the documents of every part, trains the tokenizer and writes the data sets."""
+    """Collects the documents of every part, trains the tokenizer and writes the datasets."""
     spools: dict[str, Spool] = {}
     splits: dict[str, dict[str, set[int]]] = {}
     about: dict[str, dict[str, Any]] = {}
@@ -312,7 +310,7 @@ def _existing(output: Path, parameters: dict[str, Any]) -> Corpus | None:
         return None
     if not (output / "corpus.json").is_file():
         raise CorpusError(
-            f"'{output}' exists and is no corpus (corpus.json is missing); choose another output"
+            f"'{output}' exists and is not a corpus (corpus.json is missing); choose another output"
         )
     corpus = open_corpus(output)
     before = corpus.summary["parameters"]
@@ -400,7 +398,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"corpus: {corpus.directory / 'corpus.json'}")
     print(f"tokenizer: {corpus.tokenizer_path}")
     for name in corpus.summary["sources"]:
-        print(f"data set: {corpus.directory / name / '1.0.0'}")
+        print(f"dataset: {corpus.directory / name / '1.0.0'}")
 
 
 if __name__ == "__main__":

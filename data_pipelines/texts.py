@@ -206,7 +206,7 @@ def _without_licence_header(source: str) -> str:
 
 
 def keep(texts: Iterable[Text], dropped: Counter[str]) -> Iterator[Text]:
-    """Drops what is no text to learn from."""
+    """Drops what is not text to learn from."""
     for text in texts:
         if reason := _fault(text):
             dropped[reason] += 1

@@ -2,7 +2,7 @@
 
     python -m experiments.pretrain --config=quicktest --workdir=runs/quicktest
 
-Makes a tokenizer and a packed data set from text (Python's own documentation and source, or
+Makes a tokenizer and a packed dataset from text (Python's own documentation and source, or
 --config.data.files='dir/**/*.txt'), trains, evaluates on held-out text in bits per byte, samples,
 and writes a report. The same command resumes, on as many hosts as it is started on (see
 `lm.distributed.start` for how they find each other). The workdir receives `config.json`,

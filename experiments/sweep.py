@@ -6,122 +6,33 @@
 `a=1,2; b=3,4` is every combination, `a=1,2 & b=3,4` pairs them, `a=1,2 | b=3,4` is one after the
 other; `&` binds closer than `;`, which binds closer than `|`. A value with commas goes in
 parentheses. `--config.key=value` edits what all runs share: with `--config.data.directory=FOLDER`
-they read one data set. Each run is a subprocess in a folder named after what it changes; the same
+they read one dataset. Each run is a subprocess in a folder named after what it changes; the same
 command skips finished runs and resumes others. The workdir receives `sweep.json`, the runs ranked,
 and the folders, each with `sweep.log`, what the run printed.
 
-In Python, `product`, `zipped` and `chain` compose `param("optimizer.weight_decay", 0.0, 0.1)`, and
-`configurations(base, sweep)` yields (name, configuration).
+In Python, `lm.run.sweep` has the same as functions.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import importlib
-import itertools
 import json
 import pathlib
-import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
-from lm.config import codec, fields, program
+from lm.config import codec, program
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
-
-Edits = dict[str, str]  # texts by dotted key, as on the command line
-Sweep = tuple[Edits, ...]
-MAX_NAME = 120
-
-
-def param(key: str, *values: Any) -> Sweep:
-    """One edit a value: `param("train.num_steps", 100, 200)`."""
-    return tuple({key: value if isinstance(value, str) else fields.show(value)} for value in values)
-
-
-def product(*sweeps: Sweep) -> Sweep:
-    """Every combination; the last sweep varies fastest. ValueError: a key is in two of them."""
-    return tuple(_join(parts) for parts in itertools.product(*sweeps))
-
-
-def zipped(*sweeps: Sweep) -> Sweep:
-    """The first of each together, then the second, ... ValueError: unequal lengths, equal keys."""
-    lengths = [len(sweep) for sweep in sweeps]
-    if len(set(lengths)) > 1:
-        keys = ", ".join("/".join(sweep[0]) for sweep in sweeps if sweep)
-        raise ValueError(f"cannot pair {keys}: they have {', '.join(map(str, lengths))} values")
-    return tuple(_join(parts) for parts in zip(*sweeps, strict=True))
-
-
-def chain(*sweeps: Sweep) -> Sweep:
-    """One after the other."""
-    return tuple(itertools.chain(*sweeps))
-
-
-def _join(parts: Sequence[Edits]) -> Edits:
-    joined: Edits = {}
-    for edits in parts:
-        if twice := joined.keys() & edits.keys():
-            raise ValueError(f"{', '.join(sorted(twice))} is swept twice at once")
-        joined |= edits
-    return joined
-
-
-def parse(text: str) -> Sweep:
-    """A sweep written as `a=1,2; b=3,4 & c=5,6 | d=7`. ValueError names what does not fit."""
-
-    def values(part: str) -> Sweep:
-        key, _, rest = (side.strip() for side in part.partition("="))
-        if not key or not rest:
-            raise ValueError(f"{part.strip()!r} in --sweep is not key=value,value")
-        found = re.findall(r"\s*(\([^()]*\)|[^,]+)", rest)
-        return param(key, *(value.strip() for value in found))
-
-    def combinations(part: str) -> Sweep:
-        return product(*(zipped(*map(values, each.split("&"))) for each in part.split(";")))
-
-    return chain(*map(combinations, text.split("|")))
-
-
-def configurations(base: Any, sweep: Sweep) -> Iterator[tuple[str, Any]]:
-    """(name, configuration) of each run, equal runs once. Errors as `config.override`."""
-    return ((name, config) for name, (config, _) in _runs(base, sweep).items())
-
-
-def _runs(base: Any, sweep: Sweep) -> dict[str, tuple[Any, Edits]]:
-    runs: dict[str, tuple[Any, Edits]] = {}
-    for edits in sweep:
-        config = config_lib.override(base, edits)
-        runs.setdefault(run_name(config, edits), (config, edits))
-    return runs
-
-
-def run_name(config: Any, edits: Edits) -> str:
-    """A file name of the changed keys and their values as read, `optimizer.weight_decay=0.1`.
-
-    The order of keys and how a value is written do not matter. Where a file name cannot hold it,
-    or should not be so long, a hash keeps what is left of it one run's alone.
-    """
-    values = {key: fields.show(_get(config, key)) for key in sorted(edits)}
-    whole = ",".join(f"{key}={value}" for key, value in values.items()) or "base"
-    name = re.sub(r"[^\w.,=+-]+", "_", whole)
-    if name == whole and len(name) <= MAX_NAME:
-        return name
-    return f"{name[:MAX_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
-
-
-def _get(value: Any, key: str) -> Any:
-    for part in key.split("."):
-        value = value[int(part)] if isinstance(value, tuple) else getattr(value, part)
-    return value
+from lm.run.sweep import Edits, Sweep, named_runs, parse
 
 
 @dataclasses.dataclass
@@ -174,7 +85,7 @@ def plan(
             config,
             edits,
         )
-        for name, (config, edits) in _runs(base, sweep).items()
+        for name, (config, edits) in named_runs(base, sweep).items()
     ]
 
 
@@ -193,7 +104,7 @@ def execute(runs: Sequence[Run], jobs: int) -> None:
 
 
 def rank(runs: Sequence[Run], workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Writes `sweep.json`: a row a run, the lowest bits per byte first, failures last."""
+    """Writes `sweep.json`: a row per run, the lowest bits per byte first, failures last."""
     rows = [
         {"name": run.name, "edits": run.edits, "bits_per_byte": run.score(), **run.result}
         for run in runs

@@ -56,7 +56,7 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # ## Text
 #
 # Two megabytes of Python's documentation, docstrings and source; a SentencePiece tokenizer is
-# trained on them, and the documents become a TFDS data set of tokens.
+# trained on them, and the documents become a TFDS dataset of tokens.
 
 # %%
 text = local_text.build(folder / "data", vocab_size=1024, max_bytes=2_000_000, progress=False)
@@ -90,7 +90,7 @@ print(f"{num_params(config):,} weights")
 # %% [markdown]
 # ## Training
 #
-# The mesh says which devices there are, the rules how arrays lie on them. `MeshShape(fsdp=-1)` is
+# The mesh says which devices there are, the rules how arrays are sharded. `MeshShape(fsdp=-1)` is
 # ZeRO-3 over all devices; on one device the same code runs unsharded.
 
 # %%

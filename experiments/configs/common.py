@@ -25,7 +25,7 @@ class Data:
       sources: instead of `files`: named sources, with weights and caps.
       validation: named held-out sets, beside the held-out part of every source.
       tokenizer: a SentencePiece model to use; none to train one.
-      directory: where tokenizer and data set are, or are made; none for `<workdir>/data`.
+      directory: where tokenizer and dataset are, or are made; none for `<workdir>/data`.
       max_megabytes: of text, about; 0 for all of `files`.
       held_out: share of the documents kept for evaluation.
       max_held_out_tokens: of them, evaluated during training.

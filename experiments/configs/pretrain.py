@@ -50,7 +50,7 @@ def llama(
 
 
 def quicktest() -> Pretrain:
-    """One to two minutes on two cores: about a million weights, 6 MB of local text.
+    """One to two minutes on two cores: about a million parameters, 6 MB of local text.
 
     Command: python -m experiments.pretrain --config=quicktest --workdir=runs/quicktest
     """

@@ -64,7 +64,7 @@ class Sft:
 
 
 def quicktest() -> Sft:
-    """Under a minute on two cores: a model of 0.3 million weights learns to add small numbers.
+    """Under a minute on two cores: a model of 0.2 million parameters learns to add small numbers.
 
     Command: python -m experiments.sft --config=quicktest --workdir=runs/sft
     """

@@ -47,7 +47,7 @@ def _zstandard(path: Path) -> Iterator[bytes]:
     """Unpacked parts of a file of one or more frames.
 
     Raises:
-      EOFError: it is damaged or cut short, which the package's own files would not tell.
+      EOFError: it is damaged or cut short, which the package's own reader would not report.
     """
     try:
         import zstandard  # type: ignore[import-not-found]

@@ -74,7 +74,7 @@ class Rewind:
             )
         if not 0 < self.learning_rate <= 1 or self.recovery_steps < 1:
             raise ValueError(
-                f"learning_rate={self.learning_rate} must lie in (0, 1], and recovery_steps="
+                f"learning_rate={self.learning_rate} must be in (0, 1], and recovery_steps="
                 f"{self.recovery_steps} be at least 1"
             )
 
@@ -105,7 +105,8 @@ class RunLogger:
         Raises:
           FloatingPointError: the loss is not finite, and the step was not skipped.
         """
-        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        with self.goodput.timed("step"):
+            values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         total = values.pop("total_loss")
         values.setdefault("loss", total)
         if not np.isfinite(total) and not values.get("skipped"):
@@ -133,6 +134,11 @@ class RunLogger:
         if values.get("skipped"):
             details = {name: values[name] for name in ("loss", "grad_norm") if name in values}
             self.writer.event("skipped", done, **details)
+
+
+def strongest(*kinds: Kind | None) -> Kind | None:
+    """Of the checkpoints that are due, the one that makes the others needless."""
+    return "durable" if "durable" in kinds else "local" if "local" in kinds else None
 
 
 def is_ready(value: Any) -> bool:
@@ -219,14 +225,10 @@ def train(
         done += 1
         last, stopping = done == num_steps, preempted(done)
         evaluating = done % intervals.evaluate == 0 or last
-        kinds = {late, save_due(done), "durable" if stopping or last else None}
-        kind: Kind | None = (
-            "durable" if "durable" in kinds else "local" if "local" in kinds else None
-        )
+        kind = strongest(late, save_due(done), "durable" if stopping or last else None)
         pending = (done, metrics)
         if evaluating or kind:
-            with goodput.timed("step"):
-                values, pending = logger.fetch(*pending), None
+            values, pending = logger.fetch(*pending), None
             with goodput.timed("evaluation") if evaluating else contextlib.nullcontext():
                 extra = dict(evaluate(state)) if evaluating else {}
             log_step(done, values, done % intervals.log == 0 or last or evaluating, extra)
@@ -242,7 +244,5 @@ def train(
         if stopping or last:
             return Outcome(state, "finished" if last else "preempted", done)
     if pending is not None:
-        with goodput.timed("step"):
-            values = logger.fetch(*pending)
-        log_step(done, values, True, {})
+        log_step(done, logger.fetch(*pending), True, {})
     return Outcome(state, "finished", done)

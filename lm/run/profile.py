@@ -22,8 +22,8 @@ def parse_steps(text: str, num_steps: int | None = None) -> range:
         first, last = map(int, text.split(":"))
     except ValueError:
         raise ValueError(
-            f"profile_steps={text!r} is no range of steps; give FIRST:END, such as 10:15 for the "
-            "steps 10 to 14"
+            f"profile_steps={text!r} is not a range of steps; give FIRST:END, such as 10:15 for "
+            "the steps 10 to 14"
         ) from None
     if first < 0 or last <= first:
         raise ValueError(
@@ -40,7 +40,7 @@ def parse_steps(text: str, num_steps: int | None = None) -> range:
 
 
 class Profiler:
-    """Traces the steps of a range into `folder`. It never fails the run: it tells what went wrong.
+    """Traces a range of steps into `folder`; reports what goes wrong and never fails the run.
 
         with Profiler(workdir / "profile", parse_steps("10:15")) as profiler:
             for step in range(num_steps):
@@ -52,7 +52,7 @@ class Profiler:
     Args:
       folder: made when the trace begins.
       steps: None for no trace.
-      say: told where the trace is and how to look at it.
+      say: prints where the trace is and how to look at it.
     """
 
     def __init__(

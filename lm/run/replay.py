@@ -241,7 +241,7 @@ def worst_tokens(
     wanted: Sequence[int],
     num: int,
 ) -> list[dict[str, Any]]:
-    """The targets of the highest loss, those that are no number first, with what is before them."""
+    """The targets of the highest loss, not finite ones first, with what is before them."""
     counts = (batch["weights"] > 0) & np.isin(np.arange(len(losses)), wanted)[:, None]
     rows, positions = np.nonzero(counts)
     values = losses[rows, positions]
@@ -266,5 +266,5 @@ def text_of(run: Run, ids: Sequence[int]) -> str:
 
 
 def _mean(losses: np.ndarray, counts: np.ndarray) -> float:
-    """The mean over the targets that count; one that is no number makes it none."""
+    """The mean over the targets that count; NaN if one of them is."""
     return float(np.mean(losses[counts], dtype=np.float64)) if counts.any() else math.nan

@@ -74,7 +74,7 @@ def session(config: Any, workdir: pathlib.Path) -> Iterator[Session]:
     goodput = Goodput(already=process_age())
     keep_freed_memory()
     if logging.get_verbosity() == logging.INFO:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every detail of every save
+        logging.set_verbosity(logging.WARNING)  # Orbax logs every detail of every save
     with contextlib.ExitStack() as stack:
         with input_errors():
             stack.enter_context(distributed.start())

@@ -268,7 +268,7 @@ def test_tfds_errors_are_named(tmp_path):
         ({"field": "body"}, r"no feature 'body', only 'number', 'text'; set field"),
         ({"field": "number"}, r"train example 0: field 'number' is a int, not a string"),
         ({"split": "dev"}, r"no split 'dev', only 'test', 'train'"),
-        ({"files": (str(tmp_path / "wiki"),)}, r"no TFDS data set at .*dataset_info\.json"),
+        ({"files": (str(tmp_path / "wiki"),)}, r"no TFDS dataset at .*dataset_info\.json"),
     ):
         source = DataSource("wiki", (str(directory),), "array_record")
         with pytest.raises(CorpusError, match=message):
@@ -307,7 +307,7 @@ def test_sources_are_configuration():
         (lambda: DataSource("web", ()), "at least one glob pattern"),
         (
             lambda: DataSource("web", ("a",), held_out=1),
-            r"held_out=1 of 'web' must lie in \[0, 1\)",
+            r"held_out=1 of 'web' must be in \[0, 1\)",
         ),
         (lambda: DataSource("web", ("a",), weight=-1), "weight=-1 of 'web'"),
         (lambda: ValidationSet("web", ("a",), max_megabytes=-1), "max_megabytes=-1"),

@@ -224,7 +224,7 @@ def test_bad_parameters(tmp_path, changes, message):
 
 def test_an_output_of_something_else(tmp_path):
     pattern, _ = write_files(tmp_path)
-    with pytest.raises(CorpusError, match=r"exists and is no corpus.*another output"):
+    with pytest.raises(CorpusError, match=r"exists and is not a corpus.*another output"):
         quiet_build(tmp_path, pattern)
 
 
@@ -235,7 +235,7 @@ at = sys.argv[1]
 whole = getattr(local_text, at)
 def killed(*args, **kwargs):
     if at == "write_dataset":
-        whole(*args, **kwargs)  # the data set is there, the rest is not
+        whole(*args, **kwargs)  # the dataset is there, the rest is not
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(local_text, at, killed)
 local_text.build(sys.argv[2], sys.argv[3], vocab_size=400, progress=False)

@@ -10,10 +10,10 @@ import pytest
 
 from experiments import sweep as sweep_lib
 from experiments.configs import pretrain
-from experiments.sweep import chain, configurations, param, product, zipped
 from lm.config import codec
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
+from lm.run.sweep import chain, configurations, param, product, zipped
 from lm.train.optimizers import AdamW
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -195,7 +195,7 @@ def test_intervals_are_at_least_a_step(name):
     ("values", "message"),
     [
         ({"patience": 0}, "patience=0"),
-        ({"learning_rate": 0.0}, r"learning_rate=0\.0 must lie in \(0, 1\]"),
+        ({"learning_rate": 0.0}, r"learning_rate=0\.0 must be in \(0, 1\]"),
         ({"recovery_steps": 0}, "recovery_steps=0"),
     ],
 )

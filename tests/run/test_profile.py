@@ -13,9 +13,9 @@ from lm.run.profile import Profiler, parse_steps
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("10", "no range of steps; give FIRST:END, such as 10:15"),
-        ("a:b", "no range of steps"),
-        ("1:2:3", "no range of steps"),
+        ("10", "not a range of steps; give FIRST:END, such as 10:15"),
+        ("a:b", "not a range of steps"),
+        ("1:2:3", "not a range of steps"),
         ("5:5", "holds no step; .* such as 5:10"),
         ("7:3", "holds no step"),
         ("-1:3", "holds no step; .* such as 0:5"),
