@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.cross_entropy import token_logprobs
+from lm.kernels.cross_entropy import structured_token_logprobs, token_logprobs
 from lm.model.config import ModelConfig
 from lm.model.params import ModelWeights, param_specs
 from lm.sharding import constrain
@@ -34,11 +36,7 @@ class Head:
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, T, D] -> float32 [B, T, V padded], soft-capped; padding is masked."""
-        specs = param_specs(self.config)
-        spec = specs.embed if self.config.tied else specs.output
-        weight = gather(self.weight, spec)
-        logits = unembed(constrain(hidden, "batch", "sequence", None), weight, self.config.tied)
-        logits = constrain(logits, "batch", "sequence", "vocab")
+        logits = constrain(self._project(self.weight, hidden), "batch", "sequence", "vocab")
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         if self.config.padded_vocab_size > self.config.vocab_size:
@@ -62,18 +60,39 @@ class Head:
 
         The logits are never held whole where they would be large.
         """
-        weight = self.weight
+        logprobs, logsumexp = self._statistics(hidden, targets, entropy=False)
+        return logprobs, logsumexp
+
+    def logprobs_and_entropy(
+        self, hidden: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probability of `targets` [B, T], and the entropy in nats of what they are drawn from.
+
+        Both float32 [B, T], and in the memory that `logprobs` takes.
+        """
+        logprobs, _, entropy = self._statistics(hidden, targets, entropy=True)
+        return logprobs, entropy
+
+    def _statistics(
+        self, hidden: jax.Array, targets: jax.Array, entropy: bool
+    ) -> tuple[jax.Array, ...]:
+        config, weight = self.config, self.weight
+        options: dict[str, Any] = {
+            "vocab_size": config.vocab_size, "softcap": config.logit_softcap, "entropy": entropy,
+        }  # fmt: skip
         if isinstance(weight, StructuredWeight):
-            weight = weight.dequantize(hidden.dtype)
+            project = functools.partial(self._project, weight)
+            return structured_token_logprobs(hidden, project, targets, **options)
         return token_logprobs(
-            hidden,
-            weight,
-            targets,
-            transposed=self.config.tied,
-            vocab_size=self.config.vocab_size,
-            softcap=self.config.logit_softcap,
-            implementation=self.loss,
-        )
+            hidden, weight, targets,
+            transposed=config.tied, implementation=self.loss, **options,
+        )  # fmt: skip
+
+    def _project(self, weight: Weight, hidden: jax.Array) -> jax.Array:
+        """Logits [B, T, V padded] before soft-cap and masking."""
+        specs = param_specs(self.config)
+        weight = gather(weight, specs.embed if self.config.tied else specs.output)
+        return unembed(constrain(hidden, "batch", "sequence", None), weight, self.config.tied)
 
 
 def make_head(params: ModelWeights, config: ModelConfig, loss: str | None = None) -> Head:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from lm.kernels.cross_entropy import fused_token_logprobs, token_logprobs
+from lm.model import Head, ModelConfig
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
+from lm.weights import Int4
 
 B, T, D, V, VOCAB = 4, 8, 8, 48, 43
 
@@ -88,6 +90,63 @@ def test_values_and_gradients_equal_float64(implementation, transposed, softcap)
         *inputs, transposed=transposed, softcap=softcap, implementation=implementation
     )
     assert_close(found, numpy_value_and_gradients(*inputs, transposed, softcap))
+
+
+@pytest.mark.parametrize("mesh", [None, MeshShape(fsdp=2, tensor=4)], ids=["one", "mesh"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_entropy_and_its_gradients_equal_float64s(softcap, mesh):
+    hidden, weight, targets, _ = make_inputs(seed=3)
+    layout = mesh and Layout(make_mesh(mesh), make_rules())
+    cotangent = np.random.default_rng(4).normal(size=targets.shape).astype(np.float32)
+
+    def run(implementation):
+        def entropies(hidden, weight):
+            with use_layout(layout):
+                results = token_logprobs(
+                    hidden, weight, targets, transposed=False, vocab_size=VOCAB, softcap=softcap,
+                    implementation=implementation, chunk_tokens=5, entropy=True,
+                )  # fmt: skip
+            return jnp.sum(results[2] * cotangent), results
+
+        return jax.jit(jax.grad(entropies, (0, 1), has_aux=True))(hidden, weight)
+
+    (d_fused, fused), (d_plain, plain) = run("fused"), run("reference")
+    raw = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64)[:, :VOCAB]
+    logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    logs = np.log(probs)
+    expected = -(probs * logs).sum(-1)
+    d_raw = -probs * (logs + expected[..., None]) * cotangent[..., None]
+    d_raw *= 1 if softcap is None else 1 - np.tanh(raw / softcap) ** 2
+    d_hidden = d_raw @ np.asarray(weight, np.float64)[:, :VOCAB].T
+    for (d_h, d_w), results in ((d_fused, fused), (d_plain, plain)):
+        np.testing.assert_allclose(results[2], expected, atol=2e-5)
+        np.testing.assert_allclose(d_h, d_hidden, atol=2e-5)
+        np.testing.assert_allclose(d_w, d_plain[1], atol=2e-5)
+        for x, y in zip(results, plain, strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantized_output_matrix_is_not_decoded_whole(tied):
+    """Log-probabilities, entropy and gradients are those of the decoded matrix, in parts."""
+    shape, block_axis = ((1024, 64), "out") if tied else ((64, 1024), "in")
+    matrix = jax.random.normal(jax.random.key(0), shape)
+    leaf = Int4.quantize(matrix, 32, block_axis=block_axis)
+    config = ModelConfig(1000, 64, (), tied=tied, logit_softcap=3.0)
+    hidden = jax.random.normal(jax.random.key(1), (2, 1030, 64))
+    targets = jax.random.randint(jax.random.key(2), (2, 1030), 0, 1000)
+
+    def value(hidden, weight):
+        results = Head(weight, config).logprobs_and_entropy(hidden, targets)
+        return sum(jnp.sum(x * jnp.sin(jnp.arange(1030.0))) for x in results), results
+
+    run = jax.jit(jax.value_and_grad(value, has_aux=True))
+    expected = run(hidden, leaf.dequantize(jnp.float32))
+    for x, y in zip(jax.tree.leaves(run(hidden, leaf)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-3 * np.abs(y).max())
+    text = str(jax.make_jaxpr(lambda x, w: value(x, w)[0])(hidden, leaf))
+    assert "f32[2,1030,1024]" not in text and "f32[2,344,1024]" in text
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 5, 20, 21, 1000])

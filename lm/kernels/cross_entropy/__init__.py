@@ -3,11 +3,13 @@
 from lm.kernels.cross_entropy.choose import IMPLEMENTATIONS, MAX_LOGIT_BYTES, token_logprobs
 from lm.kernels.cross_entropy.fused import fused_token_logprobs
 from lm.kernels.cross_entropy.reference import reference_token_logprobs
+from lm.kernels.cross_entropy.structured import structured_token_logprobs
 
 __all__ = [
     "IMPLEMENTATIONS",
     "MAX_LOGIT_BYTES",
     "fused_token_logprobs",
     "reference_token_logprobs",
+    "structured_token_logprobs",
     "token_logprobs",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 
@@ -27,7 +28,8 @@ def token_logprobs(
     implementation: str | None = None,
     max_logit_bytes: int = MAX_LOGIT_BYTES,
     chunk_tokens: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    entropy: bool = False,
+) -> tuple[jax.Array, ...]:
     """Log-probability of each target under softmax(hidden @ weight), and the log-sum-exp.
 
     Both outputs are differentiable with respect to `hidden` and `weight`: cross-entropy is minus
@@ -47,15 +49,18 @@ def token_logprobs(
         None for the first unless it would hold more than `max_logit_bytes`.
       max_logit_bytes: bytes of float32 logits per device.
       chunk_tokens: tokens per device and chunk of "fused"; None for what suits the platform.
+      entropy: whether to return the entropy of the distribution as well, differentiable like them.
 
     Returns:
-      (log-probability, log-sum-exp), both float32 [...].
+      (log-probability, log-sum-exp), or those and the entropy in nats; each float32 [...].
 
     Raises:
       ValueError: shapes that do not fit, a size the mesh does not divide, a bad option.
     """
     padded_vocab = _check(hidden, weight, targets, transposed, vocab_size, softcap, chunk_tokens)
-    options = {"transposed": transposed, "vocab_size": vocab_size, "softcap": softcap}
+    options: dict[str, Any] = {
+        "transposed": transposed, "vocab_size": vocab_size, "softcap": softcap, "entropy": entropy,
+    }  # fmt: skip
     at = make_placement(hidden.shape, weight.shape, transposed)
     if implementation is None:
         num_tokens = targets.size // at.size(at.scatter + at.reduce)

@@ -38,7 +38,8 @@ def fused_token_logprobs(
     vocab_size: int,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    entropy: bool = False,
+) -> tuple[jax.Array, ...]:
     """As `token_logprobs`, holding float32 logits of at most `chunk_tokens` tokens per device.
 
     None is `CPU_CHUNK_TOKENS` or `CHUNK_TOKENS`, by the platform it is compiled for.
@@ -51,6 +52,7 @@ def fused_token_logprobs(
         masked=vocab_size < weight.shape[0 if transposed else 1],
         softcap=softcap,
         chunk_tokens=chunk_tokens,
+        entropy=entropy,
         placement=make_placement(hidden.shape, weight.shape, transposed),
     )
     return _fused(plan, hidden, weight, targets)
@@ -142,6 +144,7 @@ class _Plan:
     masked: bool
     softcap: float | None
     chunk_tokens: int | None
+    entropy: bool
     placement: Placement
 
     def over_mesh(self, function, in_specs, out_specs) -> Callable[..., Any]:
@@ -157,21 +160,20 @@ def _fused(plan: _Plan, hidden: jax.Array, weight: jax.Array, targets: jax.Array
 
 def _fused_forward(plan, hidden, weight, targets):
     at = plan.placement
-    forward = plan.over_mesh(
-        _local_forward, (at.hidden, at.weight, at.tokens), (at.tokens, at.tokens)
-    )
-    logprobs, logsumexp = forward(hidden, weight, targets)
-    return (logprobs, logsumexp), (hidden, weight, targets, logsumexp)
+    specs = (at.hidden, at.weight, at.tokens)
+    forward = plan.over_mesh(_local_forward, specs, (at.tokens,) * (3 if plan.entropy else 2))
+    results = forward(hidden, weight, targets)
+    return results, (hidden, weight, targets, results[1:])
 
 
 def _fused_backward(plan, residuals, cotangents):
     at = plan.placement
     backward = plan.over_mesh(
         _local_backward,
-        (at.hidden, at.weight, at.tokens, at.tokens, at.tokens, at.tokens),
+        (at.hidden, at.weight, at.tokens, at.tokens, at.tokens),
         (at.hidden, at.gradient),
     )
-    d_hidden, d_weight = backward(*residuals, *cotangents)
+    d_hidden, d_weight = backward(*residuals, cotangents)
     return d_hidden, d_weight, None
 
 
@@ -179,7 +181,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _local_forward(plan: _Plan, hidden: jax.Array, weight: jax.Array, targets: jax.Array):
-    """Log-probabilities and log-sum-exps of this device's tokens, from its part of the columns."""
+    """The results for this device's tokens, from its part of the columns."""
     matrix = _gather_weight(plan, weight, hidden.dtype)
     hidden = _gather_sequence(plan, hidden)
     columns = _columns(plan, matrix)
@@ -190,19 +192,24 @@ def _local_forward(plan: _Plan, hidden: jax.Array, weight: jax.Array, targets: j
         top = jnp.max(logits_CV, axis=-1)
         logsumexp = top + jnp.log(jnp.sum(jnp.exp(logits_CV - top[:, None]), axis=-1))
         target = jnp.sum(jnp.where(columns == targets_C[:, None], logits_CV, 0.0), axis=-1)
-        return None, (logsumexp, target)
+        if not plan.entropy:
+            return None, (logsumexp, target)
+        probs_CV = jnp.exp(logits_CV - logsumexp[:, None])
+        return None, (logsumexp, target, jnp.sum(probs_CV * logits_CV, axis=-1))
 
     rows = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    _, (logsumexp, target) = _scan_chunks(plan, step, None, rows)
+    _, (logsumexp, target, *mean) = _scan_chunks(plan, step, None, rows)
     vocab = plan.placement.vocab
     if vocab:
         top = jax.lax.pmax(logsumexp, vocab)
-        total, target = jax.lax.psum((jnp.exp(logsumexp - top), target), vocab)
-        logsumexp = top + jnp.log(total)
-    return (target - logsumexp).reshape(targets.shape), logsumexp.reshape(targets.shape)
+        share = jnp.exp(logsumexp - top)  # of this part's columns, times the same number everywhere
+        total, target, *mean = jax.lax.psum((share, target, *(share * m for m in mean)), vocab)
+        logsumexp, mean = top + jnp.log(total), [m / total for m in mean]
+    results = (target - logsumexp, logsumexp, *(logsumexp - m for m in mean))
+    return tuple(x.reshape(targets.shape) for x in results)
 
 
-def _local_backward(plan, hidden, weight, targets, logsumexp, d_logprobs, d_logsumexp):
+def _local_backward(plan, hidden, weight, targets, results, cotangents):
     """Gradients of this device's hidden states and of its part of the weight."""
     at = plan.placement
     matrix = _gather_weight(plan, weight, hidden.dtype)
@@ -215,11 +222,15 @@ def _local_backward(plan, hidden, weight, targets, logsumexp, d_logprobs, d_logs
     partial_dtype = jnp.float32 if at.vocab else hidden.dtype
 
     def step(d_matrix, chunk):
-        hidden_CD, targets_C, logsumexp_C, d_logprobs_C, d_logsumexp_C = chunk
+        hidden_CD, targets_C, logsumexp_C, d_logprobs_C, d_logsumexp_C, *of_entropy = chunk
         logits_CV, slope_CV = _logits(plan, hidden_CD, matrix, columns)
         probs_CV = jnp.exp(logits_CV - logsumexp_C[:, None])
         d_CV = (d_logsumexp_C - d_logprobs_C)[:, None] * probs_CV
         d_CV += jnp.where(columns == targets_C[:, None], d_logprobs_C[:, None], 0.0)
+        if plan.entropy:
+            entropy_C, d_entropy_C = of_entropy
+            mean_C = logsumexp_C - entropy_C
+            d_CV -= d_entropy_C[:, None] * probs_CV * (logits_CV - mean_C[:, None])
         if slope_CV is not None:
             d_CV *= slope_CV
         if plan.masked:
@@ -229,7 +240,7 @@ def _local_backward(plan, hidden, weight, targets, logsumexp, d_logprobs, d_logs
         d_matrix += jnp.einsum(to_weight, d_CV, hidden_CD, preferred_element_type=jnp.float32)
         return d_matrix, d_hidden.astype(partial_dtype)
 
-    per_token = (targets, logsumexp, d_logprobs, d_logsumexp)
+    per_token = (targets, results[0], *cotangents[:2], *results[1:], *cotangents[2:])
     rows = (whole.reshape(-1, whole.shape[-1]), *(x.reshape(-1) for x in per_token))
     d_matrix, d_hidden = _scan_chunks(plan, step, jnp.zeros(matrix.shape, jnp.float32), rows)
     d_hidden = d_hidden.reshape(whole.shape)

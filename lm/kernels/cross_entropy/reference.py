@@ -23,13 +23,21 @@ def reference_token_logprobs(
     transposed: bool,
     vocab_size: int,
     softcap: float | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    entropy: bool = False,
+) -> tuple[jax.Array, ...]:
     """As `token_logprobs`, holding float32 logits [..., V] until the backward pass."""
     tokens = token_axes(hidden.ndim - 1, "sequence")
     hidden = constrain(hidden, *tokens, None)
     matrix = gather_weight(weight.astype(hidden.dtype), *weight_axes(transposed))
     projected: Any = _project(hidden, matrix, transposed)
     logits = constrain(projected, *tokens, "vocab")
+    return of_logits(logits, targets, vocab_size, softcap, entropy)
+
+
+def of_logits(
+    logits: jax.Array, targets: jax.Array, vocab_size: int, softcap: float | None, entropy: bool
+) -> tuple[jax.Array, ...]:
+    """The results of `token_logprobs`, from float32 logits [..., V] not capped yet."""
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     columns = jnp.arange(logits.shape[-1])
@@ -38,7 +46,11 @@ def reference_token_logprobs(
     logsumexp = jax.nn.logsumexp(logits, axis=-1)
     # A gather along a sharded vocabulary would bring the logits together; a masked sum does not.
     target = jnp.sum(jnp.where(columns == targets[..., None], logits, 0.0), axis=-1)
-    return target - logsumexp, logsumexp
+    if not entropy:
+        return target - logsumexp, logsumexp
+    real = jnp.where(columns < vocab_size, logits, 0.0)  # a gradient times MASKED may overflow
+    mean = jnp.sum(jnp.exp(logits - logsumexp[..., None]) * real, axis=-1)
+    return target - logsumexp, logsumexp, logsumexp - mean
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
