@@ -13,7 +13,7 @@ import time
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from lm.distributed import watchdog
+from lm.distributed import start, watchdog
 from lm.distributed.cluster import Cluster, ClusterError, find_cluster
 from scripts.run_local import free_port
 
@@ -226,6 +226,14 @@ def test_strangers_change_nothing_and_are_reported_once(launch):
     printed = [p.end() for p in (*others, first)]
     assert printed[:2] == ["", ""]
     assert printed[2].count("\n") == 1 and "it and any other such is ignored" in printed[2]
+
+
+def test_start_raises_what_the_rendezvous_found():
+    with (
+        pytest.raises(ClusterError, match="process 1 of 2 found no process 0"),
+        start(f"127.0.0.1:{free_port()}", 2, 1, start_timeout=1.0),
+    ):
+        pass
 
 
 def test_another_token_is_named(launch):
