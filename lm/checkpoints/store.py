@@ -108,12 +108,14 @@ def _by_all(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.int32(value))))
 
 
-def _agreed(call: Callable[[], T], otherwise: str) -> T:
+def _agreed(
+    call: Callable[[], T], otherwise: str, errors: tuple[type[Exception], ...] = (DamagedError,)
+) -> T:
     """The result of `call` once it has worked on every process; else DamagedError on all."""
     result, fault = None, None
     try:
         result = call()
-    except (CheckpointError, OSError) as error:
+    except errors as error:
         fault = error if isinstance(error, DamagedError) else DamagedError(str(error))
     if not _by_all(fault is None):
         raise fault or DamagedError(otherwise)
@@ -472,6 +474,7 @@ class Checkpoints:
         read, index = _agreed(
             lambda: tier.read(step, leaves, ignore),
             f"another process has no sound local copy of step {step}",
+            (CheckpointError, OSError),
         )
         self._current = {step}
         where = str(tier.root / str(step))

@@ -7,6 +7,7 @@ import pytest
 from lm.files.gguf import read_gguf
 from lm.files.packaged import find_packaged
 from lm.tokenizers import ChatTemplate, FastTokenizer, TemplateError, from_gguf
+from tests.refuses import refuses
 from tests.tokenizers import golden, templates
 
 BYTES = json.loads(golden.FILE.read_text())["vocabularies"]["bytes"]
@@ -166,8 +167,8 @@ def test_a_template_that_forgets_has_no_mask():
         {"role": "user", "content": "d"},
     ]
     template = ChatTemplate(templates.FORGETFUL)
-    with pytest.raises(TemplateError, match=r"message 1 differently once more follows.*generation"):
-        template.spans(messages)
+    words = "message 1 differently once more follows", "{% generation %}"
+    refuses(lambda: template.spans(messages), *words, error=TemplateError)
     assert template.render(messages)
 
 
@@ -178,8 +179,7 @@ def test_a_generation_block_in_a_macro_is_an_error():
     )
     template = ChatTemplate(source)
     assert "2+2?" in template.render(TURNS)
-    with pytest.raises(TemplateError, match="inside a macro"):
-        template.spans(TURNS)
+    refuses(lambda: template.spans(TURNS), "inside a macro", error=TemplateError)
 
 
 def doubling(first, step):
@@ -210,27 +210,12 @@ HARMFUL = {
         "too much work",
     ),
     "repetition": ("{{ 'a' * 10000000000 }}", "too much work"),
-    "power": ("{{ 9 ** 999999999 }}", "operator '\\*\\*' is not allowed"),
-    "integers": (
-        doubling("9", "n.s * n.s"),
-        "integers over 256 bits",
-    ),
-    "concatenation": (
-        doubling("'a'", "n.s ~ n.s"),
-        "too much work",
-    ),
-    "addition": (
-        doubling("[1]", "n.s + n.s"),
-        "too much work",
-    ),
-    "nesting": (
-        doubling("[1]", "[n.s, n.s]") + "{{ n.s == n.s }}",
-        "too much work",
-    ),
-    "tuples": (
-        doubling("1", "(n.s, n.s)") + "{{ {n.s: 1} }}",
-        "unhashable",
-    ),
+    "power": ("{{ 9 ** 999999999 }}", "operator '**' is not allowed"),
+    "integers": (doubling("9", "n.s * n.s"), "integers over 256 bits"),
+    "concatenation": (doubling("'a'", "n.s ~ n.s"), "too much work"),
+    "addition": (doubling("[1]", "n.s + n.s"), "too much work"),
+    "nesting": (doubling("[1]", "[n.s, n.s]") + "{{ n.s == n.s }}", "too much work"),
+    "tuples": (doubling("1", "(n.s, n.s)") + "{{ {n.s: 1} }}", "unhashable"),
     "join": ("{{ (['a' * 99999] * 99999)|join }}", "too much work"),
     "string join": ("{{ ('a' * 99999).join(['b'] * 99999) }}", "too much work"),
     "replace": ("{{ ('a' * 99999).replace('a', 'b' * 99999) }}", "too much work"),
@@ -264,8 +249,7 @@ HARMFUL = {
 @pytest.mark.parametrize("name", HARMFUL)
 def test_harmful_templates_are_errors(name):
     source, message = HARMFUL[name]
-    with pytest.raises(TemplateError, match=message):
-        ChatTemplate(source).render(TURNS)
+    refuses(lambda: ChatTemplate(source).render(TURNS), message, error=TemplateError)
 
 
 def test_what_templates_may_do():
@@ -288,12 +272,10 @@ def test_a_long_conversation_is_within_the_bounds():
 
 
 def test_templates_come_with_the_tokenizer(tokenizer):
-    with pytest.raises(TemplateError, match=r"no chat template 'default' \(none at all\)"):
-        ChatTemplate.of(tokenizer)
+    refuses(lambda: ChatTemplate.of(tokenizer), "no chat template 'default' (none at all)")
     named = {"tokenizer.chat_template": "{{ eos_token }}", "tokenizer.chat_template.rag": "r"}
     templated = from_gguf({**BYTES, "tokenizer.ggml.pre": "qwen2", **named})
     assert isinstance(templated, FastTokenizer)
     assert ChatTemplate.of(templated).render([]) == "<|im_end|>"
     assert ChatTemplate.of(templated, "rag").render([]) == "r"
-    with pytest.raises(TemplateError, match=r"no chat template 'x' \(default, rag\)"):
-        ChatTemplate.of(templated, "x")
+    refuses(lambda: ChatTemplate.of(templated, "x"), "no chat template 'x' (default, rag)")

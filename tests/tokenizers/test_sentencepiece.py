@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from tests.refuses import refuses
 
 SENTENCES = [
     "def add(first, second):\n    return first + second  # 2024\n",
@@ -110,16 +111,11 @@ def test_the_remedy_for_a_large_vocabulary_works(tmp_path):
     assert train_sentencepiece(SENTENCES, tmp_path / "t.model", most).vocab_size == most
 
 
-def test_bad_use(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="token id 999 is outside"):
-        tokenizer.decode([5, 999])
-    with pytest.raises(ValueError, match="lone surrogate"):
-        tokenizer.encode("a\udc80")
-    with pytest.raises(FileNotFoundError, match=r"missing\.model"):
-        SentencePieceTokenizer(tmp_path / "missing.model")
-    (tmp_path / "bad.model").write_bytes(b"no model at all")
-    with pytest.raises(ValueError, match=r"bad\.model' is not a SentencePiece model"):
-        SentencePieceTokenizer(tmp_path / "bad.model")
+def test_bad_files(tmp_path):
+    missing, bad = tmp_path / "missing.model", tmp_path / "bad.model"
+    refuses(lambda: SentencePieceTokenizer(missing), "missing.model", error=FileNotFoundError)
+    bad.write_bytes(b"no model at all")
+    refuses(lambda: SentencePieceTokenizer(bad), "bad.model' is not a SentencePiece model")
 
 
 def test_import_loads_no_jax():
