@@ -109,26 +109,6 @@ def test_twenty_kills(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
         assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "zero"), [({"fsdp": "2", "tensor": "2"}, "3"), ({"data": "2", "fsdp": "4"}, "1")]
-)
-def test_it_goes_on_with_another_mesh_on_the_same_tokens(
-    finished: pathlib.Path, tmp_path: pathlib.Path, mesh: dict[str, str], zero: str
-) -> None:
-    workdir = tmp_path / "mesh"
-    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("data"))
-    for path in (workdir / "checkpoints").iterdir():
-        if path.name.isdigit() and int(path.name) > NUM_STEPS // 2:
-            shutil.rmtree(path)
-    changes = {f"mesh__{axis}": size for axis, size in mesh.items()} | {"sharding__zero": zero}
-    survival.finish(workdir, settings(finished, **changes))
-    ours, theirs = course(workdir), course(finished)
-    assert ours.keys() == theirs.keys()
-    for step, values in theirs.items():
-        assert ours[step][3] == values[3], "other tokens"
-        np.testing.assert_allclose(ours[step][0], values[0], atol=0.03)  # bfloat16 compute
-
-
 @pytest.mark.slow
 def test_a_killed_host_ends_all_and_two_hosts_go_on_as_one_did(
     finished: pathlib.Path, tmp_path: pathlib.Path

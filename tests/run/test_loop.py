@@ -148,15 +148,10 @@ def test_skipped_steps_in_a_row_end_the_loop_with_no_checkpoint_among_them(
     assert run.saved == [2]
 
 
-def test_a_checkpoint_that_fell_due_among_skipped_steps_is_made_after_them(tmp_path):
-    run = Run(tmp_path, skipped=[4, 5], save_steps=[4])
-    run(10, Intervals(log=1, evaluate=100, save=100), patience=3)
-    assert run.saved == [6, 10]
-
-
 @pytest.mark.parametrize(
     ("due", "kinds"),
     [
+        ({4: "durable"}, ["durable", "durable"]),
         ({4: "local"}, ["local", "durable"]),
         ({4: "local", 6: "durable"}, ["durable", "durable"]),
         ({4: "durable", 6: "local"}, ["durable", "durable"]),
@@ -185,20 +180,15 @@ def test_evaluation_does_not_count_as_training_time(tmp_path):
     assert run.goodput.seconds["evaluation"] > 0.75
 
 
-@pytest.mark.parametrize("name", ["log", "evaluate", "save"])
-def test_intervals_are_at_least_a_step(name):
-    with pytest.raises(ValueError, match=f"{name} interval must be at least 1 step, got 0"):
-        Intervals(**{name: 0})
-
-
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("cls", "values", "message"),
     [
-        ({"patience": 0}, "patience=0"),
-        ({"learning_rate": 0.0}, r"learning_rate=0\.0 must be in \(0, 1\]"),
-        ({"recovery_steps": 0}, "recovery_steps=0"),
+        *((Intervals, {n: 0}, f"{n} interval must be") for n in ("log", "evaluate", "save")),
+        (Rewind, {"patience": 0}, "patience=0"),
+        (Rewind, {"learning_rate": 0.0}, r"learning_rate=0\.0 must be in \(0, 1\]"),
+        (Rewind, {"recovery_steps": 0}, "recovery_steps=0"),
     ],
 )
-def test_bad_rewinds(values, message):
+def test_bad_settings(cls, values, message):
     with pytest.raises(ValueError, match=message):
-        Rewind(**values)
+        cls(**values)
