@@ -45,8 +45,8 @@ class Rules:
         return dataclasses.replace(self, **tables)
 
     def __hash__(self) -> int:
-        tables = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return hash(tuple(tuple(sorted(table.items())) for table in tables))
+        tables = (self.activations, self.weights, self.gradients, self.optimizer)
+        return hash((self.gathered, *(tuple(sorted(table.items())) for table in tables)))
 
 
 @dataclasses.dataclass(frozen=True)
