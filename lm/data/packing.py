@@ -10,13 +10,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from lm.data.sources import TokenSource
+from lm.data.sources import TokenSource, written_once
 
 ALGORITHM = "best_fit_decreasing"
 VERSION = 1
@@ -214,17 +212,7 @@ def _write(plan: PackPlan, key: dict[str, object], path: Path) -> None:
         "num_pieces": len(plan.pieces),
         "waste": plan.waste,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with written_once(path) as partial:
         np.save(partial / "row_offsets.npy", plan.row_offsets)
         np.save(partial / "pieces.npy", plan.pieces)
         (partial / "plan.json").write_text(json.dumps(about, indent=2) + "\n")
-        partial.chmod(0o755)
-        try:
-            partial.rename(path)
-        except OSError:
-            if not path.exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

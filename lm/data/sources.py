@@ -10,13 +10,14 @@ per token while ids fit: decoding one example costs about 50 us, and a packed ro
 many documents.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -231,9 +232,7 @@ def _write_cache(directory: Path, split: str, path: Path) -> None:
     examples = builder.as_data_source(split)
     lengths, num_bytes, largest = [], [], 0
     digest = hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with written_once(path) as partial:
         with open(partial / "tokens.int32", "wb") as file:
             for start in range(0, len(examples), _READ_BATCH):
                 stop = min(start + _READ_BATCH, len(examples))
@@ -252,6 +251,15 @@ def _write_cache(directory: Path, split: str, path: Path) -> None:
         np.save(partial / "num_bytes.npy", np.asarray(num_bytes, dtype=np.int64))
         about = {"split": split, "fingerprint": digest.hexdigest()[:32], "num_tokens": total}
         (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def written_once(path: Path) -> Iterator[Path]:
+    """A new directory that becomes `path` once the block ends well; of several, the first stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield partial
         partial.chmod(0o755)
         try:
             partial.rename(path)
