@@ -31,10 +31,7 @@ def _norm(name: str, ours: str) -> tuple[Entry, ...]:
 
 
 def _linear(name: str, ours: str) -> tuple[Entry, ...]:
-    return (
-        Entry(f"{name}.weight", (ours,), Transpose()),
-        Entry(f"{name}.bias", (f"{ours}_bias",)),
-    )
+    return (Entry(f"{name}.weight", (ours,), Transpose()), Entry(f"{name}.bias", (f"{ours}_bias",)))
 
 
 _L, _A, _X = "model.layers.{i}.", "model.layers.{i}.self_attn.", "gpt_neox.layers.{i}."
@@ -129,11 +126,7 @@ _MISTRAL = Family(
         window="all",
     ),
 )
-_QWEN_DEFAULTS = {
-    "max_position_embeddings": 32768,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
+_QWEN_DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN2 = Family(
     "qwen2",
     Traits(norm=_EPS6, attention_bias=True, rope=Rope(theta=1e6)),

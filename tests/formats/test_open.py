@@ -266,10 +266,7 @@ def test_greedy_tokens_are_llama_cpps(name, file, chosen_atol, top_atol):
         assert ids == result["prompt_ids"]
         requests.append(
             Request(
-                prompt=ids,
-                max_new_tokens=len(result["output_ids"]),
-                logprobs=True,
-                top_logprobs=5,
+                prompt=ids, max_new_tokens=len(result["output_ids"]), logprobs=True, top_logprobs=5
             )
         )
     for result, sample in zip(golden, sampler.sample(requests), strict=True):
@@ -299,11 +296,7 @@ def test_transformers_computes_the_same_from_the_same_file(real):
     ).eval()
     prompts = ["The capital of France is", "def fibonacci(n):\n", "In 1842 the"]
     requests = [
-        Request(
-            prompt=opened.tokenizer.encode_prompt(prompt),
-            max_new_tokens=24,
-            logprobs=True,
-        )
+        Request(prompt=opened.tokenizer.encode_prompt(prompt), max_new_tokens=24, logprobs=True)
         for prompt in prompts
     ]
     samples = LocalSampler(opened.params, opened.config, eos_ids=()).sample(requests)

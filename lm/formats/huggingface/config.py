@@ -337,25 +337,26 @@ def _check_same(config: ModelConfig, data: Mapping[str, Any]) -> None:
         again = dataclasses.replace(again, stacks=config.stacks)
     if again == config:
         return
-    faults = list(_differences(config, again, ""))
+    ours, theirs = _flat(config), _flat(again)
+    faults = [
+        f"{name}={value!r} (it would be read as {theirs.get(name, 'of another kind')!r})"
+        for name, value in ours.items()
+        if name not in theirs or theirs[name] != value
+    ]
     raise ValueError(
-        f"the Hugging Face format of family {config.family!r} cannot say "
-        + "; ".join(
-            f"{name}={ours!r} (it would be read as {theirs!r})" for name, ours, theirs in faults
-        )
+        f"the Hugging Face format of family {config.family!r} cannot say {'; '.join(faults)}"
     )
 
 
-def _differences(a: Any, b: Any, name: str) -> Sequence[tuple[str, Any, Any]]:
-    """Fields in which two trees of dataclasses differ: name, in `a`, in `b`."""
-    if a == b:
-        return []
-    if not (dataclasses.is_dataclass(a) and type(a) is type(b)):
-        return [(name, a, b)]
-    fields = [field.name for field in dataclasses.fields(a) if field.name != "stacks"]
-    pairs = [(field, getattr(a, field), getattr(b, field)) for field in fields]
-    if isinstance(a, ModelConfig):
-        rows = enumerate(zip(a.layers, b.layers, strict=True))
-        pairs += [(f"layers/{i}", ours, theirs) for i, (ours, theirs) in rows]
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The fields of a tree of dataclasses by path; a model's stacks as its layers."""
+    if not dataclasses.is_dataclass(value):
+        return {name: value}
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, ModelConfig):
+        del fields["stacks"]
+        fields |= {f"layers/{i}": layer for i, layer in enumerate(value.layers)}
     prefix = f"{name}/" if name else ""
-    return [found for n, ours, theirs in pairs for found in _differences(ours, theirs, prefix + n)]
+    return {
+        key: x for field, each in fields.items() for key, x in _flat(each, prefix + field).items()
+    }

@@ -10,36 +10,23 @@ from lm.model import Rope, RopeScaling
 
 OLD_NAMES = {"su": "longrope"}
 
-# Keys of each rope type besides `rope_type`, `rope_theta` and `partial_rotary_factor`.
-KEYS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "original_max_position_embeddings",
-        "low_freq_factor",
-        "high_freq_factor",
-    ),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-    "longrope": (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "short_factor",
-        "long_factor",
-    ),
+# Keys of each rope type besides `rope_type`, `rope_theta` and `partial_rotary_factor`, and the
+# fields of `RopeScaling` they are.
+_FACTOR = {"factor": "factor"}
+_LENGTH = {**_FACTOR, "original_max_position_embeddings": "original_length"}
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+KEYS: Mapping[str, Mapping[str, str]] = {
+    "default": {},
+    "linear": _FACTOR,
+    "llama3": {**_LENGTH, "low_freq_factor": "low_frequency", "high_freq_factor": "high_frequency"},
+    "yarn": {**_LENGTH, **dict(zip(_YARN, _YARN, strict=True))},
+    "longrope": {
+        **_LENGTH,
+        "attention_factor": "attention_factor",
+        "short_factor": "short_factors",
+        "long_factor": "long_factors",
+    },
 }
-
-
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -103,45 +90,30 @@ def _read_scaling(
 ) -> RopeScaling | None:
     if kind == "default":
         return None
-    original = p.get("original_max_position_embeddings")
-    original = max_length if original is None else int(original)
-    factor = p.get("factor")
-    if factor is None and kind in ("yarn", "longrope"):
-        factor = max_length / original
     missing = [key for key in REQUIRED[kind] if p.get(key) is None]
     if missing:
         raise ValueError(f"config.json rope parameters of type {kind!r} lack {', '.join(missing)}")
-    factor = float(factor)  # pyright: ignore[reportArgumentType]
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    if kind == "llama3":
-        low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
-        return RopeScaling("llama3", factor, original, low, high)
-    attention_factor = p.get("attention_factor")
-    if kind == "longrope":
-        short, long = (tuple(map(float, p[key])) for key in ("short_factor", "long_factor"))
-        return RopeScaling(
-            "longrope",
-            factor,
-            original,
-            attention_factor=None if attention_factor is None else float(attention_factor),
-            short_factors=short,
-            long_factors=long,
-        )
-    mscale, mscale_all = (float(p.get(key) or 0) for key in ("mscale", "mscale_all_dim"))
-    if not scores and attention_factor is None and mscale and mscale_all:
-        attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all)
-    return RopeScaling(
-        "yarn",
-        factor,
-        original,
-        beta_fast=float(p.get("beta_fast") or 32),
-        beta_slow=float(p.get("beta_slow") or 1),
-        attention_factor=None if attention_factor is None else float(attention_factor),
-        truncate=bool(p.get("truncate", True)),
-        mscale=mscale or None if scores else None,
-        mscale_all_dim=mscale_all or None if scores else None,
-    )
+    found = {field: _value(p[key]) for key, field in KEYS[kind].items() if p.get(key) is not None}
+    if kind != "linear":
+        found["original_length"] = length = int(found.get("original_length", max_length))
+        found.setdefault("factor", max_length / length)
+    if kind == "yarn":
+        # Zero stands for the default of these, as in transformers.
+        weights = {key: found.pop(key, None) or None for key in ("mscale", "mscale_all_dim")}
+        found = {key: x for key, x in found.items() if x or not key.startswith("beta")}
+        found["truncate"] = bool(p.get("truncate", True))
+        if scores:
+            found |= weights
+        elif "attention_factor" not in found and all(weights.values()):
+            mscale, mscale_all = (_mscale(found["factor"], x or 0.0) for x in weights.values())
+            found["attention_factor"] = mscale / mscale_all
+    return RopeScaling(kind, **found)  # pyright: ignore[reportArgumentType]
+
+
+def _value(x: Any) -> Any:
+    if isinstance(x, list | tuple):
+        return tuple(map(float, x))
+    return x if isinstance(x, bool) else float(x)
 
 
 def _mscale(factor: float, weight: float) -> float:
@@ -156,17 +128,6 @@ def write_rope(rope: Rope, partial: bool) -> dict[str, Any]:
     s = rope.scaling
     if s is None:
         return parameters
-    parameters |= {"rope_type": s.kind, "factor": s.factor}
-    if s.kind != "linear":
-        parameters["original_max_position_embeddings"] = s.original_length
-    if s.kind == "llama3":
-        parameters |= {"low_freq_factor": s.low_frequency, "high_freq_factor": s.high_frequency}
-    if s.kind == "longrope":
-        parameters |= {"short_factor": [*s.short_factors], "long_factor": [*s.long_factors]}
-    if s.attention_factor is not None:
-        parameters["attention_factor"] = s.attention_factor
-    if s.kind == "yarn":
-        parameters |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
-        weights = {"mscale": s.mscale, "mscale_all_dim": s.mscale_all_dim}
-        parameters |= {key: weight for key, weight in weights.items() if weight is not None}
-    return parameters
+    values = {key: getattr(s, field) for key, field in KEYS[s.kind].items()}
+    values = {key: [*x] if isinstance(x, tuple) else x for key, x in values.items()}
+    return parameters | {"rope_type": s.kind} | {k: x for k, x in values.items() if x is not None}
