@@ -339,7 +339,7 @@ def _check_same(config: ModelConfig, data: Mapping[str, Any]) -> None:
         return
     ours, theirs = _flat(config), _flat(again)
     faults = [
-        f"{name}={value!r} (it would be read as {theirs.get(name, 'of another kind')!r})"
+        f"{name}={value!r} (it would be read as {theirs.get(name)!r})"
         for name, value in ours.items()
         if name not in theirs or theirs[name] != value
     ]
