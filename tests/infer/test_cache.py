@@ -14,16 +14,14 @@ from lm.model import (
     FeedForward,
     Layer,
     ModelConfig,
-    ModelWeights,
     Norm,
     Rope,
     Tokens,
     forward,
     make_stacks,
-    param_specs,
     unstack,
 )
-from lm.weights import ParamSpec, is_spec
+from tests.model.drawn import chunk_of, weights
 
 LENGTHS = (13, 6, 10)  # of the whole rows
 CAPACITY = 16
@@ -60,34 +58,10 @@ def drawn_config(seed: int) -> ModelConfig:
     return ModelConfig(50, 16, make_stacks(layers), tied=True, vocab_multiple=8, embed_scale=4.0)
 
 
-def weights(config: ModelConfig, seed: int = 0) -> ModelWeights:
-    """Random weights, norms and biases too, by NumPy: compiling an initializer takes seconds."""
-    rng = np.random.default_rng(seed)
-    mean = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
-
-    def draw(spec: ParamSpec) -> np.ndarray:
-        scale = spec.scale if spec.init == "normal" else 0.2
-        return rng.normal(mean[spec.init], scale, spec.shape).astype(np.float32)
-
-    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
-
-
 @functools.partial(jax.jit, static_argnames="config")
 def run(params, tokens, config, cache=None):
     output = forward(params, tokens, config, cache)
     return output.hidden, output.cache
-
-
-def chunk_of(ids: np.ndarray, starts: list[int], stops: list[int], width: int) -> Tokens:
-    """Tokens [start, stop) of each row, padded on the right with nonsense to `width`."""
-    B = len(ids)
-    chunk, positions = np.full((B, width), 7), np.full((B, width), 2)
-    segments = np.zeros((B, width), np.int32)
-    for b, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-        n = stop - start
-        chunk[b, :n], positions[b, :n] = ids[b, start:stop], np.arange(start, stop)
-        segments[b, :n] = 1
-    return Tokens(*(jnp.asarray(x, jnp.int32) for x in (chunk, positions, segments)))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 5, 6])

@@ -39,6 +39,7 @@ from lm.model import (
 from lm.model.decoder import scores_of
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
 from lm.weights import initialize, is_spec
+from tests.model.drawn import config_of, weights
 
 LENGTHS = (43, 20, 31)
 WINDOW = 6
@@ -64,11 +65,6 @@ KINDS = {
 
 SLOW = ("contiguous", "contiguous-fp8", "sliding-int8", "paged-fp8", "paged-latent-int8")
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in KINDS]
-
-
-def config_of(*attentions: Attention) -> ModelConfig:
-    layers = tuple(Layer(a, FeedForward(24)) for a in attentions)
-    return ModelConfig(50, 16, make_stacks(layers), tied=True, vocab_multiple=8)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -235,14 +231,8 @@ def test_bad_caches_are_refused():
 
 @pytest.fixture(scope="module")
 def model():
-    rng = np.random.default_rng(0)
     config = config_of(LOCAL, GLOBAL)
-
-    def draw(spec):
-        scale = {"normal": 0.3, "ones": 0.1, "zeros": 0.1}[spec.init]
-        return jnp.asarray(rng.normal(float(spec.init == "ones"), scale, spec.shape), jnp.float32)
-
-    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec), config
+    return weights(config, matrices=1.2, others=0.1), config
 
 
 @pytest.fixture(scope="module")

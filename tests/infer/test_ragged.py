@@ -12,16 +12,11 @@ from lm.infer.cache import make_cache, make_page_table
 from lm.kernels.paged_attention import PageBatch
 from lm.model import (
     Attention,
-    FeedForward,
     Latent,
-    Layer,
-    ModelConfig,
     Tokens,
     forward,
-    make_stacks,
-    param_specs,
 )
-from lm.weights import is_spec
+from tests.model.drawn import config_of, weights
 
 DENSE = Attention(4, 2, 16)
 LAYERS = {
@@ -35,27 +30,12 @@ LENGTHS = (35, 3, 17, 26)
 BATCHES = ((20, 3, 0, 25), (15, 0, 16, 1), (0, 0, 1, 0))
 
 
-def config_of(*attentions: Attention) -> ModelConfig:
-    layers = tuple(Layer(a, FeedForward(24)) for a in attentions)
-    return ModelConfig(50, 16, make_stacks(layers), tied=True, vocab_multiple=8)
-
-
-def drawn(config: ModelConfig):
-    rng = np.random.default_rng(0)
-
-    def draw(spec):
-        scale = {"normal": 3 * spec.scale, "ones": 0.1, "zeros": 1.0}[spec.init]
-        return jnp.asarray(rng.normal(float(spec.init == "ones"), scale, spec.shape), jnp.float32)
-
-    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_flat_batch_equals_its_sequences(name):
     """Prompts in chunks, short prompts and decoding mixed, with padding at the end; pages anywhere.
     The page table and lengths are given once, for all layers."""
     config = config_of(*LAYERS[name])
-    params, rng = drawn(config), np.random.default_rng(1)
+    params, rng = weights(config, matrices=3.0, others=0.3), np.random.default_rng(1)
     texts = [rng.integers(0, 50, n) for n in LENGTHS]
     pages = rng.permutation(POOL)[: WIDTH * len(texts)].reshape(len(texts), WIDTH)
     table = jnp.asarray(make_page_table(pages.tolist(), WIDTH))

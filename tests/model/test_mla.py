@@ -20,20 +20,20 @@ from lm.model import (
     Latent,
     Layer,
     ModelConfig,
-    ModelWeights,
     Rope,
     RopeScaling,
     Stack,
     Tokens,
     check_layout,
     forward,
-    param_specs,
     unstack,
 )
 from lm.model.latent import expands
 from lm.model.params import unstacked_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
-from lm.weights import Int8, LoRA, ParamSpec, is_spec, path_name, shardings
+from lm.weights import Int8, LoRA, path_name, shardings
+from tests.model import drawn
+from tests.model.drawn import chunk_of
 from tests.train.tiny import Case, assert_same, run
 
 YARN = RopeScaling("yarn", 4.0, 8, mscale=0.7, mscale_all_dim=0.4)
@@ -47,24 +47,13 @@ def model(latent: Latent = SIZES, num_heads: int = 4, **attention) -> ModelConfi
     return ModelConfig(50, 16, (Stack((Layer(attention, FeedForward(24)),), 2),), vocab_multiple=8)
 
 
+weights = functools.partial(drawn.weights, matrices=1.5)
 CONFIGS = {
     "query latent": model(),
     "plain queries": model(dataclasses.replace(SIZES, query_rank=None), rope=Rope()),
     "windowed": model(window=3, softcap=2.0, bias=True, out_bias=True),
     "no positions": model(rope=None, scale=0.5),
 }
-
-
-def weights(config: ModelConfig, seed: int = 0) -> ModelWeights:
-    """Random weights, norms and biases too."""
-    rng = np.random.default_rng(seed)
-    mean = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
-
-    def draw(spec: ParamSpec) -> np.ndarray:
-        scale = 1.5 * spec.scale if spec.init == "normal" else 0.2
-        return rng.normal(mean[spec.init], scale, spec.shape).astype(np.float32)
-
-    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -74,17 +63,6 @@ def hidden_and_cache(params, tokens, config, cache=None):
 
 
 LENGTHS = (17, 8, 13)
-
-
-def chunk_of(ids: np.ndarray, starts, stops, width: int) -> Tokens:
-    """Tokens [start, stop) of each row, padded on the right with nonsense to `width`."""
-    chunk, positions = np.full((len(ids), width), 7), np.full((len(ids), width), 2)
-    segments = np.zeros((len(ids), width), np.int32)
-    for b, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-        n = stop - start
-        chunk[b, :n], positions[b, :n] = ids[b, start:stop], np.arange(start, stop)
-        segments[b, :n] = 1
-    return Tokens(*(jnp.asarray(x, jnp.int32) for x in (chunk, positions, segments)))
 
 
 def assert_chunks_equal_the_whole(params, config: ModelConfig) -> None:

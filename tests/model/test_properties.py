@@ -14,7 +14,6 @@ from lm.model import (
     FeedForward,
     Layer,
     ModelConfig,
-    ModelWeights,
     Norm,
     Rope,
     Tokens,
@@ -27,7 +26,8 @@ from lm.model import (
     unstack,
 )
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
-from lm.weights import Int8, ParamSpec, abstract, initialize, is_spec, path_name, shardings
+from lm.weights import Int8, abstract, initialize, path_name, shardings
+from tests.model import drawn
 
 
 def gemma_like(*windows: int | None) -> ModelConfig:
@@ -59,24 +59,13 @@ def neox_like() -> ModelConfig:
     )
 
 
+weights = functools.partial(drawn.weights, matrices=1.5)
 CONFIGS = {"gemma": gemma_like(3, None, 3, None), "neox": neox_like()}
 
 
 @pytest.fixture(params=CONFIGS)
 def config(request):
     return CONFIGS[request.param]
-
-
-def weights(config: ModelConfig, seed: int = 0) -> ModelWeights:
-    """Random weights, norms and biases too, by NumPy: compiling an initializer takes seconds."""
-    rng = np.random.default_rng(seed)
-    mean = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
-
-    def draw(spec: ParamSpec) -> jax.Array:
-        scale = 1.5 * spec.scale if spec.init == "normal" else 0.2
-        return jnp.asarray(rng.normal(mean[spec.init], scale, spec.shape), jnp.float32)
-
-    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "remat"))
@@ -229,6 +218,18 @@ def test_remat_keeps_what_it_says(form):
     tokens_and_layers = 2 * 12 * 2
     assert sizes["save:up"] - sizes["full"] == tokens_and_layers * 24, sizes
     assert sizes["save:query,up"] - sizes["save:up"] == tokens_and_layers * 4 * 8, sizes
+
+
+def test_tokens_may_stand_in_any_order_unless_said_otherwise(config):
+    """Order is a promise that `Tokens.of` makes and `Tokens` by itself does not."""
+    ids, order = random_ids(1, 20), np.random.default_rng(0).permutation(20)
+    in_order, params = Tokens.of(jnp.asarray(ids)), weights(config)
+    shuffled = Tokens(in_order.ids[:, order], in_order.positions[:, order])
+    assert in_order.in_order and not shuffled.in_order
+    expected = hidden_states(params, in_order, config)[:, order]
+    np.testing.assert_allclose(
+        hidden_states(params, shuffled, config), expected, rtol=2e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("remat", ["some", "save:", "save:query,nothing", "save:up+offload:up"])

@@ -11,7 +11,7 @@ from lm.infer.cache import in_pages, make_cache, own_page_table
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, Tokens, forward
 from lm.parallel import context_attention
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
-from tests.infer.test_ragged import drawn
+from tests.model.drawn import weights
 
 SINKS = Attention(4, 2, 16, rope=None, sinks=True)
 CONFIG = ModelConfig(50, 16, (Stack((Layer(SINKS, FeedForward(24)),), 1),), vocab_multiple=8)
@@ -20,7 +20,7 @@ IDS = np.random.default_rng(2).integers(0, 50, (2, 12))
 
 @pytest.fixture(scope="module")
 def params():
-    return drawn(CONFIG)
+    return weights(CONFIG, matrices=3.0, others=1.0)
 
 
 def rms(x):

@@ -1,0 +1,57 @@
+"""Small models and tokens that tests of the forward pass and of caches share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.model import (
+    Attention,
+    FeedForward,
+    Layer,
+    ModelConfig,
+    ModelWeights,
+    Tokens,
+    make_stacks,
+    param_specs,
+)
+from lm.weights import ParamSpec, is_spec
+
+
+def config_of(*attentions: Attention) -> ModelConfig:
+    """A small tied model of these layers."""
+    layers = tuple(Layer(a, FeedForward(24)) for a in attentions)
+    return ModelConfig(50, 16, make_stacks(layers), tied=True, vocab_multiple=8)
+
+
+def weights(
+    config: ModelConfig, seed: int = 0, *, matrices: float = 1.0, others: float = 0.2
+) -> ModelWeights:
+    """Random weights, norms and biases too, by NumPy: compiling an initializer takes seconds.
+
+    Args:
+      config: the model.
+      seed: of the draw.
+      matrices: scale of matrices, relative to their initial one.
+      others: scale of the rest.
+    """
+    rng = np.random.default_rng(seed)
+    mean = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
+
+    def draw(spec: ParamSpec) -> jax.Array:
+        scale = matrices * spec.scale if spec.init == "normal" else others
+        return jnp.asarray(rng.normal(mean[spec.init], scale, spec.shape), jnp.float32)
+
+    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
+
+
+def chunk_of(ids: np.ndarray, starts, stops, width: int) -> Tokens:
+    """Tokens [start, stop) of each row, padded on the right with nonsense to `width`."""
+    chunk, positions = np.full((len(ids), width), 7), np.full((len(ids), width), 2)
+    segments = np.zeros((len(ids), width), np.int32)
+    for b, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        n = stop - start
+        chunk[b, :n], positions[b, :n] = ids[b, start:stop], np.arange(start, stop)
+        segments[b, :n] = 1
+    return Tokens(*(jnp.asarray(x, jnp.int32) for x in (chunk, positions, segments)))
