@@ -142,7 +142,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 def copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
     """Copy what a Hugging Face directory says of its tokenizer and of generation."""
     for path in [path for pattern in TOKENIZER_FILES for path in sorted(source.glob(pattern))]:
-        with input_errors():  # what cannot be read is told from what cannot be written
+        with input_errors():  # reading errors are kept apart from writing errors
             content = path.read_bytes()
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)

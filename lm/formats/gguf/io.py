@@ -1,7 +1,7 @@
 """Models of GGUF files, straight into the serving form.
 
 Weights are read one at a time, each shard from the rows it holds: beside the weights kept, the host
-holds about the largest of them. Blocks may be kept as they lie in the file.
+holds about the largest of them. Blocks may be kept as they are in the file.
 """
 
 from __future__ import annotations

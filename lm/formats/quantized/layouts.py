@@ -64,7 +64,7 @@ def _leaf_of(bits: int, values: Any, scale: Any, zero: Any, order: Any = None) -
 
 
 def _order(g_idx: np.ndarray, groups: int) -> np.ndarray | None:
-    """The rows group by group; None where they lie so already."""
+    """The rows group by group; None where they are in that order already."""
     rows = len(g_idx)
     counts = np.bincount(g_idx, minlength=groups) if g_idx.min(initial=0) >= 0 else np.zeros(1)
     if len(counts) != groups or np.any(counts != rows // groups):
@@ -120,7 +120,7 @@ class GPTQ(Format):
         return wanted | ({"g_idx": ((rows,), ("I32", "I64"))} if "g_idx" in present else {})
 
     def version_of(self, stored: np.ndarray) -> int:
-        """1 or 2. Some files say one and hold the other: symmetric zero points tell which."""
+        """1 or 2. Some files claim one and hold the other: symmetric zero points show which."""
         middle = 1 << (self.bits - 1)
         if self.symmetric and np.all(stored == middle):
             return 2
@@ -373,7 +373,7 @@ class BitsAndBytes(Format):
 
 
 def formats_of(q: Mapping[str, Any]) -> tuple[Format, ...]:
-    """The formats a `quantization_config` speaks of.
+    """The formats of a `quantization_config`.
 
     Raises:
       ValueError: it asks for what is not read; the message names it.
