@@ -94,7 +94,8 @@ class Stability:
           and mean and standard deviation of the steps taken, as `loss_mean`, `loss_sigma`,
           `grad_norm_mean` and `grad_norm_sigma`.
         """
-        health: Health = before.health
+        health = before.health
+        assert health is not None, "make the state with `health`"
         healthy = self.is_healthy(health, loss, grad_norm)
         select = functools.partial(jnp.where, healthy)
         skipped = 1 - healthy.astype(jnp.int32)

@@ -25,7 +25,8 @@ from lm.weights import (
     shardings,
 )
 
-Tree = Any
+Tree = Any  # shaped like the weights, or like the state of an optimizer of any kind
+Scalar = jax.Array  # of the state itself; trees of shapes and shardings have those in its place
 
 
 @flax.struct.dataclass
@@ -41,15 +42,15 @@ class Health:
       recovery_until: int32, first step that has the schedule's rate again.
     """
 
-    count: Any
-    loss_mean: Any
-    loss_variance: Any
-    grad_norm_mean: Any
-    grad_norm_variance: Any
-    skipped: Any
-    in_a_row: Any
-    recovery_scale: Any
-    recovery_until: Any
+    count: Scalar
+    loss_mean: Scalar
+    loss_variance: Scalar
+    grad_norm_mean: Scalar
+    grad_norm_variance: Scalar
+    skipped: Scalar
+    in_a_row: Scalar
+    recovery_scale: Scalar
+    recovery_until: Scalar
 
     @classmethod
     def new(cls) -> Health:
@@ -72,12 +73,12 @@ class TrainState:
       buffers: what the objective keeps from step to step, replicated; or None.
     """
 
-    step: Any
+    step: Scalar
     trainable: Tree
     frozen: Tree
     opt_state: Tree
     ema: Tree = None
-    health: Any = None
+    health: Health | None = None
     buffers: Tree = None
 
     @property
@@ -165,7 +166,7 @@ def state_shardings(
       ValueError: a mesh axis does not divide a weight; the message names both.
     """
     mesh, rules = layout.mesh, layout.rules
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
 
     def of_state(leaf: Any) -> NamedSharding:
         if not is_spec(leaf):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Norm, Stack, param_specs
@@ -180,6 +181,32 @@ def test_training_on_a_mesh_equals_one_device(config):
     for x, y in zip(one, many, strict=True):
         # Adam divides by the root of moments that may be rounding errors of zero.
         assert np.mean(np.abs(x - y)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adamw(1.0, weight_decay=0.1), optax.contrib.muon(1.0, weight_decay=0.1)],
+    ids=["adamw", "muon"],
+)
+def test_any_of_optaxs_optimizers_trains_on_a_zero_mesh(optimizer):
+    """Its updates are minus the directions; moments are sharded as their weights are."""
+    directions = optax.chain(optimizer, optax.scale(-1.0))
+
+    def train(case):
+        step = make_train_step(OBJECTIVE, directions, lambda step: 3e-3, case.layout, case.gradient)
+        state = init_state(param_specs(TIED), directions, jax.random.key(0), case.layout)
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, make_batch())
+            losses.append(float(metrics["loss"]))
+        return losses, state
+
+    expected, _ = train(Case(config=TIED))
+    found, state = train(Case(MeshShape(data=2, fsdp=4), 1, config=TIED))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert expected[2] < expected[0]
+    held = [x for x in jax.tree.leaves(state.opt_state) if x.size > 1000]  # not the norms
+    assert held and all(x.size == 4 * x.addressable_shards[0].data.size for x in held)
 
 
 def test_clip_by_global_norm():
