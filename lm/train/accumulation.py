@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.model import ModelConfig, Output, Tokens, forward, make_head, param_specs
+from lm.sharding import constrain, current_layout, use_layout
 from lm.train.batch import micro_batches
 from lm.train.objective import Batch, Objective, Term
 from lm.train.state import merge
@@ -82,7 +84,11 @@ class Accumulation:
         def begin(zeros: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
             return shard_like(zeros[0], specs, "gradients"), zeros[1]
 
-        gradients, (sums, stats) = self.add_up(objective, micro_gradient, batch, begin)
+        axes = deferred_axes() if self.num_micro_batches > 1 else ()
+        for axis in axes:
+            begin = jax.vmap(begin, spmd_axis_name=axis)
+        by_shard = self.add_up(objective, over_shards(micro_gradient, axes), batch, begin)
+        gradients, (sums, stats) = jax.tree.map(lambda x: sum_shards(x, axes), by_shard)
         terms = {name: dataclasses.replace(term, sum=sums[name]) for name, term in counts.items()}
         return gradients, terms, stats
 
@@ -145,6 +151,56 @@ class Accumulation:
         zeros = begin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
         total, _ = jax.lax.scan(body, zeros, parts)
         return total
+
+
+def deferred_axes() -> tuple[str, ...]:
+    """Axes of the batch over which gradients are summed once per step, not per micro-batch.
+
+    All of them, where no device holds only a part of what is added up: under ZeRO 0 and 1, whose
+    accumulators are whole anyway. Context parallelism sums as it goes: under `vmap` its rings would
+    compute what they otherwise skip.
+    """
+    layout = current_layout()
+    if layout is None:
+        return ()
+    rules, sizes = layout.rules, layout.mesh.shape
+    tables = (rules.weights, rules.gradients)
+    split = {a for table in tables for name in rules.gathered for a in table.get(name, ())}
+    if any(sizes[axis] > 1 for axis in {*split, *rules.activations["sequence"]}):
+        return ()
+    return tuple(axis for axis in rules.activations["batch"] if sizes[axis] > 1)
+
+
+def over_shards(function: Callable[[Batch], Any], axes: Sequence[str]) -> Callable[[Batch], Any]:
+    """`function` of each shard of a batch by itself: results get a dimension, split, per axis."""
+    if not axes:
+        return function
+    axis, rest = axes[0], axes[1:]
+
+    def of_shard(batch: Batch) -> Any:
+        batch = {n: constrain(x, *("batch", *(None,) * x.ndim)[: x.ndim]) for n, x in batch.items()}
+        return over_shards(function, rest)(batch)
+
+    def of_batch(batch: Batch) -> Any:
+        layout = current_layout()
+        assert layout is not None
+        size = layout.mesh.shape[axis]
+        mapped = {n: 0 if x.ndim else None for n, x in batch.items()}
+        cut = {n: x.reshape(size, -1, *x.shape[1:]) if x.ndim else x for n, x in batch.items()}
+        with use_layout(layout.inside_vmap(axis)):
+            return jax.vmap(of_shard, (mapped,), spmd_axis_name=axis)(cut)
+
+    return of_batch
+
+
+def sum_shards(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """The sum over the dimensions of `over_shards`, as one reduction over all the axes."""
+    layout = current_layout()
+    if not axes or layout is None:
+        return x
+    x = x.reshape(-1, *x.shape[len(axes) :])
+    spec = PartitionSpec(tuple(axes), *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+    return jnp.sum(jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec)), 0)
 
 
 def trainable_specs(specs: Tree, trainable: Tree) -> Tree:

@@ -71,6 +71,21 @@ def test_one_device_talks_to_nobody():
     assert found(Case()) == []
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_gradients_of_micro_batches_are_reduced_once(zero):
+    """As many bytes for four micro-batches as for one, and none of them in their loop."""
+
+    def reduced(num: int) -> int:
+        case = Case(MeshShape(data=2, fsdp=2), zero=zero, num_micro_batches=num, loss="reference")
+        large = [c for c in of(case, "all-reduce") if c.num_bytes > 1024]  # matrices
+        assert not num - 1 or not any(c.loops for c in large), large
+        # A layer's gradient, in the loop over the layers, is sent once per layer.
+        layers = UNTIED.num_layers
+        return sum(c.num_bytes * (layers if c.loops else 1) for c in large)
+
+    assert reduced(4) == reduced(1) > 0
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_is_moved_about_for_want_of_a_sharding(case):
     """All-to-alls, permutes and groups within an axis are XLA mending shardings that disagree."""
