@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.configs.pretrain import Pretrain
+from lm.data.batches import HeldOut
 from lm.data.corpus import Corpus
 from lm.data.ngram import ByteNgram
 from lm.distributed.collectives import print_once
@@ -114,6 +115,7 @@ def held_out_figures(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def held_out_documents(run: Run, corpus: Corpus) -> list[bytes]:
     """The text of the first held-out set, as far as training was evaluated on it."""
     name, held_out = next(iter(run.held_out.items()))
+    assert isinstance(held_out, HeldOut)
     count = sum(len(source) for source, _ in held_out.packed.shards)
     return [t.encode() for t in itertools.islice(corpus.texts("validation", name), count)]
 

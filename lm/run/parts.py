@@ -13,7 +13,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from lm.checkpoints import Checkpoints, Reference
-from lm.data.batches import Batches, HeldOut
+from lm.data.stream import HeldOutSet, Stream
 from lm.model import ModelConfig
 from lm.run.loop import Intervals, Rewind
 from lm.run.saving import Checkpointing
@@ -57,8 +57,8 @@ class Run:
     workdir: pathlib.Path
     layout: Layout
     tokenizer: Tokenizer
-    stream: Batches
-    held_out: Mapping[str, HeldOut]
+    stream: Stream
+    held_out: Mapping[str, HeldOutSet]
     objective: Objective
     optimizer: Optimizer
     schedule: Schedule
@@ -124,19 +124,23 @@ class Run:
         return make_eval_step(self.objective, self.layout, self.gradient)
 
     def evaluate(self, params: Tree) -> dict[str, float]:
-        """`held_out_loss` in nats per token and `held_out_bits_per_byte` of text.
+        """The mean of each of the objective's terms, such as `held_out_loss`, in nats per token.
 
-        Of every held-out set after the first, under its name: `held_out_loss/books`.
+        With the bytes of a set's text known, `held_out_bits_per_byte` too, of the term `loss`.
+        Every held-out set after the first has its name in them: `held_out_loss/books`.
         """
         found = {}
         for i, (name, held_out) in enumerate(self.held_out.items()):
-            terms = [
-                self._eval_step(params, held_out.device_batch(j, self.rows))["loss"]
-                for j in range(len(held_out))
-            ]
-            nats = math.fsum(float(term.sum) for term in terms)
+            batches = (held_out.device_batch(j, self.rows) for j in range(len(held_out)))
+            terms = [self._eval_step(params, batch) for batch in batches]
             suffix = f"/{name}" if i else ""
-            found[f"held_out_loss{suffix}"] = nats / math.fsum(float(t.count) for t in terms)
-            bits = nats / math.log(2) / held_out.num_bytes
-            found[f"held_out_bits_per_byte{suffix}"] = bits
+            for key in terms[0] if terms else ():
+                total, count = (
+                    math.fsum(float(getattr(each[key], part)) for each in terms)
+                    for part in ("sum", "count")
+                )
+                found[f"held_out_{key}{suffix}"] = total / count
+                if key == "loss" and held_out.num_bytes:
+                    bits = total / math.log(2) / held_out.num_bytes
+                    found[f"held_out_bits_per_byte{suffix}"] = bits
         return found

@@ -142,6 +142,8 @@ def replay(
     """
     if not 1 <= step <= run.num_steps:
         raise ConfigError(f"--step={step} is none of the run's; give 1 to {run.num_steps}")
+    if not isinstance(run.stream, Batches):
+        raise ConfigError("only a run on packed text can be replayed")
     path = run.workdir / "metrics.jsonl"
     rows = metrics_lib.read(path) if path.exists() else []
     with input_errors():

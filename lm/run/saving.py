@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from lm.checkpoints import Checkpoints, Reference, SaveInterval
-from lm.data.batches import Batches
+from lm.data.stream import Stream
 from lm.run.loop import Kind
 from lm.train.state import TrainState
 
@@ -48,7 +48,7 @@ class Saving:
     def __init__(
         self,
         checkpoints: Checkpoints,
-        stream: Batches,
+        stream: Stream,
         config: Checkpointing,
         every: int,
         frozen: Reference | None = None,

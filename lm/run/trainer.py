@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+
+import jax
 
 from lm.config.changes import Change
 from lm.config.command_line import input_errors
-from lm.data.batches import Batches
+from lm.data.stream import Stream
 from lm.distributed import PreemptionNotice
 from lm.distributed.collectives import is_first_process, print_once
 from lm.model import num_params, train_flops
@@ -36,7 +38,7 @@ class Training:
     def __init__(self, run: Run, goodput: Goodput, profile: range | None = None) -> None:
         self.run, self.goodput, self.profile = run, goodput, profile
         self.stream = run.stream
-        self.compiled = CompiledStep(run.step(), goodput)
+        self.compiled = CompiledStep(run, goodput)
         self.preemption = PreemptionNotice()
 
     def __call__(self, changes: Sequence[Change] = ()) -> Outcome:
@@ -196,23 +198,23 @@ class Training:
 class CompiledStep:
     """The step, compiled for each shape of batch before the clock of its first use starts."""
 
-    def __init__(self, step: Any, goodput: Goodput) -> None:
-        self.step, self.goodput = step, goodput
-        self.programs: dict[tuple[int, ...], Callable[..., Any]] = {}
+    def __init__(self, run: Run, goodput: Goodput) -> None:
+        self.step, self.inputs, self.goodput = run.step(), run.objective.inputs, goodput
+        self.programs: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        shape = batch["ids"].shape
-        if shape not in self.programs:
+        key = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
+        if key not in self.programs:
             before = time.perf_counter()
             with self.goodput.timed("compile"):
-                self.programs[shape] = self.step.lower(state, batch).compile()
-            rows, length = shape
+                self.programs[key] = self.step.lower(state, batch).compile()
+            rows, length = jax.eval_shape(self.inputs, batch).ids.shape
             print_once(f"compiled the step for {rows} rows of {length} tokens in "
                 f"{time.perf_counter() - before:.1f} s")  # fmt: skip
-        return self.programs[shape](state, batch)
+        return self.programs[key](state, batch)
 
 
-def describe(run: Run, stream: Batches) -> str:
+def describe(run: Run, stream: Stream) -> str:
     """What is about to happen, in three lines."""
     mesh, rules = run.layout.mesh, run.layout.rules
     zero = sum("embed" in table for table in (rules.weights, rules.gradients, rules.optimizer))
