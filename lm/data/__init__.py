@@ -12,7 +12,7 @@ from lm.data.order import permute
 from lm.data.packed import PackedSource, pack_source
 from lm.data.packing import PackPlan, open_plan, pack
 from lm.data.prefetch import Prefetcher
-from lm.data.sources import ArraySource, Document, TokenSource, open_source, write_dataset
+from lm.data.sources import ArraySource, Document, open_source, write_dataset
 from lm.data.stages import DataStage
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "PackedSource",
     "Prefetcher",
     "Share",
-    "TokenSource",
     "open_plan",
     "open_source",
     "pack",

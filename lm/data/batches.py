@@ -6,7 +6,6 @@ Legend: B rows of a batch, T positions of a row, N rows asked for.
 import copy
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +69,9 @@ class Batches:
         num_steps: int | None = None,
         block: int = DEFAULT_BLOCK,
     ):
-        if not sources:
-            raise ValueError("a batch stream needs at least one source")
         names = [s.name for s in sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"sources {names} must have distinct names")
+        if not sources or len(set(names)) < len(names):
+            raise ValueError(f"sources {names} must be at least one, of distinct names")
         self.sources = tuple(sources)
         # What is known of a source without its data: of those here and those of earlier stages.
         self._about = {
@@ -82,14 +79,11 @@ class Batches:
         }
         stages = [DataStage(batch_size)] if isinstance(batch_size, int) else list(batch_size)
         self.timeline = Timeline(names, self._active(stages), (), seed, block, num_steps)
-        self._check_lengths()
 
     def _active(self, stages: Sequence[DataStage]) -> list[ActiveStage]:
         """The stages with their caps in rows."""
-        if not stages:
-            raise ValueError("a batch stream needs at least one stage")
         first_steps = [stage.first_step for stage in stages]
-        if first_steps[0] != 0 or any(a >= b for a, b in itertools.pairwise(first_steps)):
+        if first_steps[:1] != [0] or any(a >= b for a, b in itertools.pairwise(first_steps)):
             raise ValueError(f"first steps {first_steps} of the stages must be 0 and then grow")
         for i, stage in enumerate(stages):
             if stage.batch_size < 1:
@@ -105,28 +99,17 @@ class Batches:
             raise ValueError(
                 f"a mixture of {names} must name each source once, out of {list(self._about)}"
             )
-        return tuple(
-            CappedShare(
-                share.source,
-                float(share.weight),
-                share.limit(
-                    self._about[share.source]["num_rows"], self._about[share.source]["seq_len"]
-                ),
+        lengths = {s.source: self._about[s.source]["seq_len"] for s in mixture if s.weight}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"plans differ in seq_len: {lengths}; those of a stage must have the same"
             )
-            for share in mixture
-        )
-
-    def _check_lengths(self) -> None:
-        for stage in self.timeline.stages:
-            lengths = {s.source: self._about[s.source]["seq_len"] for s in stage.shares if s.weight}
-            if len(set(lengths.values())) > 1:
-                raise ValueError(
-                    f"plans differ in seq_len: {lengths}; those of a stage must have the same"
-                )
-
-    @property
-    def seed(self) -> int:
-        return self.timeline.seed
+        shares = []
+        for share in mixture:
+            about = self._about[share.source]
+            rows = share.limit(about["num_rows"], about["seq_len"])
+            shares.append(CappedShare(share.source, float(share.weight), rows))
+        return tuple(shares)
 
     @property
     def skips(self) -> list[tuple[int, int]]:
@@ -146,13 +129,6 @@ class Batches:
     def num_rows(self) -> int:
         """Rows of all plans together."""
         return sum(s.num_rows for s in self.sources)
-
-    @property
-    def pairs_per_row(self) -> float:
-        """Mean number of targets that count in a row of the first mixture, padding left out."""
-        shares = self.timeline.stage(0).shares
-        means = {s.name: s.num_pairs / s.num_rows for s in self.sources}
-        return sum(s.weight * means[s.source] for s in shares) / sum(s.weight for s in shares)
 
     def num_tokens(self, step: int) -> float:
         """Targets that count in the batches before `step`, by the mean row of each source."""
@@ -186,9 +162,10 @@ class Batches:
         for s in np.unique(source).tolist():
             here = source == s
             name = self.timeline.names[s]
-            row[here] = epoch_row(
-                rank[here], self._about[name]["num_rows"], self.seed, _number(name)
-            )
+            # A number that identifies the source whatever its place in the list.
+            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+            num_rows = self._about[name]["num_rows"]
+            row[here] = epoch_row(rank[here], num_rows, self.timeline.seed, key)
         return source, row
 
     def host_batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
@@ -229,32 +206,21 @@ class Batches:
         Host batches, or global arrays if a sharding is given. Use it in a `with` statement.
         """
 
-        def read(s: int):
-            return self.host_batch(s) if sharding is None else self.device_batch(s, sharding)
-
+        read = self.host_batch if sharding is None else lambda s: self.device_batch(s, sharding)
         return Prefetcher(read, step, num_steps, depth)
-
-    @property
-    def plan_hash(self) -> str:
-        """Names the whole stream: plans, mixtures, stages, skips and seed. Equal on all hosts."""
-        stages = [stage.record() for stage in self.timeline.stages]
-        key = json.dumps([self._state(stages, self.skips), self._about], sort_keys=True)
-        return hashlib.sha256(key.encode()).hexdigest()[:32]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint stores to continue at `step`, and to read every earlier step again."""
-        stages, _ = self.timeline.past(step)
-        return {"step": step} | self._state([stage.record() for stage in stages], self.skips)
-
-    def _state(self, stages: Sequence[Mapping[str, Any]], skips: Sequence[Any]) -> dict[str, Any]:
+        stages = [stage.record() for stage in self.timeline.past(step)[0]]
         used = dict.fromkeys(n for stage in stages for n, weight, _ in stage["shares"] if weight)
         return {
+            "step": step,
             "version": _STATE_VERSION,
-            "seed": self.seed,
+            "seed": self.timeline.seed,
             "block": self.timeline.block,
             "sources": {name: self._about[name] for name in used},
-            "stages": list(stages),
-            "skips": [list(skip) for skip in skips],
+            "stages": stages,
+            "skips": [list(skip) for skip in self.skips],
         }
 
     def resume(self, state: Mapping[str, Any]) -> "Batches":
@@ -283,20 +249,13 @@ class Batches:
         """
         step = state["step"]
         theirs, mine = self.resume(state).timeline.past(step), self.timeline.past(step)
-        if theirs[0] != mine[0]:
-            one, other = (
-                [stage.record() for stage in past if stage not in against]
-                for past, against in ((mine[0], theirs[0]), (theirs[0], mine[0]))
-            )
-            raise ValueError(
-                f"data order: batch size or mixture before step {step} differs: {one}, in the "
-                f"checkpoint {other}; restore it, or go on with a new stage by resume(state)"
-            )
-        if theirs[1] != mine[1]:
-            raise ValueError(
-                f"data order: skips before step {step} are {mine[1]}, in the checkpoint "
-                f"{theirs[1]}; take them over with resume(state)"
-            )
+        whats = ("batch size or mixture", "skips")
+        for what, recorded, own in zip(whats, theirs, mine, strict=True):
+            if recorded != own:
+                raise ValueError(
+                    f"data order: {what} before step {step} differs: {own}, in the checkpoint "
+                    f"{recorded}; restore it, or go on with resume(state)"
+                )
         return step
 
     def _check_kin(self, state: Mapping[str, Any]) -> None:
@@ -305,7 +264,7 @@ class Batches:
                 f"data order: the checkpoint's version is {state.get('version')}, and this code "
                 f"reads version {_STATE_VERSION}; go on with the code that wrote it"
             )
-        for name, mine in (("seed", self.seed), ("block", self.timeline.block)):
+        for name, mine in (("seed", self.timeline.seed), ("block", self.timeline.block)):
             if state[name] != mine:
                 raise ValueError(
                     f"data order: {name}={mine} differs from the checkpoint's {state[name]}; "
@@ -401,8 +360,3 @@ def _place(read, shape: tuple[int, int], sharding) -> "dict[str, jax.Array]":
         return callback
 
     return {n: jax.make_array_from_callback(shape, sharding, shard(n)) for n in batch}
-
-
-def _number(name: str) -> int:
-    """An integer that identifies a source whatever its place in the list."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

@@ -39,7 +39,7 @@ class Share:
         Raises:
           ValueError: a cap that is not positive, or allows no row.
         """
-        caps: dict[str, int] = {}
+        caps = []
         for name in ("max_epochs", "max_rows", "max_tokens"):
             value = getattr(self, name)
             if value is None:
@@ -50,16 +50,16 @@ class Share:
                     "no cap, or give the source weight 0"
                 )
             if name == "max_epochs":  # 0.29 of 100 rows is 29, as the decimal number says
-                caps[name] = int(Fraction(str(value)) * num_rows)
+                rows = int(Fraction(str(value)) * num_rows)
             else:
-                caps[name] = int(value) // (seq_len if name == "max_tokens" else 1)
-        for name, rows in caps.items():
+                rows = int(value) // (seq_len if name == "max_tokens" else 1)
             if not rows:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} of source '{self.source}' allows not one of its "
-                    f"{num_rows} rows of {seq_len} tokens; raise it"
+                    f"{name}={value} of source '{self.source}' allows not one of its {num_rows} "
+                    f"rows of {seq_len} tokens; raise it"
                 )
-        return min(caps.values(), default=None)
+            caps.append(rows)
+        return min(caps, default=None)
 
 
 @dataclasses.dataclass(frozen=True)

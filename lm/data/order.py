@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def derive_key(*parts: int) -> int:
     """A 64-bit key from integers: equal parts give equal keys, different parts unrelated ones."""
     key = 0
     for part in parts:
-        key = _mix_int((key + _GOLDEN) ^ _mix_int(part & _MASK))
+        key = _mix((key + _GOLDEN) ^ _mix(part & _MASK))
     return key
 
 
@@ -47,7 +48,7 @@ def permute(index, size: int, key: int) -> np.ndarray:
         raise ValueError(f"index range [{index.min()}, {index.max()}] exceeds range({size})")
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
-    keys = [np.uint64(derive_key(key, i)) for i in range(_ROUNDS)]
+    keys = [derive_key(key, i) for i in range(_ROUNDS)]
     value = _feistel(index.astype(np.uint64).ravel(), a, b, keys)
     outside = np.flatnonzero(value >= size)
     while outside.size:
@@ -120,24 +121,18 @@ def epoch_row(rank, num_rows: int, seed: int, source: int = 0) -> np.ndarray:
     return rows
 
 
-def _feistel(value: np.ndarray, a: int, b: int, keys: list[np.uint64]) -> np.ndarray:
-    left, right = value // np.uint64(b), value % np.uint64(b)
+def _feistel(value: np.ndarray, a: int, b: int, keys: Sequence[int]) -> np.ndarray:
+    left, right = np.divmod(value, np.uint64(b))
     for i, key in enumerate(keys):
         if i % 2 == 0:
-            left = (left + _mix(right ^ key) % np.uint64(a)) % np.uint64(a)
+            left = (left + _mix(right ^ key) % a) % a
         else:
-            right = (right + _mix(left ^ key) % np.uint64(b)) % np.uint64(b)
-    return left * np.uint64(b) + right
+            right = (right + _mix(left ^ key) % b) % b
+    return left * b + right
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(_GOLDEN)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
-    return x ^ (x >> np.uint64(31))
-
-
-def _mix_int(x: int) -> int:
+def _mix(x: Any) -> Any:
+    """Of an integer below 2**65 or of uint64 arrays; the masks keep the former to 64 bits."""
     x = (x + _GOLDEN) & _MASK
     x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
     x = ((x ^ (x >> 27)) * _MIX_2) & _MASK

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lm.data.packing import PackPlan, make_plan, open_plan
-from lm.data.sources import ArraySource, TokenSource
+from lm.data.sources import ArraySource
 
 # Documents packed together: about 1.2 GB of memory and 10 s per plan.
 SHARD_DOCUMENTS = 10_000_000
@@ -24,7 +24,7 @@ class PackedSource:
       name: of the source, in mixtures and checkpoints.
     """
 
-    shards: Sequence[tuple[TokenSource, PackPlan]]
+    shards: Sequence[tuple[ArraySource, PackPlan]]
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -57,18 +57,15 @@ class PackedSource:
         """Bytes of the documents' text."""
         return sum(int(np.sum(source.num_bytes)) for source, _ in self.shards)
 
-    @property
-    def waste(self) -> float:
-        """Share of the rows' places that hold no pair."""
-        return 1.0 - self.num_pairs / (self.num_rows * self.seq_len)
-
     @functools.cached_property
     def hash(self) -> str:
         """Names the plans in their order; of a single shard, that of its plan."""
         hashes = [plan.hash for _, plan in self.shards]
-        return hashes[0] if len(hashes) == 1 else _digest("\n".join(hashes))
+        if len(hashes) == 1:
+            return hashes[0]
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:32]
 
-    def row(self, row: int) -> tuple[TokenSource, np.ndarray]:
+    def row(self, row: int) -> tuple[ArraySource, np.ndarray]:
         """(documents, pieces [p, 3] of them) of a row; see `PackPlan`."""
         shard = int(np.searchsorted(self.row_offsets, row, side="right")) - 1
         source, plan = self.shards[shard]
@@ -121,7 +118,3 @@ def pack_source(
     else:
         plans = [open_plan(part, seq_len, directory, tokenizer_fingerprint) for part in parts]
     return PackedSource(tuple(zip(parts, plans, strict=True)), name)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.data.sources import TokenSource, written_once
+from lm.data.sources import ArraySource, written_once
 
 ALGORITHM = "best_fit_decreasing"
 VERSION = 1
@@ -137,7 +137,7 @@ def _best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     return chosen
 
 
-def make_plan(source: TokenSource, seq_len: int, tokenizer_fingerprint: str = "") -> PackPlan:
+def make_plan(source: ArraySource, seq_len: int, tokenizer_fingerprint: str = "") -> PackPlan:
     """Packs the documents of `source`, in memory.
 
     Raises:
@@ -158,7 +158,7 @@ def make_plan(source: TokenSource, seq_len: int, tokenizer_fingerprint: str = ""
 
 
 def open_plan(
-    source: TokenSource,
+    source: ArraySource,
     seq_len: int,
     directory: str | os.PathLike[str],
     tokenizer_fingerprint: str = "",
@@ -194,7 +194,7 @@ def open_plan(
     return plan
 
 
-def _key(source: TokenSource, seq_len: int, tokenizer_fingerprint: str) -> dict[str, object]:
+def _key(source: ArraySource, seq_len: int, tokenizer_fingerprint: str) -> dict[str, object]:
     return {
         "dataset": source.fingerprint,
         "tokenizer": tokenizer_fingerprint,

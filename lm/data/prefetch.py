@@ -1,9 +1,9 @@
 """Reading ahead on a thread."""
 
 import contextlib
+import itertools
 import queue
 import threading
-import time
 from typing import Any
 
 
@@ -12,16 +12,11 @@ class Prefetcher:
 
     An error in `read` is raised by the `next` that would have returned its batch. Leaving the
     `with` block, or `close`, stops the thread.
-
-    Attributes:
-      wait_seconds: how long `next` has waited in all.
     """
 
     def __init__(self, read, step: int = 0, num_steps: int | None = None, depth: int = 2):
         self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(max(1, depth))
         self._stop = threading.Event()
-        self._finished = False
-        self.wait_seconds = 0.0
         self._thread = threading.Thread(
             target=self._run, args=(read, step, num_steps), name="prefetch", daemon=True
         )
@@ -31,13 +26,11 @@ class Prefetcher:
         return self
 
     def __next__(self):
-        if self._finished or self._stop.is_set():
+        if self._stop.is_set():
             raise StopIteration
-        before = time.perf_counter()
         batch, error = self._queue.get()
-        self.wait_seconds += time.perf_counter() - before
         if error is not None:
-            self._finished = True
+            self._stop.set()
             raise error
         return batch
 
@@ -59,18 +52,15 @@ class Prefetcher:
             self._queue.put_nowait((None, StopIteration()))
 
     def _run(self, read, step: int, num_steps: int | None) -> None:
-        end = None if num_steps is None else step + num_steps
-        while not self._stop.is_set():
-            if end is not None and step >= end:
-                self._put(None, StopIteration())
-                return
-            try:
-                batch = read(step)
-            except BaseException as error:
-                self._put(None, error)
-                return
-            self._put(batch, None)
-            step += 1
+        error: BaseException = StopIteration()
+        try:
+            for each in itertools.islice(itertools.count(step), num_steps):
+                if self._stop.is_set():
+                    return
+                self._put(read(each), None)
+        except BaseException as raised:
+            error = raised
+        self._put(None, error)
 
     def _put(self, batch, error: BaseException | None) -> None:
         if not self._stop.is_set():

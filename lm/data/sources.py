@@ -12,14 +12,16 @@ many documents.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -37,43 +39,21 @@ class Document:
     name: str = ""
 
 
-class TokenSource(Protocol):
-    """Random access to tokenized documents.
-
-    Attributes:
-      lengths: int64 [documents], tokens per document.
-      num_bytes: int64 [documents], bytes of text per document, BOS and EOS not counted.
-      fingerprint: names the content: sources with the same tokens have the same one.
-    """
-
-    @property
-    def lengths(self) -> np.ndarray: ...
-    @property
-    def num_bytes(self) -> np.ndarray: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def __len__(self) -> int: ...
-    def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens [start, start + length) of a document, int32; all from `start` by default."""
-        ...
-
-
 class ArraySource:
     """Documents stored end to end in one array, in memory or memory-mapped.
 
     Args:
       tokens: unsigned or signed integers [total].
       offsets: int64 [documents + 1]; document d is tokens[offsets[d]:offsets[d + 1]].
-      num_bytes: int64 [documents].
+      num_bytes: int64 [documents], bytes of text per document, BOS and EOS not counted.
+      fingerprint: names the content: sources with the same tokens have the same one.
     """
 
     def __init__(
         self, tokens: np.ndarray, offsets: np.ndarray, num_bytes: np.ndarray, fingerprint: str
     ):
         self._tokens, self._offsets = tokens, offsets
-        self.num_bytes = num_bytes
-        self._lengths: np.ndarray | None = None  # of all documents, so only when asked for
-        self.fingerprint = fingerprint
+        self.num_bytes, self.fingerprint = num_bytes, fingerprint
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document]) -> "ArraySource":
@@ -90,13 +70,13 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
-        if self._lengths is None:
-            self._lengths = np.diff(self._offsets)
-        return self._lengths
+        """int64 [documents], tokens per document."""
+        return np.diff(self._offsets)
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens [start, start + length) of a document, int32; all from `start` by default."""
         begin, end = int(self._offsets[document]) + start, int(self._offsets[document + 1])
         if length is not None:
             end = min(end, begin + length)
@@ -105,21 +85,15 @@ class ArraySource:
     def head(self, num_tokens: int) -> "ArraySource":
         """The leading documents that hold at least `num_tokens` tokens, or all there are."""
         documents = min(len(self), int(np.searchsorted(self._offsets, num_tokens)))
-        return ArraySource(
-            self._tokens,
-            self._offsets[: documents + 1],
-            self.num_bytes[:documents],
-            f"{self.fingerprint}:{documents}",
-        )
+        return self._slice(0, documents, f"{documents}")
 
     def part(self, start: int, stop: int) -> "ArraySource":
         """Documents `start` to `stop` - 1 (or the last), numbered from 0; copies nothing."""
-        return ArraySource(
-            self._tokens,
-            self._offsets[start : stop + 1],
-            self.num_bytes[start:stop],
-            f"{self.fingerprint}:{start}-{min(stop, len(self))}",
-        )
+        return self._slice(start, stop, f"{start}-{min(stop, len(self))}")
+
+    def _slice(self, start: int, stop: int, mark: str) -> "ArraySource":
+        offsets, num_bytes = self._offsets[start : stop + 1], self.num_bytes[start:stop]
+        return ArraySource(self._tokens, offsets, num_bytes, f"{self.fingerprint}:{mark}")
 
 
 def write_dataset(
@@ -166,16 +140,11 @@ def write_dataset(
     writer.initialize_splits(list(splits))
     for split, documents in splits.items():
         # The writer rewrites its metadata at every call, so a call carries many documents.
-        batch: list[dict[str, Any]] = []
-        written = 0
-        for document in documents:
-            batch.append(dataclasses.asdict(document))
-            if len(batch) == _WRITE_BATCH:
-                writer.add_examples({split: batch})
-                written, batch = written + len(batch), []
-        if batch:
+        examples, written = map(dataclasses.asdict, documents), False
+        while batch := list(itertools.islice(examples, _WRITE_BATCH)):
             writer.add_examples({split: batch})
-        elif not written:
+            written = True
+        if not written:
             raise ValueError(f"split '{split}' of '{directory}' has no documents")
     writer.close_all()
 
@@ -206,13 +175,10 @@ def open_source(
     path = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not path.exists():
         _write_cache(directory, split, path)
-    arrays = {n: np.load(path / f"{n}.npy", mmap_mode="r") for n in ("tokens", "offsets")}
+    names = ("tokens", "offsets", "num_bytes")
+    tokens, offsets, num_bytes = (np.load(path / f"{n}.npy", mmap_mode="r") for n in names)
     about = json.loads((path / "about.json").read_text())
-    return ArraySource(
-        **arrays,
-        num_bytes=np.load(path / "num_bytes.npy", mmap_mode="r"),
-        fingerprint=about["fingerprint"],
-    )
+    return ArraySource(tokens, offsets, num_bytes, about["fingerprint"])
 
 
 def _write_cache(directory: Path, split: str, path: Path) -> None:

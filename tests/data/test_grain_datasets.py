@@ -8,13 +8,9 @@ from absl import flags
 from lm.data.batches import Batches
 from lm.data.grain_datasets import batches_dataset, rows_dataset, source_of
 from lm.data.packed import pack_source
-from lm.data.sources import ArraySource, Document
+from tests.data.test_batches import packed as make_packed
 
-
-def packed():
-    lengths = np.random.default_rng(0).integers(2, 60, 40)
-    source = ArraySource.from_documents(Document(np.arange(n) + 100 * n, int(n)) for n in lengths)
-    return pack_source(source, 16, name="text", shard_documents=15)
+packed = functools.partial(make_packed, 40, shard=15)
 
 
 def batches():
@@ -53,12 +49,10 @@ def test_batches_of_a_run_through_worker_processes():
 
 
 def test_a_grain_dataset_is_a_source():
-    def document(tokens, seed=0):
-        return {"tokens": np.asarray(tokens) + seed, "num_bytes": 7}
+    def document(tokens):
+        return {"tokens": np.asarray(tokens) + 1, "num_bytes": 7}
 
-    dataset = grain.MapDataset.source([[1, 2, 3], [4, 5], [6]]).map(
-        functools.partial(document, seed=1)
-    )
+    dataset = grain.MapDataset.source([[1, 2, 3], [4, 5], [6]]).map(document)
     source = source_of(dataset)
     assert [source.read(d).tolist() for d in range(3)] == [[2, 3, 4], [5, 6], [7]]
     assert source.num_bytes.tolist() == [7, 7, 7]

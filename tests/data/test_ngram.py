@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.ngram import ByteNgram
+from tests.refuses import refuses
 
 
 class DictionaryNgram:
@@ -83,16 +84,7 @@ def test_longer_contexts_help_on_text_and_documents_are_apart():
     np.testing.assert_array_equal(model.log2_probs([b"abc", b"xyz"]), apart)
 
 
-def test_uniform_bytes_cost_about_eight_bits():
-    data = np.random.default_rng(0).integers(0, 256, 400_000).astype(np.uint8)
-    model = ByteNgram.fit([data[:300_000].tobytes()], order=0)
-    assert model.bits_per_byte([data[300_000:].tobytes()]) == pytest.approx(8, abs=0.01)
-
-
 def test_bad_input():
-    with pytest.raises(ValueError, match="order=4"):
-        ByteNgram.fit([b"a"], order=4)
-    with pytest.raises(ValueError, match="no bytes to fit"):
-        ByteNgram.fit([b"", b""])
-    with pytest.raises(ValueError, match="no bytes to score"):
-        ByteNgram.fit([b"a"]).bits_per_byte([b""])
+    refuses(lambda: ByteNgram.fit([b"a"], order=4), "order=4")
+    refuses(lambda: ByteNgram.fit([b"", b""]), "no bytes to fit")
+    refuses(lambda: ByteNgram.fit([b"a"]).bits_per_byte([b""]), "no bytes to score")

@@ -170,8 +170,8 @@ def test_the_system_has_text(tmp_path):
     assert kinds["source"] / sum(kinds.values()) == pytest.approx(0.7, abs=0.1)
     assert splits_of(built)["train"]["bytes_per_token"] > 1.8
     assert "def " in "".join(built.texts("train"))
-    waste = built.packed("train", 256).waste
-    assert waste < 0.01
+    ((_, plan),) = built.packed("train", 256).shards
+    assert plan.waste < 0.01
     assert np.all(built.source("train").lengths > 2)
 
 
