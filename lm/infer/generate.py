@@ -178,19 +178,17 @@ class _Batch:
 
     def run(self) -> list[Sample]:
         sampler = self.sampler
-        params, config, dtype, layout = (
-            sampler.params, sampler.config, sampler.dtype, sampler.layout,
-        )  # fmt: skip
+        params, config, layout = sampler.params, sampler.config, sampler.layout
         ids, lengths, sampling, length, num_top = self._arrays()
         score_prompt = any(r.prompt_logprobs for r in self.requests)
         state = prefill(
-            params, ids, lengths, sampling, config, layout, length, dtype, sampler.cache, num_top,
-            score_prompt,
+            params, ids, lengths, sampling, config, layout, length, sampler.dtype, sampler.cache,
+            num_top, score_prompt,
         )  # fmt: skip
         watched = self.watch is not None or any(request.stop for request in self.requests)
         steps = POLL_EVERY if watched else length
         while True:
-            state = decode(params, state, sampling, steps, config, layout, dtype)
+            state = decode(params, state, sampling, steps, config, layout, sampler.dtype)
             tokens, positions, done = jax.device_get((state.tokens, state.positions, state.done))
             stopped = np.array(done)
             for i in range(len(self.requests)):

@@ -179,11 +179,10 @@ def perplexity(
     Raises:
       ValueError: as `make_windows` and `Scorer.logprobs`.
     """
-    nats, num_tokens, num_bytes, num_windows = 0.0, 0, 0, 0
-    batch: list[Window] = []
-
-    def score() -> None:
-        nonlocal nats, num_tokens, num_bytes, num_windows
+    nats, num_tokens, num_bytes = 0.0, 0, 0
+    windows = list(make_windows(len(ids), window, stride, convention))
+    for start in range(0, len(windows), scorer.batch_size):
+        batch = windows[start : start + scorer.batch_size]
         rows = [list(ids[w.start : w.stop]) for w in batch]
         if convention == "llama.cpp" and tokenizer.add_bos:
             rows = [[tokenizer.bos_id, *row[1:]] for row in rows]
@@ -191,15 +190,6 @@ def perplexity(
             nats -= float(values[w.first - w.start - 1 :].sum(dtype=np.float64))
             num_tokens += w.stop - w.first
             num_bytes += sum(len(tokenizer.text_bytes[i]) for i in ids[w.first : w.stop])
-        num_windows += len(batch)
-        batch.clear()
-
-    for w in make_windows(len(ids), window, stride, convention):
-        batch.append(w)
-        if len(batch) == scorer.batch_size:
-            score()
-    if batch:
-        score()
     mean = nats / num_tokens
     bits = nats / math.log(2) / num_bytes if num_bytes else math.nan
-    return Perplexity(num_tokens, mean, math.exp(min(mean, 700.0)), bits, num_windows)
+    return Perplexity(num_tokens, mean, math.exp(min(mean, 700.0)), bits, len(windows))

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.model.config import Attention, Layer, ModelConfig
-from lm.model.params import param_specs
+from lm.model.config import Layer, ModelConfig
+from lm.model.params import layer_specs, param_specs
 from lm.weights import count, is_spec
 
 
@@ -54,9 +54,9 @@ def forward_flops(config: ModelConfig, length: int) -> float:
     """
     total = 2.0 * config.vocab_size * config.embed_dim
     for layer in config.layers:
-        a, f = layer.attention, layer.feed_forward
-        inner = (3 if f.gated else 2) * f.hidden_dim * config.embed_dim
-        total += 2.0 * (_projections(a, config.embed_dim) + inner)
+        a = layer.attention
+        specs = jax.tree.leaves(layer_specs(layer, config.embed_dim, 1), is_leaf=is_spec)
+        total += 2.0 * sum(math.prod(spec.shape) for spec in specs if spec.kind == "matrix")
         pair = 2.0 * a.num_heads * (a.head_dim + a.value_dim)
         total += pair * mean_positions(length, a.window)
     return total
@@ -71,18 +71,6 @@ def activation_widths(layer: Layer) -> dict[str, int]:
         "attention": a.num_heads * a.value_dim,
         "up": f.hidden_dim, "gate": f.hidden_dim if f.gated else 0,
     }  # fmt: skip
-
-
-def _projections(a: Attention, D: int) -> int:
-    """Weights of the matrices of an attention block."""
-    latent, heads = a.latent, a.num_heads
-    if latent is None:
-        return 2 * (heads + a.num_kv_heads) * a.head_dim * D
-    rank, q = latent.query_rank, heads * a.head_dim
-    queries = D * q if rank is None else rank * (D + q)
-    keys_values = D * (latent.kv_rank + latent.rope_dim)
-    keys_values += latent.kv_rank * heads * (latent.nope_dim + latent.value_dim)
-    return queries + keys_values + heads * latent.value_dim * D
 
 
 def train_flops(config: ModelConfig, length: int) -> float:

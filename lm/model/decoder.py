@@ -6,6 +6,7 @@ size, F feed-forward size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -184,38 +185,31 @@ def embed(params: ModelWeights, tokens: Tokens, config: ModelConfig, dtype: Any)
 
 def run(weights: Stacked | Unstacked, x: jax.Array, stack: Stack, block: Block) -> jax.Array:
     """The layers of a Stack: one `lax.scan` over its repeats, or one after another unstacked."""
-    in_loop = not block.unroll and stack.num_repeats > 1
-    if isinstance(weights, Unstacked):
-        for layer, layer_weights in zip(stack.layers, weights.layers, strict=True):
-            x, _ = checkpointed(block.without_cache(layer), block.remat, False)(layer_weights, x)
-        return x
+    unstacked = isinstance(weights, Unstacked)
+    layers = stack.layers if unstacked else stack.pattern
+    in_loop = not (unstacked or block.unroll) and stack.num_repeats > 1
 
     def repeat(x: jax.Array, pattern: tuple[LayerWeights, ...]) -> tuple[jax.Array, None]:
-        for layer, layer_weights in zip(stack.pattern, pattern, strict=True):
-            x, _ = checkpointed(block.without_cache(layer), block.remat, in_loop)(layer_weights, x)
+        for layer, layer_weights in zip(layers, pattern, strict=True):
+            without_cache = functools.partial(block, layer=layer, cache=None)
+            x, _ = checkpointed(without_cache, block.remat, in_loop)(layer_weights, x)
         return x, None
 
-    x, _ = jax.lax.scan(repeat, x, weights.layers, unroll=block.unroll)
-    return x
+    if unstacked:
+        return repeat(x, weights.layers)[0]
+    return jax.lax.scan(repeat, x, weights.layers, unroll=block.unroll)[0]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Block:
     """A decoder layer applied to the residual stream of one call of `forward`."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tokens: Tokens,
-        tables: RopeTables,
-        attention: AttentionFunction,
-        remat: str,
-        unroll: bool,
-    ) -> None:
-        self.config, self.tokens, self.tables = config, tokens, tables
-        self.attention, self.remat, self.unroll = attention, remat, unroll
-
-    def without_cache(self, layer: Layer) -> Callable[[LayerWeights, jax.Array], Any]:
-        return lambda weights, x: self(weights, x, layer, None)
+    config: ModelConfig
+    tokens: Tokens
+    tables: RopeTables
+    attention: AttentionFunction
+    remat: str
+    unroll: bool
 
     def __call__(
         self, weights: LayerWeights, x: jax.Array, layer: Layer, cache: LayerCache | None

@@ -114,18 +114,18 @@ def vector(size: int, axis: str | None, init: Literal["ones", "zeros"] = "zeros"
     return ParamSpec((size,), (axis,), init, kind="vector")
 
 
+def bias(size: int, axis: str | None, present: bool) -> ParamSpec | None:
+    """The spec of a bias that a layer may have."""
+    return vector(size, axis) if present else None
+
+
 def norm_specs(norm: Norm, size: int, axis: str | None = "norm") -> NormWeights:
     init = "zeros" if norm.plus_one else "ones"
-    bias = vector(size, axis) if norm.bias else None
-    return NormWeights(vector(size, axis, init), bias)
+    return NormWeights(vector(size, axis, init), bias(size, axis, norm.bias))
 
 
 def attention_specs(a: Attention, norm: Norm, D: int, out_scale: float) -> AttentionWeights:
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-
-    def bias(size: int, axis: str, present: bool) -> ParamSpec | None:
-        return vector(size, axis) if present else None
-
     query_norm = key_norm = None
     if a.qk_norm == "head":
         query_norm = key_norm = norm_specs(norm, a.head_dim, None).scale
@@ -158,9 +158,6 @@ def latent_attention_specs(
     def up(rank: int, size: int) -> ParamSpec:
         return ParamSpec((rank, size), ("embed", "heads"), scale=rank**-0.5)
 
-    def bias(size: int, axis: str | None, present: bool) -> ParamSpec | None:
-        return vector(size, axis) if present else None
-
     weights = LatentAttentionWeights(
         key_value_down=down(R + latent.rope_dim),
         key_value_norm=vector(R, None, "ones"),
@@ -183,15 +180,14 @@ def latent_attention_specs(
 
 def feed_forward_specs(f: FeedForward, D: int, out_scale: float) -> FeedForwardWeights:
     F = f.hidden_dim
-    inner = vector(F, "ffn") if f.bias else None
     matrix = ParamSpec((D, F), ("embed", "ffn"), scale=D**-0.5)
     return FeedForwardWeights(
         up=matrix,
         down=ParamSpec((F, D), ("ffn", "embed"), scale=F**-0.5 * out_scale),
         gate=matrix if f.gated else None,
-        up_bias=inner,
-        down_bias=vector(D, "norm") if f.bias else None,
-        gate_bias=inner if f.gated else None,
+        up_bias=bias(F, "ffn", f.bias),
+        down_bias=bias(D, "norm", f.bias),
+        gate_bias=bias(F, "ffn", f.bias and f.gated),
     )
 
 

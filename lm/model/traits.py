@@ -74,8 +74,8 @@ def make_layer(
     scale = None
     if f.query_scalar is not None and f.query_scalar != head_dim:
         scale = f.query_scalar**-0.5
-    local = kind == "local" and f.window is not None
-    rope = f.local_rope if kind == "local" and f.local_rope is not None else f.rope
+    local = kind == "local"
+    rope = f.local_rope if local and f.local_rope is not None else f.rope
     attention = Attention(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

@@ -155,10 +155,7 @@ def test_a_first_token_may_stop_or_be_the_last(sampler):
 def test_the_context_ends_a_sample(params):
     sampler = LocalSampler(params, CONFIG, max_length=20)
     sample, other = sampler.sample(
-        [
-            Request(prompt=[3] * 15, max_new_tokens=50),
-            Request(prompt=[3] * 19, max_new_tokens=50),
-        ]
+        [Request(prompt=[3] * 15, max_new_tokens=50), Request(prompt=[3] * 19, max_new_tokens=50)]
     )
     assert (len(sample.token_ids), sample.finish_reason) == (5, "length")
     assert len(other.token_ids) == 1

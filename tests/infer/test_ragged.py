@@ -10,12 +10,7 @@ import pytest
 
 from lm.infer.cache import make_cache, make_page_table
 from lm.kernels.paged_attention import PageBatch
-from lm.model import (
-    Attention,
-    Latent,
-    Tokens,
-    forward,
-)
+from lm.model import Attention, Latent, Tokens, forward
 from tests.model.drawn import config_of, weights
 
 DENSE = Attention(4, 2, 16)

@@ -86,10 +86,10 @@ def assert_chunks_equal_the_whole(params, config: ModelConfig) -> None:
     attention = config.layers[0].attention
     assert [expands(width, attention) for width in widths] == [True, False, True, False, False]
     for layer in cache:
-        assert isinstance(layer, LatentCache) and layer.latents.shape == (3, 20, 8 + 4)
+        assert isinstance(layer, LatentCache) and layer.latents.values.shape == (3, 20, 1, 8 + 4)
         for b, length in enumerate(LENGTHS):
-            assert np.all(layer.latents[b, :length].any(axis=-1))
-            assert not layer.latents[b, length:].any()
+            assert np.all(layer.latents.values[b, :length].any(axis=-1))
+            assert not layer.latents.values[b, length:].any()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -35,7 +35,7 @@ def live_tokens(tokens: Tokens) -> jax.Array:
 
 @flax.struct.dataclass
 class Slots:
-    """Heads' vectors in the slots of rows; int8 and float8_e4m3fn with a scale for each.
+    """Vectors of heads in the slots of rows; int8 and float8_e4m3fn with a scale for each.
 
     Attributes:
       values: [B, S, K, h].
@@ -54,19 +54,39 @@ class Slots:
     def write(self, new: jax.Array, slots: jax.Array) -> Slots:
         """With new [B, T, K, h] written at `slots` [B, T]; those out of range are dropped."""
         rows = jnp.arange(len(slots), dtype=slots.dtype)[:, None]
+        axes = "batch", None, "kv_heads" if self.values.shape[2] > 1 else None
         scales = self.scales
         if scales is not None:
             new, new_scales = quantize(new, self.values.dtype)
-            scales = scales.at[rows, slots].set(new_scales, mode="drop")
-            scales = constrain(scales, "batch", None, "kv_heads")
+            scales = constrain(scales.at[rows, slots].set(new_scales, mode="drop"), *axes)
         values = self.values.at[rows, slots].set(new.astype(self.values.dtype), mode="drop")
-        return Slots(constrain(values, "batch", None, "kv_heads", None), scales)
+        return Slots(constrain(values, *axes, None), scales)
 
     def read(self, dtype: Any) -> jax.Array:
         """[B, S, K, h], dequantized in float32, then `dtype`."""
         if self.scales is None:
             return self.values.astype(dtype)
         return (self.values.astype(jnp.float32) * self.scales[..., None]).astype(dtype)
+
+
+def own_slots(tokens: Tokens, num_slots: int) -> jax.Array:
+    """int32 [B, T]: each token's slot is its position; padding has none."""
+    return jnp.where(live_tokens(tokens), tokens.positions, num_slots)
+
+
+def attend_slots(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    tokens: Tokens,
+    scores: Scores,
+    implementation: str | None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """q [B, T, H, h] over k [B, S, K, h] and v of every slot, position p in slot p."""
+    positions = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=tokens.positions.dtype), k.shape[:2])
+    view = View(tokens.positions, positions)
+    return attention(q, k, v, view, scores, sinks=sinks, implementation=implementation)
 
 
 @flax.struct.dataclass
@@ -79,15 +99,12 @@ class ContiguousCache:
     Layers with a sliding window keep every position too.
 
     Attributes:
-      keys, values: [B, S, K, h].
-      key_scales, value_scales: float32 [B, S, K], of int8 and float8_e4m3fn ones, else None.
+      keys, values: in slots.
       implementation: of attention; None for the default.
     """
 
-    keys: Any
-    values: Any
-    key_scales: Any = None
-    value_scales: Any = None
+    keys: Slots
+    values: Slots
     implementation: str | None = flax.struct.field(pytree_node=False, default=None)
 
     def attend(
@@ -100,19 +117,11 @@ class ContiguousCache:
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, ContiguousCache]:
         """See `lm.model.LayerCache`. Each row is one document: `tokens` must not be packed."""
-        B, S, _, _ = self.keys.shape
-        slots = jnp.where(live_tokens(tokens), tokens.positions, S)
-        keys = Slots(self.keys, self.key_scales).write(k, slots)
-        values = Slots(self.values, self.value_scales).write(v, slots)
-        key_positions = jnp.broadcast_to(jnp.arange(S, dtype=slots.dtype), (B, S))
-        out = attention(
-            q, keys.read(q.dtype), values.read(q.dtype), View(tokens.positions, key_positions),
-            scores, sinks=sinks, implementation=self.implementation,
-        )  # fmt: skip
-        return out, dataclasses.replace(
-            self, keys=keys.values, values=values.values, key_scales=keys.scales,
-            value_scales=values.scales,
-        )  # fmt: skip
+        slots = own_slots(tokens, self.keys.values.shape[1])
+        keys, values = self.keys.write(k, slots), self.values.write(v, slots)
+        read = keys.read(q.dtype), values.read(q.dtype)
+        out = attend_slots(q, *read, tokens, scores, self.implementation, sinks)
+        return out, dataclasses.replace(self, keys=keys, values=values)
 
 
 @flax.struct.dataclass
@@ -123,17 +132,14 @@ class SlidingCache:
     that nothing sees any more. What `ContiguousCache` says of rows and padding holds here too.
 
     Attributes:
-      keys, values: [B, S, K, h].
+      keys, values: in slots.
       positions: int32 [B, S], of what is in the slots; `UNUSED_POSITION` where there is nothing.
-      key_scales, value_scales: float32 [B, S, K], of int8 and float8_e4m3fn ones, else None.
       implementation: of attention; None for the default.
     """
 
-    keys: Any
-    values: Any
+    keys: Slots
+    values: Slots
     positions: Any
-    key_scales: Any = None
-    value_scales: Any = None
     implementation: str | None = flax.struct.field(pytree_node=False, default=None)
 
     def attend(
@@ -150,7 +156,7 @@ class SlidingCache:
         Raises:
           ValueError: the layer's window is not one these slots hold.
         """
-        B, S, _, _ = self.keys.shape
+        B, S = self.positions.shape
         if scores.window is None or scores.window > S:
             raise ValueError(
                 f"a sliding cache of {S} positions cannot serve window={scores.window}; use a "
@@ -161,29 +167,24 @@ class SlidingCache:
         last = jnp.max(jnp.where(live, tokens.positions, -1), axis=1, keepdims=True)
         slots = jnp.where(live & (new > last - S), new % S, S)  # of several of a slot, the newest
         rows = jnp.arange(B, dtype=slots.dtype)[:, None]
-        keys = Slots(self.keys, self.key_scales)
-        values = Slots(self.values, self.value_scales)
-        written = keys.write(k, slots), values.write(v, slots)
+        keys, values = self.keys.write(k, slots), self.values.write(v, slots)
         positions = self.positions.at[rows, slots].set(new, mode="drop")
         if q.shape[1] == 1:
-            all_keys, all_values = (x.read(q.dtype) for x in written)
+            all_keys, all_values = keys.read(q.dtype), values.read(q.dtype)
             key_positions = positions
         else:
             # Later tokens of the chunk take slots that earlier ones still see. Padding may be
             # anything, and zero times NaN is NaN.
             all_keys, all_values = (
                 jnp.concatenate([x.read(q.dtype), jnp.where(live[..., None, None], y, 0)], axis=1)
-                for x, y in ((keys, k.astype(q.dtype)), (values, v.astype(q.dtype)))
+                for x, y in ((self.keys, k.astype(q.dtype)), (self.values, v.astype(q.dtype)))
             )
             # What is not before the chunk was left behind by another document.
             first = jnp.min(new, axis=1, keepdims=True)
             old = jnp.where(self.positions < first, self.positions, UNUSED_POSITION)
             key_positions = jnp.concatenate([old, new], axis=1)
+        view = View(tokens.positions, key_positions)
         out = attention(
-            q, all_keys, all_values, View(tokens.positions, key_positions), scores, sinks=sinks,
-            implementation=self.implementation,
-        )  # fmt: skip
-        return out, dataclasses.replace(
-            self, keys=written[0].values, values=written[1].values, positions=positions,
-            key_scales=written[0].scales, value_scales=written[1].scales,
-        )  # fmt: skip
+            q, all_keys, all_values, view, scores, sinks=sinks, implementation=self.implementation
+        )
+        return out, dataclasses.replace(self, keys=keys, values=values, positions=positions)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
-from lm.infer.cache.contiguous import live_tokens
-from lm.kernels.attention import Scores, View, attention
-from lm.model import Attention, Tokens
-from lm.sharding import constrain
+from lm.infer.cache.contiguous import Slots, attend_slots, own_slots
+from lm.kernels.attention import Scores
+from lm.model import Tokens
 
 
 @flax.struct.dataclass
@@ -24,11 +21,11 @@ class LatentCache:
     kv_rank + rope_dim values, whatever `num_heads`, on every device of `tensor`.
 
     Attributes:
-      latents: [B, S, kv_rank + rope_dim].
+      latents: in slots, [B, S, 1, kv_rank + rope_dim].
       implementation: of attention; None for "reference" in latent space, the default expanded.
     """
 
-    latents: Any
+    latents: Slots
     implementation: str | None = flax.struct.field(pytree_node=False, default=None)
 
     def attend(
@@ -41,12 +38,12 @@ class LatentCache:
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LatentCache]:
         """See `lm.model.LayerCache`: multi-query attention, whose values are a part of the keys."""
-        cache = self.write(k[:, :, 0], tokens)
-        keys = cache.latents[:, :, None].astype(q.dtype)
+        cache = self.write(k, tokens)
+        keys = cache.latents.read(q.dtype)
         # Few queries, and one head of keys, which no mesh can split: a case for no kernel.
         implementation = self.implementation or "reference"
         values = keys[..., : v.shape[-1]]
-        return cache.read(q, keys, values, tokens, scores, implementation, sinks), cache
+        return attend_slots(q, keys, values, tokens, scores, implementation, sinks), cache
 
     def attend_expanded(
         self,
@@ -57,41 +54,11 @@ class LatentCache:
         scores: Scores,
     ) -> tuple[jax.Array, LatentCache]:
         """See `lm.model.decoder.LatentLayerCache`."""
-        cache = self.write(latents, tokens)
-        k, v = expand(cache.latents.astype(q.dtype))
-        return cache.read(q, k, v, tokens, scores, self.implementation), cache
+        cache = self.write(latents[:, :, None], tokens)
+        k, v = expand(cache.latents.read(q.dtype)[:, :, 0])
+        return attend_slots(q, k, v, tokens, scores, self.implementation), cache
 
     def write(self, latents: jax.Array, tokens: Tokens) -> LatentCache:
-        """The cache with latents [B, T, kv_rank + rope_dim] written to their slots."""
-        B, S, _ = self.latents.shape
-        slots = jnp.where(live_tokens(tokens), tokens.positions, S)
-        rows = jnp.arange(B, dtype=slots.dtype)[:, None]
-        kept = self.latents.at[rows, slots].set(latents.astype(self.latents.dtype), mode="drop")
-        return dataclasses.replace(self, latents=constrain(kept, "batch", None, None))
-
-    def read(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        tokens: Tokens,
-        scores: Scores,
-        implementation: str | None,
-        sinks: jax.Array | None = None,
-    ) -> jax.Array:
-        """q [B, T, H, h] over every slot's k [B, S, K, h] and v."""
-        B, S, _ = self.latents.shape
-        positions = jnp.broadcast_to(jnp.arange(S, dtype=tokens.positions.dtype), (B, S))
-        return attention(
-            q, k, v, View(tokens.positions, positions), scores, sinks=sinks,
-            implementation=implementation,
-        )  # fmt: skip
-
-
-def make_latent_cache(
-    spec: Attention, batch: int, length: int, dtype: Any = jnp.float32
-) -> LatentCache:
-    """An empty cache of one layer."""
-    assert spec.latent is not None
-    size = spec.latent.kv_rank + spec.latent.rope_dim
-    return LatentCache(jnp.zeros((batch, length, size), dtype))
+        """The cache with latents [B, T, 1, kv_rank + rope_dim] written to their slots."""
+        slots = own_slots(tokens, self.latents.values.shape[1])
+        return dataclasses.replace(self, latents=self.latents.write(latents, slots))

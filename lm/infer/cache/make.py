@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 
 from lm.infer.cache.contiguous import UNUSED_POSITION, ContiguousCache, SlidingCache, Slots
-from lm.infer.cache.latent import LatentCache, make_latent_cache
+from lm.infer.cache.latent import LatentCache
 from lm.infer.cache.paged import PagedCache
 from lm.kernels.paged_attention import QUANTIZED, make_pages
 from lm.model import Attention, ModelConfig
@@ -44,46 +44,30 @@ def make_cache(
     """
     if kind not in get_args(CacheKind):
         raise ValueError(f"cache kind {kind!r} is unknown; use {', '.join(get_args(CacheKind))}")
-    if kind == "paged":
-        return _paged(config, batch, length, dtype, page_size, num_pages)
+    quantized = jnp.dtype(dtype) in QUANTIZED
+    if page_size is None:
+        page_size = 128 if quantized else 64
+    num_pages = num_pages or batch * -(-length // page_size)
 
     def layer(a: Attention) -> Cache:
-        if a.latent is not None:
-            if jnp.dtype(dtype) in QUANTIZED:
+        latent, heads, key_dim, value_dim = a.latent, a.num_kv_heads, a.head_dim, a.head_dim
+        if latent is not None:
+            heads, key_dim, value_dim = 1, latent.kv_rank + latent.rope_dim, latent.kv_rank
+        if kind == "paged":
+            sizes = num_pages, page_size, heads, key_dim, value_dim
+            return PagedCache(make_pages(*sizes, latent=latent is not None, dtype=dtype))
+        window = a.window if kind == "sliding" and latent is None else None
+        size = length if window is None else min(window, length)
+        keys, values = (Slots.empty((batch, size, heads, key_dim), dtype) for _ in range(2))
+        if latent is not None:
+            if quantized:
                 raise ValueError(
                     f"contiguous latents are not kept in {jnp.dtype(dtype).name}; use kind='paged'"
                 )
-            return make_latent_cache(a, batch, length, dtype)
-        size = length if kind == "contiguous" or a.window is None else min(a.window, length)
-        keys, values = (
-            Slots.empty((batch, size, a.num_kv_heads, a.head_dim), dtype) for _ in range(2)
-        )
+            return LatentCache(keys)
         if size < length:
             positions = jnp.full((batch, size), UNUSED_POSITION, jnp.int32)
-            return SlidingCache(keys.values, values.values, positions, keys.scales, values.scales)
-        return ContiguousCache(keys.values, values.values, keys.scales, values.scales)
-
-    return tuple(layer(config_layer.attention) for config_layer in config.layers)
-
-
-def _paged(
-    config: ModelConfig,
-    batch: int,
-    length: int,
-    dtype: Any,
-    page_size: int | None,
-    num_pages: int | None,
-) -> tuple[PagedCache, ...]:
-    if page_size is None:
-        page_size = 128 if jnp.dtype(dtype) in QUANTIZED else 64
-    num_pages = num_pages or batch * -(-length // page_size)
-
-    def layer(a: Attention) -> PagedCache:
-        if a.latent is None:
-            sizes = (a.num_kv_heads, a.head_dim, a.head_dim)
-        else:
-            sizes = (1, a.latent.kv_rank + a.latent.rope_dim, a.latent.kv_rank)
-        pages = make_pages(num_pages, page_size, *sizes, latent=a.latent is not None, dtype=dtype)
-        return PagedCache(pages)
+            return SlidingCache(keys, values, positions)
+        return ContiguousCache(keys, values)
 
     return tuple(layer(config_layer.attention) for config_layer in config.layers)
