@@ -25,7 +25,8 @@ from lm.model import (
     unstack,
 )
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
-from lm.weights import Int8, ParamSpec, is_spec, shardings
+from lm.weights import Int8, shardings
+from tests.model.drawn import weights
 
 LAYER = Layer(Attention(4, 2, 8), FeedForward(48))
 CONFIG = ModelConfig(61, 32, (Stack((LAYER,), 2),), vocab_multiple=64, max_length=96)
@@ -56,14 +57,7 @@ class Letters:
 @pytest.fixture(scope="module")
 def params():
     """Random weights whose logits are far enough apart that rounding decides no argmax."""
-    rng = np.random.default_rng(0)
-
-    def draw(spec: ParamSpec) -> np.ndarray:
-        matrix = spec.init == "normal"
-        return rng.normal(float(not matrix), spec.scale * (4 if matrix else 1), spec.shape)
-
-    specs = param_specs(CONFIG)
-    return jax.tree.map(lambda s: jnp.asarray(draw(s), jnp.float32), specs, is_leaf=is_spec)
+    return weights(CONFIG, matrices=4.0, others=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +92,26 @@ def test_greedy_equals_recomputing(params, sampler):
         np.testing.assert_allclose(sample.logprobs, logprobs, atol=2e-5)
 
 
-def test_temperature_logprobs_are_those_of_the_model(params, sampler):
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_log_probabilities_are_those_of_the_model(params, sampler, temperature):
+    """Those of the drawn tokens, and the likeliest of every position."""
     requests = [
-        Request(prompt=p, max_new_tokens=9, temperature=1.3, seed=i, logprobs=True)
-        for i, p in enumerate(PROMPTS)
-    ]
+        Request(prompt=p, max_new_tokens=9, temperature=temperature, seed=i, logprobs=True,
+                top_logprobs=k)
+        for i, (p, k) in enumerate(zip(PROMPTS, (3, 0, 1, 2), strict=True))
+    ]  # fmt: skip
     samples = sampler.sample(requests)
-    for sample in samples:
+    for request, sample in zip(requests, samples, strict=True):
         ids = [*sample.prompt_token_ids, *sample.token_ids]
-        logprobs = jax.nn.log_softmax(all_logits(params, jnp.array([ids + [0] * (48 - len(ids))])))
-        start = len(sample.prompt_token_ids) - 1
-        expected = [float(logprobs[0, start + i, t]) for i, t in enumerate(sample.token_ids)]
+        rows = jax.nn.log_softmax(all_logits(params, jnp.array([ids + [0] * (48 - len(ids))])))[0]
+        rows = np.asarray(rows[len(request.prompt) - 1 : len(ids) - 1])
+        expected = rows[np.arange(9), sample.token_ids]
         np.testing.assert_allclose(sample.logprobs, expected, atol=2e-5)
+        assert (sample.top_logprobs is None) == (not request.top_logprobs)
+        for row, top in zip(rows, sample.top_logprobs or (), strict=False):
+            best = np.argsort(-row)[: request.top_logprobs]
+            assert [token for token, _ in top] == best.tolist()
+            np.testing.assert_allclose([value for _, value in top], row[best], atol=2e-5)
     assert len({s.token_ids for s in samples}) == len(samples)
 
 
@@ -308,25 +310,6 @@ def test_two_layouts_are_two_programs(params):
         placed = jax.device_put(params, layout.mesh.devices.flat[0])
         LocalSampler(placed, CONFIG, max_length=80, layout=layout).sample([request])
         assert programs.prefill._cache_size() == (before := before + new)
-
-
-def test_the_likeliest_tokens_of_every_position(params, sampler):
-    requests = [
-        Request(prompt=p, max_new_tokens=5, logprobs=True, top_logprobs=k)
-        for p, k in zip(PROMPTS, (3, 0, 1, 2), strict=True)
-    ]
-    for request, sample in zip(requests, sampler.sample(requests), strict=True):
-        if not request.top_logprobs:
-            assert sample.top_logprobs is None
-            continue
-        ids = [*sample.prompt_token_ids, *sample.token_ids]
-        rows = jax.nn.log_softmax(all_logits(params, jnp.array([ids + [0] * (48 - len(ids))])))[0]
-        for i, top in enumerate(sample.top_logprobs):
-            row = np.asarray(rows[len(request.prompt) + i - 1])
-            best = np.argsort(-row)[: request.top_logprobs]
-            assert [token for token, _ in top] == best.tolist()
-            np.testing.assert_allclose([value for _, value in top], row[best], atol=2e-5)
-            assert top[0][0] == sample.token_ids[i]
 
 
 def test_a_text_stops_a_sample(params):

@@ -9,11 +9,17 @@ import pytest
 
 from lm.infer.serving import serving_form
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, Tokens, forward, make_head
-from lm.model.params import param_specs, unstack
+from lm.model.params import unstack
 from lm.sharding import MeshShape, make_mesh
-from lm.weights import NF4, Int8, LoRA, Panels, initialize
+from lm.weights import NF4, Int8, LoRA, Panels
+from tests.model.drawn import weights
 
 CONFIG = ModelConfig(61, 32, (Stack((Layer(Attention(4, 2, 8), FeedForward(96)),), 2),))
+
+
+def any_panels(params) -> bool:
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Panels))
+    return any(isinstance(x, Panels) for x in leaves)
 
 
 def logits(params, config):
@@ -25,7 +31,7 @@ def logits(params, config):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_same_model(tied):
     config = dataclasses.replace(CONFIG, tied=tied)
-    params = initialize(param_specs(config), jax.random.key(0))
+    params = weights(config)
     serving = serving_form(params, jnp.float32)
     attention = serving.stacks[0].layers[1].attention
     assert isinstance(attention.query, Panels)
@@ -38,11 +44,9 @@ def test_the_same_model(tied):
 
 
 def test_what_is_kept():
-    params = initialize(param_specs(CONFIG), jax.random.key(0))
-    serving = serving_form(params, jnp.float16)
-    assert not any(isinstance(x, Panels) for x in jax.tree.leaves(serving, is_leaf=is_panels))
-    bf16 = serving_form(params, jnp.bfloat16)
-    assert isinstance(bf16.embed, jax.Array)
+    params = weights(CONFIG)
+    assert not any_panels(serving_form(params, jnp.float16))
+    assert isinstance(serving_form(params, jnp.bfloat16).embed, jax.Array)
     layer = serving_form(params, jnp.float32).stacks[0].layers[0]
     gate = layer.feed_forward.gate.dequantize(jnp.float32)
     adapted = LoRA(gate, jnp.ones((32, 64)), jnp.ones((64, 96)), jnp.float32(1))
@@ -60,7 +64,7 @@ def test_what_is_kept():
 
 
 def test_what_was_cut_may_be_given_up():
-    params = unstack(initialize(param_specs(CONFIG), jax.random.key(0)))
+    params = unstack(weights(CONFIG))
     expected = logits(params, CONFIG)
     serving = serving_form(params, jnp.float32, donate=True)
     attention = params.stacks[0].layers[0].attention
@@ -69,23 +73,16 @@ def test_what_was_cut_may_be_given_up():
 
 
 def test_scales_of_scales_are_decoded_once():
-    weight = jax.random.normal(jax.random.key(0), (128, 96))
-    params = initialize(param_specs(CONFIG), jax.random.key(0))
-    nested = NF4.quantize(weight)
-    params = dataclasses.replace(params, embed=nested)
+    nested = NF4.quantize(jax.random.normal(jax.random.key(0), (128, 96)))
+    params = dataclasses.replace(weights(CONFIG), embed=nested)
     plain = serving_form(params, jnp.float32).embed
     assert plain.nested is None and plain.absmax.dtype == jnp.float32
     assert plain.bits_per_weight == 4.5
     np.testing.assert_array_equal(plain.dequantize(jnp.float32), nested.dequantize(jnp.float32))
 
 
-def is_panels(x):
-    return isinstance(x, Panels)
-
-
 def test_weights_on_several_devices_stay_whole():
     mesh = make_mesh(MeshShape(tensor=2), jax.devices()[:2])
     places = jax.NamedSharding(mesh, jax.P())
-    params = jax.device_put(initialize(param_specs(CONFIG), jax.random.key(0)), places)
-    serving = serving_form(params, jnp.float32)
-    assert not any(is_panels(x) for x in jax.tree.leaves(serving, is_leaf=is_panels))
+    params = jax.device_put(weights(CONFIG), places)
+    assert not any_panels(serving_form(params, jnp.float32))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.infer.cache import Cache, make_cache
 from lm.model import (
     Attention,
     FeedForward,
@@ -13,6 +16,7 @@ from lm.model import (
     ModelConfig,
     ModelWeights,
     Tokens,
+    forward,
     make_stacks,
     param_specs,
 )
@@ -55,3 +59,34 @@ def chunk_of(ids: np.ndarray, starts, stops, width: int) -> Tokens:
         chunk[b, :n], positions[b, :n] = ids[b, start:stop], np.arange(start, stop)
         segments[b, :n] = 1
     return Tokens(*(jnp.asarray(x, jnp.int32) for x in (chunk, positions, segments)))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def hidden_and_cache(params, tokens: Tokens, config: ModelConfig, cache=None):
+    output = forward(params, tokens, config, cache)
+    return output.hidden, output.cache
+
+
+def assert_chunks_equal_the_whole(
+    params: ModelWeights, config: ModelConfig, lengths, chunks, capacity: int
+) -> tuple[Cache, ...]:
+    """Rows of `lengths` read through a cache in chunks, (new tokens of each row, width), equal the
+    whole rows without one. Exactly the slots of real tokens are written. Returns the cache."""
+    rows, longest = len(lengths), max(lengths)
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (rows, longest))
+    whole, _ = hidden_and_cache(params, chunk_of(ids, [0] * rows, lengths, longest), config)
+    cache, at = make_cache(config, rows, capacity), [0] * rows
+    for sizes, width in chunks:
+        stops = [min(a + n, end) for a, n, end in zip(at, sizes, lengths, strict=True)]
+        hidden, cache = hidden_and_cache(params, chunk_of(ids, at, stops, width), config, cache)
+        for b, (start, stop) in enumerate(zip(at, stops, strict=True)):
+            np.testing.assert_allclose(
+                hidden[b, : stop - start], whole[b, start:stop], rtol=2e-5, atol=2e-5
+            )
+        at = stops
+    assert at == list(lengths)
+    for slots in jax.tree.leaves(cache):
+        for b, length in enumerate(lengths):
+            assert np.all(slots[b, :length].any(axis=(-1, -2)))
+            assert not slots[b, length:].any()
+    return cache

@@ -21,6 +21,7 @@ from lm.model import (
 )
 from lm.model.flax_bridge import Transformer
 from lm.weights import is_spec, path_name
+from tests.model.drawn import weights
 
 LAYERS = tuple(
     Layer(Attention(4, 2, 8, window=window, qk_norm="head"), FeedForward(24))
@@ -32,14 +33,7 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 9)))
 
 @pytest.fixture(scope="module")
 def params():
-    """By NumPy: compiling an initializer takes seconds."""
-    rng = np.random.default_rng(0)
-
-    def draw(spec):
-        scale = spec.scale if spec.init == "normal" else 0.1
-        return jnp.asarray(rng.normal(float(spec.init == "ones"), scale, spec.shape), spec.dtype)
-
-    return jax.tree.map(draw, param_specs(CONFIG), is_leaf=is_spec)
+    return weights(CONFIG, others=0.1)
 
 
 @jax.jit
