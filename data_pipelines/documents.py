@@ -1,7 +1,7 @@
 """What a corpus is made of: named sources and validation sets, and the readers of their files."""
 
 import dataclasses
-import glob
+import itertools
 import math
 import os
 import re
@@ -15,9 +15,9 @@ from data_pipelines.texts import Candidate, Text, content_hash
 from lm.data.corpus import CorpusError
 from lm.data.jsonl import read_jsonl
 from lm.data.mixtures import Share
+from lm.data.sources import read_examples
 
 Kind = Literal["text", "jsonl", "array_record"]
-_READ_BATCH = 1024
 _RESERVED = ("token_cache", "plans")
 
 
@@ -101,20 +101,13 @@ class Files:
         return stages.take(stages.cut(clean, section), self.max_bytes)
 
     def _directories(self) -> list[Path]:
-        found: dict[str, Path] = {}
-        for pattern in self.files:
-            matches = [
-                Path(p)
-                for p in glob.glob(os.path.expanduser(pattern), recursive=True)
-                if Path(p, "dataset_info.json").is_file()
-            ]
-            if not matches:
-                raise CorpusError(
-                    f"no TFDS dataset at '{pattern}' (no directory there with a "
-                    "dataset_info.json); give the directory of a version, such as "
-                    "'tensorflow_datasets/wiki/1.0.0'"
-                )
-            found |= {os.path.realpath(path): path for path in matches}
+        found = stages.find_paths(
+            self.files,
+            lambda path: os.path.isfile(os.path.join(path, "dataset_info.json")),
+            "TFDS dataset at",
+            "give a directory with a dataset_info.json, that of a version, such as "
+            "'tensorflow_datasets/wiki/1.0.0'",
+        )
         return [found[real] for real in sorted(found)]
 
 
@@ -193,14 +186,12 @@ class SystemText:
 def _read_jsonl(candidates: Iterable[Candidate], field: str) -> Iterator[Text]:
     for candidate in candidates:
         for number, where, value in read_jsonl(candidate.path, field):
-            text = _field(value, field, where)
+            if field not in value:
+                names = ", ".join(map(repr, itertools.islice(value, 8))) or "none"
+                more = ", ..." if len(value) > 8 else ""
+                raise CorpusError(f"{where}: no field '{field}', only {names}{more}; set field")
+            text = _text(value[field], field, where)
             yield Text(f"{candidate.name}:{number}", text, "user", content_hash(text))
-
-
-def _field(value: dict[str, Any], field: str, where: str) -> str:
-    if field not in value:
-        raise CorpusError(f"{where}: no field '{field}', only {_some(value)}; set field")
-    return _text(value[field], field, where)
 
 
 def _text(text: Any, field: str, where: str) -> str:
@@ -216,37 +207,14 @@ def _text(text: Any, field: str, where: str) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _some(names: Iterable[str]) -> str:
-    names = [repr(name) for name in names]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "none"
-
-
 def _read_examples(directories: Sequence[Path], split: str, field: str) -> Iterator[Text]:
-    import tensorflow_datasets as tfds
-
     for directory in directories:
-        builder: Any = tfds.builder_from_directory(directory)
-        splits: Any = builder.info.splits or {}
-        if split not in splits:
-            raise CorpusError(
-                f"dataset '{directory}' has no split '{split}', only {_some(sorted(splits))}"
-            )
-        features = dict(builder.info.features or {})
-        if field not in features:
-            raise CorpusError(
-                f"dataset '{directory}' has no feature '{field}', only {_some(sorted(features))};"
-                " set field"
-            )
-        examples = builder.as_data_source(split)
-        for start in range(0, len(examples), _READ_BATCH):
-            stop = min(start + _READ_BATCH, len(examples))
-            for i, example in enumerate(examples.__getitems__(range(start, stop)), start):
-                where = f"'{directory}', {split} example {i}"
-                value = example[field]
-                if isinstance(value, bytes):
-                    try:
-                        value = value.decode()
-                    except UnicodeDecodeError as error:
-                        raise CorpusError(f"{where}: feature '{field}' is not UTF-8") from error
-                text = _text(value, field, where)
-                yield Text(f"{directory.name}/{split}:{i}", text, "user", content_hash(text))
+        for i, example in enumerate(read_examples(directory, split, (field,), "set field")):
+            where, value = f"'{directory}', {split} example {i}", example[field]
+            if isinstance(value, bytes):
+                try:
+                    value = value.decode()
+                except UnicodeDecodeError as error:
+                    raise CorpusError(f"{where}: feature '{field}' is not UTF-8") from error
+            text = _text(value, field, where)
+            yield Text(f"{directory.name}/{split}:{i}", text, "user", content_hash(text))

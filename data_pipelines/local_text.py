@@ -44,7 +44,6 @@ _SYSTEM_BYTES = 30_000_000
 _TOKENIZER_BYTES = 20_000_000
 _LOCK = ".lock"
 DEFAULT_SOURCE = "local_text"
-SPLITS = ("train", "validation")
 Part = DataSource | ValidationSet | SystemText
 
 
@@ -151,8 +150,9 @@ def _parts(
     if files:
         patterns = (files,) if isinstance(files, str) else tuple(files)
         megabytes = (max_bytes or 0) / 1e6
-        source = DataSource(DEFAULT_SOURCE, patterns, max_megabytes=megabytes, held_out=held_out)
-        parts.append(source)
+        parts.append(
+            DataSource(DEFAULT_SOURCE, patterns, max_megabytes=megabytes, held_out=held_out)
+        )
     elif not sources:
         max_bytes = max_bytes or _SYSTEM_BYTES
         parts.append(SystemText(DEFAULT_SOURCE, max_bytes, prose_fraction, held_out))
@@ -323,11 +323,8 @@ def _existing(output: Path, parameters: dict[str, Any]) -> Corpus | None:
             "delete it or choose another output"
         )
     if changed:
-        differences = ", ".join(
-            f"{k}={parameters[k]!r} (there: {before.get(k)!r})"
-            for k in changed
-            if k not in listings
-        )
+        others = [k for k in changed if k not in listings]
+        differences = ", ".join(f"{k}={parameters[k]!r} (there: {before.get(k)!r})" for k in others)
         raise CorpusError(
             f"'{output}' holds a corpus with other parameters: {differences}; choose another "
             "output, delete it, or pass the same parameters"

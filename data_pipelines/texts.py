@@ -14,7 +14,7 @@ import sysconfig
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lm.data.corpus import CorpusError
@@ -68,6 +68,24 @@ def uniform(seed: int, name: str) -> float:
     return int.from_bytes(digest[:6], "big") / (1 << 48)
 
 
+def find_paths(
+    patterns: Iterable[str], is_wanted: Callable[[str], bool], what: str, remedy: str
+) -> dict[str, Path]:
+    """Paths that match the glob patterns (`**` crosses directories), by their real paths.
+
+    Raises:
+      CorpusError: a pattern matches nothing that is wanted.
+    """
+    found: dict[str, Path] = {}
+    for pattern in patterns:
+        paths = glob.glob(os.path.expanduser(pattern), recursive=True)
+        matches = {os.path.realpath(path): Path(path) for path in paths if is_wanted(path)}
+        if not matches:
+            raise CorpusError(f"no {what} '{pattern}' (from '{os.getcwd()}'); {remedy}")
+        found |= matches
+    return found
+
+
 def find_user_files(patterns: Sequence[str]) -> list[Candidate]:
     """Files that match the glob patterns (`**` crosses directories), sorted by name.
 
@@ -77,19 +95,10 @@ def find_user_files(patterns: Sequence[str]) -> list[Candidate]:
     Raises:
       CorpusError: a pattern matches no file.
     """
-    found: dict[str, Path] = {}
-    for pattern in patterns:
-        paths = [
-            Path(p)
-            for p in glob.glob(os.path.expanduser(pattern), recursive=True)
-            if os.path.isfile(p)
-        ]
-        if not paths:
-            raise CorpusError(
-                f"no files match '{pattern}' (from '{os.getcwd()}'); quote the pattern so that "
-                "the shell leaves it alone, and use '**' to cross directories"
-            )
-        found |= {os.path.realpath(path): path for path in paths}
+    remedy = (
+        "quote the pattern so that the shell leaves it alone, and use '**' to cross directories"
+    )
+    found = find_paths(patterns, os.path.isfile, "files match", remedy)
     root = os.path.commonpath([os.path.dirname(real) for real in found])
     candidates = [
         Candidate(path, Path(real).relative_to(root).as_posix(), "user", path.stat().st_size)
@@ -111,11 +120,8 @@ def find_system_files(seed: int) -> list[Candidate]:
     found = []
     for label, root in roots.items():
         for directory, subdirectories, files in os.walk(root):
-            subdirectories[:] = [
-                d
-                for d in subdirectories
-                if d not in ("__pycache__", "site-packages", "dist-packages")
-            ]
+            others = {"__pycache__", "site-packages", "dist-packages"}
+            subdirectories[:] = [d for d in subdirectories if d not in others]
             for file in files:
                 path = Path(directory, file)
                 name = f"{label}/{path.relative_to(root).as_posix()}"
@@ -152,20 +158,18 @@ def read(candidates: Iterable[Candidate], dropped: Counter[str]) -> Iterator[Tex
             continue
         try:
             text = candidate.path.read_bytes().decode()
-        except UnicodeDecodeError as error:
-            if candidate.kind == "user":
-                raise CorpusError(
-                    f"'{candidate.path}' is not UTF-8: byte 0x{error.object[error.start]:02x} at "
-                    f"offset {error.start}; convert it (iconv -f latin1 -t utf-8 OLD > NEW, with "
-                    "its real encoding) or leave it out of the pattern"
-                ) from error
-            dropped["not UTF-8"] += 1
-            continue
-        except OSError as error:
-            if candidate.kind == "user":
+        except (UnicodeDecodeError, OSError) as error:
+            encoded = isinstance(error, UnicodeDecodeError)
+            if candidate.kind != "user":
+                dropped["not UTF-8" if encoded else "unreadable"] += 1
+                continue
+            if not encoded:
                 raise CorpusError(f"cannot read '{candidate.path}': {error.strerror}") from error
-            dropped["unreadable"] += 1
-            continue
+            raise CorpusError(
+                f"'{candidate.path}' is not UTF-8: byte 0x{error.object[error.start]:02x} at "
+                f"offset {error.start}; convert it (iconv -f latin1 -t utf-8 OLD > NEW, with its "
+                "real encoding) or leave it out of the pattern"
+            ) from error
         text = text.removeprefix("\ufeff").replace("\r\n", "\n")
         group = content_hash(text)
         if candidate.kind == "docstrings":
@@ -238,14 +242,11 @@ def _fault(text: Text) -> str | None:
     return None
 
 
-def deduplicate(
-    texts: Iterable[Text], dropped: Counter[str], seen: set[str] | None = None
-) -> Iterator[Text]:
+def deduplicate(texts: Iterable[Text], dropped: Counter[str], seen: set[str]) -> Iterator[Text]:
     """Drops exact copies, and licences that differ in copyright lines, case or spacing only.
 
     `seen` holds the texts of other sources, and takes up those of this one.
     """
-    seen = set() if seen is None else seen
     for text in texts:
         key = content_hash(text.text)
         if text.kind == "docs" and _LICENCE_NAME.search(text.name):

@@ -170,14 +170,14 @@ class Tpu:
         return "queued-resources", ["--node=0" if first else "--node=all", workers]
 
 
-class Shell:
-    """Runs gcloud, or prints what it would run."""
+class Job:
+    """A command's life on a TPU."""
 
-    def __init__(self, dry_run: bool) -> None:
-        self.dry_run = dry_run
+    def __init__(self, tpu: Tpu, dry_run: bool, interval: float) -> None:
+        self.tpu, self.dry_run, self.interval = tpu, dry_run, interval
 
-    def run(self, command: list[str], *, quiet: bool = False) -> str:
-        """The standard output.
+    def execute(self, command: list[str], *, quiet: bool = False) -> str:
+        """The standard output; of a dry run, which prints the command, nothing.
 
         Raises:
           TpuError: the command fails.
@@ -200,26 +200,19 @@ class Shell:
             raise TpuError(f"{shown} failed ({result.returncode}): {(result.stderr or '').strip()}")
         return result.stdout
 
-
-class Job:
-    """A command's life on a TPU."""
-
-    def __init__(self, tpu: Tpu, shell: Shell, interval: float) -> None:
-        self.tpu, self.shell, self.interval = tpu, shell, interval
-
     def state(self) -> str:
         """As gcloud calls it; ABSENT where there is no such TPU."""
         try:
-            return self.shell.run(self.tpu.describe(), quiet=True).strip() or "UNKNOWN"
+            return self.execute(self.tpu.describe(), quiet=True).strip() or "UNKNOWN"
         except TpuError as error:
             if re.search("NOT_FOUND|not found|was not found", str(error)):
                 return "ABSENT"
             raise
 
     def create(self) -> None:
-        self.shell.run(self.tpu.create())
+        self.execute(self.tpu.create())
         shown = ""
-        while not self.shell.dry_run and (state := self.state()) not in READY:
+        while not self.dry_run and (state := self.state()) not in READY:
             if state in LOST - {"ABSENT"}:
                 raise TpuError(f"{self.tpu.name} is {state} instead of being created")
             if state != shown:
@@ -230,30 +223,30 @@ class Job:
     def copy(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             archive = pathlib.Path(folder) / ARCHIVE
-            if not self.shell.dry_run:
+            if not self.dry_run:
                 pack(archive)
-            self.shell.run(self.tpu.scp(archive))
-        self.shell.run(self.tpu.ssh(f"mkdir -p {FOLDER} && tar -xzf {ARCHIVE} -C {FOLDER}"))
+            self.execute(self.tpu.scp(archive))
+        self.execute(self.tpu.ssh(f"mkdir -p {FOLDER} && tar -xzf {ARCHIVE} -C {FOLDER}"))
 
     def setup(self) -> None:
-        self.shell.run(self.tpu.ssh(SETUP))
+        self.execute(self.tpu.ssh(SETUP))
 
     def run(self, command: Sequence[str]) -> None:
-        self.shell.run(self.tpu.ssh(run_script(command, secrets.token_hex(16))))
+        self.execute(self.tpu.ssh(run_script(command, secrets.token_hex(16))))
 
     def probe(self) -> tuple[str, str]:
         """(`running`, `ended STATUS` or `none`; the log's last line) of the first worker."""
-        output = self.shell.run(self.tpu.ssh(PROBE, first=True), quiet=True)
+        output = self.execute(self.tpu.ssh(PROBE, first=True), quiet=True)
         what, _, line = output.partition("\n")
         return what.strip(), line.strip()
 
     def status(self) -> None:
-        state, probes = self.state(), self.shell.run(self.tpu.ssh(PROBE))
-        if not self.shell.dry_run:
+        state, probes = self.state(), self.execute(self.tpu.ssh(PROBE))
+        if not self.dry_run:
             log(f"{self.tpu.name}: {state}\n{probes}")
 
     def teardown(self) -> None:
-        self.shell.run(self.tpu.delete())
+        self.execute(self.tpu.delete())
 
     def begin(self, command: Sequence[str], state: str) -> None:
         """From whatever there is to a running command."""
@@ -277,10 +270,10 @@ class Job:
         Raises:
           TpuError: it failed `max_restarts` times in a row, or refuses its arguments.
         """
-        if self.shell.dry_run:
-            self.shell.run(self.tpu.describe())
+        if self.dry_run:
+            self.execute(self.tpu.describe())
             self.begin(command, "PREEMPTED")
-            self.shell.run(self.tpu.ssh(PROBE, first=True))
+            self.execute(self.tpu.ssh(PROBE, first=True))
             return
         failures, shown, started, trouble = 0, "", time.monotonic(), 0
         while True:
@@ -392,14 +385,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Tpu)}
-    job = Job(Tpu(**fields), Shell(args.dry_run), args.interval)
+    job = Job(Tpu(**fields), args.dry_run, args.interval)
+    inputs = {"run": [args.command], "watch": [args.command, args.max_restarts]}
     try:
-        if args.verb == "run":
-            job.run(args.command)
-        elif args.verb == "watch":
-            job.watch(args.command, args.max_restarts)
-        else:
-            getattr(job, args.verb)()
+        getattr(job, args.verb)(*inputs.get(args.verb, []))
     except TpuError as error:
         sys.exit(f"error: {error}")
 

@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.packed import PackedSource, pack_source
-from lm.data.sources import ArraySource, open_source
+from lm.data.sources import ArraySource, CorpusError, open_source
 from lm.tokenizers import SentencePieceTokenizer
-
-
-class CorpusError(ValueError):
-    """Text that cannot be used, or a corpus that is not there; the message names the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,10 @@ _WRITE_BATCH = 1024
 _CACHE_VERSION = 1
 
 
+class CorpusError(ValueError):
+    """Text that cannot be used, or a corpus that is not there; the message names the remedy."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
     """One document: its token ids, BOS and EOS included, and the size of its text in bytes."""
@@ -181,34 +185,43 @@ def open_source(
     return ArraySource(tokens, offsets, num_bytes, about["fingerprint"])
 
 
-def _write_cache(directory: Path, split: str, path: Path) -> None:
+def read_examples(
+    directory: Path, split: str, features: Iterable[str], remedy: str
+) -> Iterator[dict[str, Any]]:
+    """The examples of a split of a TFDS dataset, in order.
+
+    Raises:
+      CorpusError: no such split; or one of `features` is missing, with what to do about it.
+    """
     import tensorflow_datasets as tfds
 
     builder: Any = tfds.builder_from_directory(directory)
-    splits: Any = builder.info.splits or {}
+    splits, known = (sorted(each or {}) for each in (builder.info.splits, builder.info.features))
     if split not in splits:
-        raise ValueError(f"dataset '{directory}' has no split '{split}'; it has {sorted(splits)}")
-    features = sorted(dict(builder.info.features or {}))
-    for needed in ("tokens", "num_bytes"):
-        if needed not in features:
-            raise ValueError(
-                f"dataset '{directory}' has no feature '{needed}' but {features}; write it with "
-                "write_dataset"
+        raise CorpusError(f"dataset '{directory}' has no split '{split}', only {splits}")
+    for name in features:
+        if name not in known:
+            raise CorpusError(
+                f"dataset '{directory}' has no feature '{name}', only {known}; {remedy}"
             )
     examples = builder.as_data_source(split)
+    for start in range(0, len(examples), _READ_BATCH):
+        yield from examples.__getitems__(range(start, min(start + _READ_BATCH, len(examples))))
+
+
+def _write_cache(directory: Path, split: str, path: Path) -> None:
     lengths, num_bytes, largest = [], [], 0
     digest = hashlib.sha256()
+    needed, remedy = ("tokens", "num_bytes"), "write it with write_dataset"
     with written_once(path) as partial:
         with open(partial / "tokens.int32", "wb") as file:
-            for start in range(0, len(examples), _READ_BATCH):
-                stop = min(start + _READ_BATCH, len(examples))
-                for example in examples.__getitems__(range(start, stop)):
-                    tokens = example["tokens"].astype("<i4")
-                    file.write(tokens.data)
-                    lengths.append(len(tokens))
-                    num_bytes.append(int(example["num_bytes"]))
-                    largest = max(largest, int(tokens.max(initial=0)))
-                    _update(digest, tokens, num_bytes[-1])
+            for example in read_examples(directory, split, needed, remedy):
+                tokens = example["tokens"].astype("<i4")
+                file.write(tokens.data)
+                lengths.append(len(tokens))
+                num_bytes.append(int(example["num_bytes"]))
+                largest = max(largest, int(tokens.max(initial=0)))
+                _update(digest, tokens, num_bytes[-1])
         total = sum(lengths)
         if not total:
             raise ValueError(f"split '{split}' of dataset '{directory}' holds no tokens")

@@ -90,10 +90,10 @@ def test_bad_input(tmp_path):
     )  # fmt: skip
     refuses(lambda: write_dataset(tmp_path / "empty", {"train": []}), "'train' of", "no documents")
     write_dataset(tmp_path / "d", {"train": documents(2)})
-    refuses(lambda: open_source(tmp_path / "d", "test"), "no split 'test'; it has ['train']")
+    refuses(lambda: open_source(tmp_path / "d", "test"), "no split 'test', only ['train']")
     refuses(
         lambda: write_dataset(tmp_path / "d", {"train": documents(2)}), "is not empty",
         error=FileExistsError,
     )  # fmt: skip
     other = write_tfds(tmp_path / "images", {"label": np.int64}, {"train": [{"label": 1}]})
-    refuses(lambda: open_source(other, "train"), "no feature 'tokens' but ['label']")
+    refuses(lambda: open_source(other, "train"), "no feature 'tokens', only ['label']")

@@ -239,9 +239,9 @@ def test_tfds_errors_are_named(tmp_path):
     assert documents(source)[0] == ["one", "two"]
     assert documents(dataclasses.replace(source, split="test"))[0] == ["of the test split"]
     for words, changes in {
-        "no feature 'body', only 'number', 'text'; set field": {"field": "body"},
+        "no feature 'body', only ['number', 'text']; set field": {"field": "body"},
         "train example 0: field 'number' is a int, not a string": {"field": "number"},
-        "no split 'dev', only 'test', 'train'": {"split": "dev"},
+        "no split 'dev', only ['test', 'train']": {"split": "dev"},
         "no TFDS dataset at": {"files": (str(tmp_path / "wiki"),)},
     }.items():
         changed = dataclasses.replace(source, **changes)
