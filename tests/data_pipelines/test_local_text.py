@@ -1,4 +1,5 @@
 import concurrent.futures
+import functools
 import json
 import os
 import random
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from data_pipelines import local_text
 from data_pipelines.local_text import build, open_corpus
 from lm.data import HeldOut
 from lm.data.corpus import CorpusError
+from tests.refuses import refuses
 
 TEXT = (
     "the a model reads text and learns words from many rows of tokens while its loss falls "
@@ -36,6 +39,10 @@ def write_files(directory, num_files=40, num_words=150, seed=0):
 
 def quiet_build(output, files, **changes):
     return build(output, files, **{"vocab_size": 400, "progress": False, **changes})
+
+
+def refused(output, files, *words, **changes):
+    refuses(lambda: quiet_build(output, files, **changes), *words, error=CorpusError)
 
 
 def splits_of(built, name="local_text"):
@@ -100,33 +107,28 @@ def test_the_result_depends_on_text_and_seed_alone(corpus, tmp_path):
 
 def test_other_parameters_are_refused(corpus):
     built, _, pattern = corpus
-    with pytest.raises(CorpusError, match=r"other parameters: vocab_size=401 \(there: 400\)"):
-        quiet_build(built.directory, pattern, held_out=0.1, vocab_size=401)
-    with pytest.raises(CorpusError, match=r"seed=3 \(there: 0\); choose another output, delete"):
-        quiet_build(built.directory, pattern, held_out=0.1, seed=3)
+    refused(
+        built.directory, pattern, "other parameters: vocab_size=401 (there: 400), seed=3 (there: 0)"
+        "; choose another output, delete", held_out=0.1, vocab_size=401, seed=3,
+    )  # fmt: skip
 
 
 def test_changed_files_are_noticed(tmp_path):
     pattern, texts = write_files(tmp_path)
     quiet_build(tmp_path / "out", pattern)
     next(iter(texts)).write_text("changed and so of another size")
-    with pytest.raises(CorpusError, match=r"files of .* changed since .* was built"):
-        quiet_build(tmp_path / "out", pattern)
+    refused(tmp_path / "out", pattern, "the files of [", "changed since", "was built")
 
 
 def test_an_interrupted_build_is_redone(tmp_path, monkeypatch):
     pattern, _ = write_files(tmp_path)
     with monkeypatch.context() as patch:
-
-        def interrupt(*args, **kwargs):
-            raise KeyboardInterrupt
-
-        patch.setattr(local_text, "write_dataset", interrupt)
+        patch.setattr(local_text, "write_dataset", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             quiet_build(tmp_path / "out", pattern)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(CorpusError, match=r"no corpus at .*corpus\.json is missing"):
-        open_corpus(tmp_path / "out")
+    missing = functools.partial(open_corpus, tmp_path / "out")
+    refuses(missing, "no corpus at", "corpus.json is missing", error=CorpusError)
     (tmp_path / ".out.partial" / "local_text").mkdir(parents=True)  # what a kill leaves
     built = quiet_build(tmp_path / "out", pattern)
     fresh = quiet_build(tmp_path / "fresh", pattern)
@@ -175,57 +177,29 @@ def test_the_system_has_text(tmp_path):
     assert np.all(built.source("train").lengths > 2)
 
 
-def test_no_file_matches(tmp_path):
-    with pytest.raises(CorpusError, match=r"no files match '.*nowhere/\*\.txt'.*quote"):
-        quiet_build(tmp_path / "out", f"{tmp_path}/nowhere/*.txt")
-
-
-def test_a_file_that_is_not_utf8(tmp_path):
-    pattern, _ = write_files(tmp_path, num_files=5)
-    bad = tmp_path / "text" / "latin.txt"
-    bad.write_bytes(b"0123456789 caf\xe9 au lait")
-    with pytest.raises(
-        CorpusError, match=r"latin\.txt' is not UTF-8: byte 0xe9 at offset 14.*iconv"
-    ):
-        quiet_build(tmp_path / "out", pattern)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["text"]
-
-
-def test_an_empty_corpus(tmp_path):
-    for i in range(3):
-        (tmp_path / f"{i}.txt").write_text(" \n" * i)
-    (tmp_path / "zero.txt").write_bytes(b"\0" * 9)
-    with pytest.raises(CorpusError, match=r"'local_text' is empty.*3 empty, 1 binary"):
-        quiet_build(tmp_path / "out", f"{tmp_path}/*.txt")
-
-
-def test_a_corpus_too_small(tmp_path):
+def test_text_that_does_not_do(tmp_path):
+    out = tmp_path / "out"
+    refused(out, f"{tmp_path}/nowhere/*.txt", "no files match", "nowhere/*.txt", "quote")
     pattern, _ = write_files(tmp_path)
-    with pytest.raises(CorpusError, match=r"vocab_size=5000 is too large .* at most \d+; lower"):
-        quiet_build(tmp_path / "out", pattern, vocab_size=5000)
+    refused(out, pattern, "vocab_size=5000 is too large", "at most", "lower", vocab_size=5000)
+    refused(tmp_path, pattern, "exists and is not a corpus", "another output")
     (tmp_path / "one.md").write_text("a single short file")
-    with pytest.raises(CorpusError, match=r"1 document of 19 bytes.* held-out .*add text"):
-        quiet_build(tmp_path / "out", f"{tmp_path}/one.md")
+    refused(out, f"{tmp_path}/one.md", "1 document of 19 bytes", "held-out split; add text")
+    for name, content in {"a": b"", "b": b" \n", "c": b" \n" * 2, "zero": b"\0" * 9}.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    refused(out, f"{tmp_path}/*.txt", "'local_text' is empty", "3 empty, 1 binary")
+    (tmp_path / "text" / "latin.txt").write_bytes(b"0123456789 caf\xe9 au lait")
+    words = ("latin.txt' is not UTF-8: byte 0xe9 at offset 14", "iconv")
+    refused(out, pattern, *words)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"held_out": 0.0}, "held_out=0.0"),
-        ({"held_out": 1.0}, "held_out=1.0"),
-        ({"prose_fraction": 1.5}, "prose_fraction=1.5"),
-        ({"max_bytes": 0}, "max_bytes=0"),
-    ],
-)
-def test_bad_parameters(tmp_path, changes, message):
-    with pytest.raises(CorpusError, match=message):
-        quiet_build(tmp_path / "out", None, **changes)
-
-
-def test_an_output_of_something_else(tmp_path):
-    pattern, _ = write_files(tmp_path)
-    with pytest.raises(CorpusError, match=r"exists and is not a corpus.*another output"):
-        quiet_build(tmp_path, pattern)
+def test_bad_parameters(tmp_path):
+    for changes in (
+        {"held_out": 0.0}, {"held_out": 1.0}, {"prose_fraction": 1.5}, {"max_bytes": 0}
+    ):  # fmt: skip
+        ((name, value),) = changes.items()
+        refused(tmp_path / "out", None, f"{name}={value}", **changes)
 
 
 KILLED = """
@@ -249,8 +223,7 @@ def test_a_killed_build_is_never_taken_for_whole(tmp_path, at):
     done = subprocess.run(command, timeout=120, env=os.environ, check=False)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / ".out.partial").is_dir()
-    with pytest.raises(CorpusError, match="no corpus"):
-        open_corpus(tmp_path / "out")
+    refuses(lambda: open_corpus(tmp_path / "out"), "no corpus", error=CorpusError)
     built = quiet_build(tmp_path / "out", pattern)
     assert built.summary == quiet_build(tmp_path / "fresh", pattern).summary
     assert not list(tmp_path.glob(".*"))
@@ -258,51 +231,38 @@ def test_a_killed_build_is_never_taken_for_whole(tmp_path, at):
 
 def test_two_builds_of_one_output_make_it_once(tmp_path, monkeypatch):
     pattern, _ = write_files(tmp_path)
-    written = []
-    write_dataset = local_text.write_dataset
-    monkeypatch.setattr(
-        local_text,
-        "write_dataset",
-        lambda *args, **kwargs: written.append(args[0]) or write_dataset(*args, **kwargs),
-    )
+    write = Mock(side_effect=local_text.write_dataset)
+    monkeypatch.setattr(local_text, "write_dataset", write)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(quiet_build, tmp_path / "out", pattern) for _ in range(3)]
         summaries = [future.result(60).summary for future in futures]
     assert summaries[0] == summaries[1] == summaries[2]
-    assert len(written) == 1
+    assert write.call_count == 1
     assert not list(tmp_path.glob(".*"))
 
 
+def on_hosts(output, *files):
+    """What each of several hosts finds that builds one corpus, each of its own files."""
+    barrier = threading.Barrier(len(files))
+    with concurrent.futures.ThreadPoolExecutor(len(files)) as pool:
+        return [
+            pool.submit(
+                quiet_build, output, pattern, process_index=i, wait=lambda _: barrier.wait(60)
+            )
+            for i, pattern in enumerate(files)
+        ]
+
+
 def test_one_host_builds_and_the_others_wait(tmp_path):
+    """The files are on the first host alone; if it fails, it keeps no other waiting."""
     pattern, _ = write_files(tmp_path)
-    barrier = threading.Barrier(3)
-
-    def host(index):
-        # The files are on the first host alone.
-        files = pattern if index == 0 else "/nowhere/*.txt"
-        return quiet_build(
-            tmp_path / "out", files, process_index=index, wait=lambda _: barrier.wait(60)
-        )
-
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        first, *others = (f.result(60) for f in [pool.submit(host, i) for i in range(3)])
-    assert all(other.summary == first.summary for other in others)
-
-
-def test_a_build_that_fails_on_the_first_host_keeps_no_other_waiting(tmp_path):
-    barrier = threading.Barrier(2)
-
-    def host(index):
-        return quiet_build(
-            tmp_path / "out", "/nowhere/*.txt", process_index=index, wait=lambda _: barrier.wait(60)
-        )
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first, other = (pool.submit(host, i) for i in range(2))
-        with pytest.raises(CorpusError, match="no files match"):
-            first.result(60)
-        with pytest.raises(CorpusError, match=r"host 1 finds no corpus .* share, or copy host 0's"):
-            other.result(60)
+    hosts = on_hosts(tmp_path / "out", pattern, "/nowhere/*.txt", "/nowhere/*.txt")
+    first, *others = (host.result(60).summary for host in hosts)
+    assert others == [first, first]
+    first, other = on_hosts(tmp_path / "none", "/nowhere/*.txt", "/nowhere/*.txt")
+    refuses(lambda: first.result(60), "no files match", error=CorpusError)
+    words = ("host 1 finds no corpus", "share, or copy host 0's")
+    refuses(lambda: other.result(60), *words, error=CorpusError)
 
 
 def test_command_line(tmp_path):
