@@ -1,13 +1,16 @@
-"""Shared by the file formats: one error, read-only mappings, atomic writes."""
+"""Shared by the file formats: one error, tensors of mapped files, atomic writes."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
+
+import numpy as np
 
 Path = str | os.PathLike[str]
 
@@ -69,6 +72,70 @@ def forget_pages(mapping: mmap.mmap, offset: int, nbytes: int) -> None:
     stop = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if stop > start:
         mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Type and place of a tensor.
+
+    Attributes:
+      name: the tensor's name.
+      type: the format's code of its type, as `Q4_K` or `BF16`.
+      shape: row-major, outermost dimension first; () for a scalar.
+      offset: position of its first byte in its file.
+      nbytes: its size in bytes.
+      file: index of its file.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    file: int = 0
+
+
+class MappedTensors:
+    """Tensors of mapped files.
+
+    Attributes:
+      paths: the files.
+      tensors: tensors by name, file by file.
+    """
+
+    def __init__(
+        self,
+        paths: tuple[Path, ...],
+        tensors: Mapping[str, TensorInfo],
+        mappings: tuple[mmap.mmap, ...],
+    ) -> None:
+        self.paths, self.tensors, self._mappings = paths, tensors, mappings
+
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor: uint8 [nbytes], a read-only view of the file."""
+        info = self.tensors[name]
+        return np.frombuffer(self._mappings[info.file], np.uint8, info.nbytes, info.offset)
+
+    def release(self, name: str) -> None:
+        """Release a tensor's memory. Views stay valid and read the file again."""
+        info = self.tensors[name]
+        forget_pages(self._mappings[info.file], info.offset, info.nbytes)
+
+
+def join_tensors(
+    paths: tuple[Path, ...], parts: Iterable[Iterable[TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """The tensors of several files by name; FileFormatError where two files have one name."""
+    tensors: dict[str, TensorInfo] = {}
+    for path, part in zip(paths, parts, strict=True):
+        for info in part:
+            if info.name in tensors:
+                other = paths[tensors[info.name].file]
+                raise FileFormatError(
+                    path, "tensor name", info.name, f"expected one that {other} does not have"
+                )
+            tensors[info.name] = info
+    return tensors
 
 
 @contextlib.contextmanager

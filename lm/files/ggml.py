@@ -13,6 +13,7 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 
+import ml_dtypes
 import numpy as np
 
 
@@ -171,6 +172,10 @@ IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 TYPES: Mapping[str, BlockType] = {kind.name: kind for kind in _TYPES}
+# The plain types and their dtypes in memory.
+PLAIN: Mapping[str, np.dtype] = {
+    kind.name: np.dtype(kind.fields[0].dtype) for kind in _TYPES if kind.plain
+} | {"BF16": np.dtype(ml_dtypes.bfloat16)}
 BY_CODE: Mapping[int, BlockType] = {kind.code: kind for kind in _TYPES}
 # Once in ggml, with what became of them.
 REMOVED: Mapping[int, str] = {

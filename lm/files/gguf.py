@@ -20,42 +20,27 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lm.files import ggml
-from lm.files.base import FileFormatError, Path, forget_pages, map_file, short
+from lm.files.base import (
+    FileFormatError,
+    MappedTensors,
+    Path,
+    TensorInfo,
+    join_tensors,
+    map_file,
+    short,
+)
 from lm.files.gguf_blocks import dequantize
 from lm.files.gguf_values import SCALARS, Cursor, read_value
 
 MAX_DIMS = 4
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """Type and place of a tensor.
-
-    Attributes:
-      name: the tensor's name.
-      shape: row-major, outermost dimension first; () for a scalar.
-      type: ggml's type, as `Q4_K`; see `lm.files.ggml`.
-      offset: position of its first byte in its file.
-      nbytes: its size in bytes.
-      part: index of its file in a split model.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    offset: int
-    nbytes: int
-    part: int = 0
-
-
-class GGUF:
-    """A GGUF model, open for reading.
+class GGUF(MappedTensors):
+    """A GGUF model, open for reading; types of tensors are those of `lm.files.ggml`.
 
     Attributes:
       paths: the file, or the parts of a split model in order.
@@ -79,14 +64,9 @@ class GGUF:
         tensors: Mapping[str, TensorInfo],
         mappings: tuple[mmap.mmap, ...],
     ) -> None:
-        self.paths, self.version, self.alignment = paths, version, alignment
-        self.metadata, self.types, self.tensors = metadata, types, tensors
-        self._mappings = mappings
-
-    def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor: uint8 [nbytes], a read-only view of the file."""
-        info = self.tensors[name]
-        return np.frombuffer(self._mappings[info.part], np.uint8, info.nbytes, info.offset)
+        super().__init__(paths, tensors, mappings)
+        self.version, self.alignment = version, alignment
+        self.metadata, self.types = metadata, types
 
     def array(self, name: str) -> np.ndarray:
         """A tensor of a plain type in its own dtype, a view of the file.
@@ -95,23 +75,16 @@ class GGUF:
           ValueError: it is stored in blocks; use `dequantize` or `raw`.
         """
         info = self.tensors[name]
-        kind = ggml.TYPES[info.type]
-        if not kind.plain:
+        if info.type not in ggml.PLAIN:
             raise ValueError(
                 f"tensor {name!r} is stored in {info.type} blocks; use dequantize() or raw()"
             )
-        dtype = _BFLOAT16 if info.type == "BF16" else np.dtype(kind.fields[0].dtype)
-        return self.raw(name).view(dtype).reshape(info.shape)
+        return self.raw(name).view(ggml.PLAIN[info.type]).reshape(info.shape)
 
     def dequantize(self, name: str) -> np.ndarray:
         """A tensor of any type as float32 of its shape, new memory."""
         info = self.tensors[name]
         return dequantize(self.raw(name), info.type, info.shape)
-
-    def release(self, name: str) -> None:
-        """Release a tensor's memory. Views stay valid and read the file again."""
-        info = self.tensors[name]
-        forget_pages(self._mappings[info.part], info.offset, info.nbytes)
 
 
 def read_gguf(path: Path) -> GGUF:
@@ -128,28 +101,18 @@ def read_gguf(path: Path) -> GGUF:
         return first
     paths = _parts(path, count)
     parts = [_read_file(part, number) for number, part in enumerate(paths)]
-    tensors: dict[str, TensorInfo] = {}
     for number, part in enumerate(parts):
         split = part.metadata.get("split.no"), part.metadata.get("split.count")
         if split != (number, count):
             raise FileFormatError(
                 paths[number], "split.no, split.count", split, f"expected {(number, count)}"
             )
-        for name, info in part.tensors.items():
-            if name in tensors:
-                raise FileFormatError(
-                    paths[number],
-                    "tensor name",
-                    name,
-                    f"expected one that {paths[tensors[name].part]} does not have",
-                )
-            tensors[name] = info
-    expected = parts[0].metadata.get("split.tensors.count", len(tensors))
+    head, tensors = parts[0], join_tensors(paths, (part.tensors.values() for part in parts))
+    expected = head.metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
         raise FileFormatError(
             paths[0], "split.tensors.count", expected, f"expected {len(tensors)}, as in the parts"
         )
-    head = parts[0]
     mappings = tuple(part._mappings[0] for part in parts)
     return GGUF(paths, head.version, head.alignment, head.metadata, head.types, tensors, mappings)
 
@@ -173,7 +136,7 @@ def _parts(path: Path, count: Any) -> tuple[str, ...]:
 
 def _read_file(path: Path, part: int) -> GGUF:
     mapping = map_file(path)
-    cursor = Cursor(path, mapping, len(mapping))
+    cursor = Cursor(path, mapping)
     version = _read_version(cursor)
     num_tensors = cursor.u64("tensor count")
     num_values = cursor.u64("metadata count")
@@ -247,7 +210,7 @@ def _read_tensor(cursor: Cursor, i: int) -> TensorInfo:
             f"{field} shape", shape, f"expected rows of a multiple of {kind.block} for {kind.name}"
         )
     nbytes = kind.row_bytes(inner) * math.prod(shape[:-1])
-    return TensorInfo(name, shape, kind.name, offset, nbytes)
+    return TensorInfo(name, kind.name, shape, offset, nbytes)
 
 
 def _place(
@@ -269,7 +232,7 @@ def _place(
                 data + info.offset + info.nbytes,
                 f"expected {cursor.end} at most, the file's size (is it whole?)",
             )
-        tensors[info.name] = dataclasses.replace(info, offset=data + info.offset, part=part)
+        tensors[info.name] = dataclasses.replace(info, offset=data + info.offset, file=part)
     last: TensorInfo | None = None
     for info in sorted(tensors.values(), key=lambda info: info.offset):
         if last is not None and last.offset + last.nbytes > info.offset:

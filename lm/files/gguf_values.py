@@ -22,24 +22,28 @@ _U64 = struct.Struct("<Q")
 
 @dataclasses.dataclass(frozen=True)
 class Scalar:
-    """A numeric type: its name in `GGUF.types` and its NumPy dtype in files."""
+    """A numeric type: its name in `GGUF.types` and its format in files, `struct`'s and NumPy's."""
 
     name: str
-    dtype: str
+    format: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.format)
 
 
 SCALARS: Mapping[int, Scalar] = {
-    0: Scalar("u8", "u1"),
-    1: Scalar("i8", "i1"),
-    2: Scalar("u16", "<u2"),
-    3: Scalar("i16", "<i2"),
-    4: Scalar("u32", "<u4"),
-    5: Scalar("i32", "<i4"),
-    6: Scalar("f32", "<f4"),
-    7: Scalar("bool", "?"),
-    10: Scalar("u64", "<u8"),
-    11: Scalar("i64", "<i8"),
-    12: Scalar("f64", "<f8"),
+    0: Scalar("u8", "<B"),
+    1: Scalar("i8", "<b"),
+    2: Scalar("u16", "<H"),
+    3: Scalar("i16", "<h"),
+    4: Scalar("u32", "<I"),
+    5: Scalar("i32", "<i"),
+    6: Scalar("f32", "<f"),
+    7: Scalar("bool", "<?"),
+    10: Scalar("u64", "<Q"),
+    11: Scalar("i64", "<q"),
+    12: Scalar("f64", "<d"),
 }
 _TYPES = "expected a type from 0 to 12"
 
@@ -54,8 +58,8 @@ class Cursor:
       at: position of the next byte.
     """
 
-    def __init__(self, path: Path, buffer: mmap.mmap, end: int, at: int = 0) -> None:
-        self.path, self.buffer, self.end, self.at = path, buffer, end, at
+    def __init__(self, path: Path, buffer: mmap.mmap, at: int = 0) -> None:
+        self.path, self.buffer, self.end, self.at = path, buffer, len(buffer), at
 
     def error(self, field: str, value: Any, expected: str) -> FileFormatError:
         return FileFormatError(self.path, field, value, expected)
@@ -174,7 +178,7 @@ class Arrays(_Lazy):
     """An array of arrays; an element is a NumPy array, `Strings` or `Arrays`."""
 
     def _get(self, index: int) -> Any:
-        cursor = Cursor(self._path, self._buffer, len(self._buffer), int(self._starts[index]))
+        cursor = Cursor(self._path, self._buffer, int(self._starts[index]))
         return read_value(cursor, ARRAY, f"{self._field}[{index}]")
 
 
@@ -209,7 +213,7 @@ def _head(cursor: Cursor, field: str) -> tuple[int, int]:
     count = cursor.u64(f"{field} count")
     if code not in SCALARS and code not in (STRING, ARRAY):
         raise cursor.error(f"{field} element type", code, _TYPES)
-    least = {STRING: 8, ARRAY: _HEAD}.get(code) or np.dtype(SCALARS[code].dtype).itemsize
+    least = {STRING: 8, ARRAY: _HEAD}.get(code) or SCALARS[code].dtype.itemsize
     cursor.check_count(f"{field} count", count, least)
     return code, count
 
@@ -229,7 +233,7 @@ def _skip_array(cursor: Cursor, field: str, depth: int) -> None:
 
 
 def _numbers(cursor: Cursor, code: int, count: int, field: str) -> np.ndarray:
-    dtype = np.dtype(SCALARS[code].dtype)
+    dtype = SCALARS[code].dtype
     at = cursor.skip(count * dtype.itemsize, field)
     if SCALARS[code].name == "bool":
         data = np.frombuffer(cursor.buffer, np.uint8, count, at)

@@ -25,30 +25,9 @@ MAX_DIMS = 4
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 _CODES = {scalar.name: code for code, scalar in SCALARS.items()} | {"str": STRING, "array": ARRAY}
-_BY_DTYPE = {np.dtype(scalar.dtype): scalar.name for scalar in SCALARS.values()}
-_FORMATS = {
-    "u8": "<B",
-    "i8": "<b",
-    "u16": "<H",
-    "i16": "<h",
-    "u32": "<I",
-    "i32": "<i",
-    "f32": "<f",
-    "bool": "<?",
-    "u64": "<Q",
-    "i64": "<q",
-    "f64": "<d",
-}
-_PLAIN = {
-    "float32": "F32",
-    "float16": "F16",
-    "float64": "F64",
-    "bfloat16": "BF16",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-}
+_BY_DTYPE = {scalar.dtype: scalar.name for scalar in SCALARS.values()}
+_FORMATS = {scalar.name: scalar.format for scalar in SCALARS.values()}
+_PLAIN = {dtype: name for name, dtype in ggml.PLAIN.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +103,13 @@ def _put_padded(file: BinaryIO, data: Any, alignment: int) -> None:
 def _source(name: str, value: np.ndarray | GGUFTensor) -> GGUFTensor:
     if isinstance(value, GGUFTensor):
         return value
-    kind = _PLAIN.get(value.dtype.name)
-    if kind is None:
-        raise ValueError(
-            f"tensor {name!r} is {value.dtype}; GGUF holds {', '.join(_PLAIN)}, or give a "
-            "GGUFTensor with a block type"
-        )
     little = value.astype(value.dtype.newbyteorder("<"), copy=False)
-    return GGUFTensor(kind, value.shape, lambda: little)
+    if little.dtype not in _PLAIN:
+        raise ValueError(
+            f"tensor {name!r} is {value.dtype}; GGUF holds {', '.join(map(str, _PLAIN))}, or give "
+            "a GGUFTensor with a block type"
+        )
+    return GGUFTensor(_PLAIN[little.dtype], value.shape, lambda: little)
 
 
 def _entry(name: str, source: GGUFTensor, offset: int) -> tuple[int, bytes]:

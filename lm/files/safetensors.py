@@ -8,7 +8,6 @@ https://github.com/huggingface/safetensors (README, "Format").
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import mmap
@@ -22,7 +21,15 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lm.files.base import FileFormatError, Path, forget_pages, map_file, short
+from lm.files.base import (
+    FileFormatError,
+    MappedTensors,
+    Path,
+    TensorInfo,
+    join_tensors,
+    map_file,
+    short,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,28 +68,7 @@ PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 CODES: Mapping[np.dtype, str] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """Type and place of a tensor.
-
-    Attributes:
-      name: the tensor's name.
-      dtype: the format's code, as `BF16`.
-      shape: row-major.
-      offset: position of its first byte in its file.
-      nbytes: its size in bytes.
-      file: index of its file.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    file: int = 0
-
-
-class Safetensors:
+class Safetensors(MappedTensors):
     """A safetensors model, open for reading.
 
     Attributes:
@@ -94,27 +80,17 @@ class Safetensors:
     def __init__(
         self,
         paths: tuple[Path, ...],
-        metadata: tuple[Mapping[str, str], ...],
         tensors: Mapping[str, TensorInfo],
         mappings: tuple[mmap.mmap, ...],
+        metadata: tuple[Mapping[str, str], ...],
     ) -> None:
-        self.paths, self.metadata, self.tensors = paths, metadata, tensors
-        self._mappings = mappings
-
-    def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor: uint8 [nbytes], a read-only view of the file."""
-        info = self.tensors[name]
-        return np.frombuffer(self._mappings[info.file], np.uint8, info.nbytes, info.offset)
+        super().__init__(paths, tensors, mappings)
+        self.metadata = metadata
 
     def array(self, name: str) -> np.ndarray:
         """A tensor, a view of the file; bfloat16 and float8 in the dtypes of ml_dtypes."""
         info = self.tensors[name]
-        return self.raw(name).view(DTYPES[info.dtype]).reshape(info.shape)
-
-    def release(self, name: str) -> None:
-        """Release a tensor's memory. Views stay valid and read the file again."""
-        info = self.tensors[name]
-        forget_pages(self._mappings[info.file], info.offset, info.nbytes)
+        return self.raw(name).view(DTYPES[info.type]).reshape(info.shape)
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:
         """Names and tensors in the order of the files, each released when the next is asked for."""
@@ -153,20 +129,9 @@ def _join(
     paths: tuple[Path, ...], placed: Mapping[str, int] | None, index: Path = ""
 ) -> Safetensors:
     """The tensors of some files; `placed` is the index of the file each should be in."""
-    tensors: dict[str, TensorInfo] = {}
-    metadata, mappings = [], []
-    for number, path in enumerate(paths):
-        mapping = map_file(path)
-        mappings.append(mapping)
-        found, extra = _read_header(path, mapping, number)
-        metadata.append(extra)
-        for info in found:
-            if info.name in tensors:
-                other = paths[tensors[info.name].file]
-                raise FileFormatError(
-                    path, "tensor name", info.name, f"expected one that {other} does not have"
-                )
-            tensors[info.name] = info
+    mappings = tuple(map(map_file, paths))
+    headers = [_read_header(*each, i) for i, each in enumerate(zip(paths, mappings, strict=True))]
+    tensors = join_tensors(paths, (found for found, _ in headers))
     for name, number in (placed or {}).items():
         if name not in tensors or tensors[name].file != number:
             raise FileFormatError(
@@ -175,7 +140,7 @@ def _join(
                 os.fspath(paths[number]),
                 "expected a file that holds that tensor",
             )
-    return Safetensors(paths, tuple(metadata), tensors, tuple(mappings))
+    return Safetensors(paths, tensors, mappings, tuple(metadata for _, metadata in headers))
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:

@@ -54,7 +54,7 @@ def test_reads_what_the_library_wrote(tmp_path, library_tensors):
         for name, array in library_tensors.items():
             same(model.array(name), array)
             part = peer.get_slice(name)
-            assert model.tensors[name].dtype == part.get_dtype()
+            assert model.tensors[name].type == part.get_dtype()
             assert list(model.tensors[name].shape) == part.get_shape()
 
 

@@ -204,8 +204,8 @@ def _check(
         info = file.tensors.get(name)
         if info is None:
             faults.append(f"{name} {list(shape)} is missing")
-        elif info.dtype not in DTYPES:
-            faults.append(f"{name} is of dtype {info.dtype}; adapters are {', '.join(DTYPES)}")
+        elif info.type not in DTYPES:
+            faults.append(f"{name} is of dtype {info.type}; adapters are {', '.join(DTYPES)}")
         elif info.shape != shape:
             faults.append(f"{name} is {list(info.shape)}, the model wants {list(shape)}")
     for name in sorted(file.tensors.keys() - wanted.keys()):

@@ -143,7 +143,7 @@ def _find(
                 return _quantized(tensor, stem, form, file, faults)
         if each in file.tensors:
             info = file.tensors[each]
-            if fault := tensor_fault(tensor, each, info.shape, info.dtype, config):
+            if fault := tensor_fault(tensor, each, info.shape, info.type, config):
                 faults.append(fault)
             return _Module(tensor, None, {"": each})
     markers = " or ".join(form.marker for form in formats) if _is_matrix(tensor) else ""
@@ -162,7 +162,7 @@ def _quantized(
 ) -> _Module:
     prefix = f"{stem}."
     present = {
-        name.removeprefix(prefix): (info.shape, info.dtype)
+        name.removeprefix(prefix): (info.shape, info.type)
         for name, info in file.tensors.items()
         if name.startswith(prefix)
     }
