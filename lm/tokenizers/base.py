@@ -12,6 +12,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+# How SentencePiece writes a space inside pieces.
+SPACE_SYMBOL = "\u2581"
 # Most rows that padding adds to a model's vocabulary (Phi-2 has 905 rows without a token).
 _MOST_PADDING = 2048
 
@@ -52,6 +54,26 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def _offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode_with_offsets`, of text that UTF-8 can encode."""
+
+    def set_rules(
+        self,
+        ids: Mapping[str, int],
+        ends: Iterable[int],
+        add_bos: bool,
+        add_eos: bool,
+        chat_templates: Mapping[str, str],
+    ) -> None:
+        """Take the rules of the files that the vocabulary came with.
+
+        Args:
+          ids: of `bos`, `eos` and `pad`, or -1.
+          ends: tokens besides EOS that end a generation.
+          add_bos, add_eos, chat_templates: the attributes.
+        """
+        self.bos_id, self.eos_id, self.pad_id = (ids[key] for key in ("bos", "eos", "pad"))
+        known = (i for i in (self.eos_id, *ends) if 0 <= i < self.vocab_size)
+        self.eos_ids = tuple(dict.fromkeys(known))
+        self.add_bos, self.add_eos, self.chat_templates = add_bos, add_eos, chat_templates
 
     @property
     def vocab_size(self) -> int:

@@ -7,45 +7,33 @@ from typing import Any
 
 import tokenizers
 
-from lm.tokenizers.base import Tokenizer
-
-_SPACE_SYMBOL = "\u2581"
+from lm.tokenizers.base import SPACE_SYMBOL, Tokenizer
 
 
 class FastTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer` whose decoder is byte-level or byte-fallback.
 
-    The library's post-processor is dropped: BOS and EOS are added by `encode` and `encode_prompt`.
+    The library's post-processor is dropped: BOS and EOS, which are those that it added until
+    `set_rules` says otherwise, are added by `encode` and `encode_prompt`.
 
     Args:
       tokenizer: modified in place.
       name: its origin, for errors.
-      bos, eos, pad: names of those tokens; BOS and EOS default to those of the post-processor.
-      more_eos: names of further tokens that end a generation.
-      add_bos, add_eos: whether prompts get them; by default as the post-processor does.
       special: names of special tokens; by default those marked in the vocabulary.
 
     `serialized` is the tokenizer.json without a post-processor.
 
     Raises:
-      ValueError: the decoder or post-processor is of another kind, or a name is not a token.
+      ValueError: the decoder or post-processor is of another kind.
     """
 
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
         name: str,
-        *,
-        bos: str | None = None,
-        eos: str | None = None,
-        pad: str | None = None,
-        more_eos: Iterable[str] = (),
-        add_bos: bool | None = None,
-        add_eos: bool | None = None,
         special: Iterable[str] | None = None,
-        chat_templates: Mapping[str, str] | None = None,
     ):
-        self.name, self._tokenizer = name, tokenizer
+        self._tokenizer = tokenizer
         front, back = _added_by_post_processor(tokenizer, name)
         tokenizer.post_processor = tokenizers.processors.Sequence([])
         tokenizer.no_padding()
@@ -58,24 +46,14 @@ class FastTokenizer(Tokenizer):
         self.strips_space, self.token_bytes = _bytes_of(layout, vocabulary, added, name)
         if special is None:
             special = [content for content, token in added.items() if token["special"]]
-        self.special_tokens = {content: self._id(content) for content in special}
-        self.bos_id = front if bos is None else self._id(bos)
-        self.eos_id = back if eos is None else self._id(eos)
-        self.pad_id = -1 if pad is None else self._id(pad)
-        ends = [self.eos_id, *(self._id(token) for token in more_eos)]
-        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i >= 0))
-        self.add_bos = front >= 0 if add_bos is None else add_bos
-        self.add_eos = back >= 0 if add_eos is None else add_eos
-        self.chat_templates = dict(chat_templates or {})
+        self.special_tokens = {content: vocabulary[content] for content in special}
+        self.set_rules({"bos": front, "eos": back, "pad": -1}, (), front >= 0, back >= 0, {})
         # Whether the library parses special tokens is a flag of the whole object.
         self._plain = tokenizers.Tokenizer.from_str(serialized)
         self._plain.encode_special_tokens = True
 
-    def _id(self, token: str) -> int:
-        token_id = self._tokenizer.token_to_id(token)
-        if token_id is None:
-            raise ValueError(f"'{self.name}' names {token!r}, which is not in its vocabulary")
-        return token_id
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
 
     def _encode_texts(
         self, texts: Sequence[str], parse_special: bool, num_threads: int
@@ -133,7 +111,7 @@ def _bytes_of(
         return False, table
     space = any(
         step["type"] == "Metaspace"
-        or (step["type"] == "Replace" and step["pattern"] == {"String": _SPACE_SYMBOL})
+        or (step["type"] == "Replace" and step["pattern"] == {"String": SPACE_SYMBOL})
         for step in steps
     )
     if not space or not set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
@@ -148,7 +126,7 @@ def _bytes_of(
     )
     fallback = {f"<0x{b:02X}>": bytes([b]) for b in range(256)} if "ByteFallback" in kinds else {}
     for token, i in vocabulary.items():
-        table[i] = fallback.get(token) or token.replace(_SPACE_SYMBOL, " ").encode()
+        table[i] = fallback.get(token) or token.replace(SPACE_SYMBOL, " ").encode()
     return strips, table
 
 

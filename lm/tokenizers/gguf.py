@@ -7,7 +7,7 @@ llama.cpp.
 import collections
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -19,7 +19,9 @@ from lm.tokenizers.pretokenizers import PRETOKENIZERS
 from lm.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
+T = TypeVar("T", FastTokenizer, SentencePieceTokenizer)
 _PREFIX = "tokenizer.ggml."
+_SPECIAL = (CONTROL, UNKNOWN)
 _KINDS = {
     "bert": "WordPiece (WPM)",
     "t5": "SentencePiece unigram (UGM)",
@@ -81,25 +83,16 @@ def _byte_level(metadata: Mapping[str, Any], name: str) -> FastTokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNKNOWN)]
-    defined = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
-    added = [tokenizers.AddedToken(t, special=True, normalized=False) for t in special]
-    added += [tokenizers.AddedToken(t, special=False, normalized=False) for t in defined]
-    tokenizer.add_tokens(added)
-    bos, eos, pad = (_special_id(metadata, key, len(tokens), name) for key in ("bos", "eos", "pad"))
-    fast = FastTokenizer(
-        tokenizer,
-        name,
-        bos=tokens[bos] if bos >= 0 else None,
-        eos=tokens[eos] if eos >= 0 else None,
-        pad=tokens[pad] if pad >= 0 else None,
-        more_eos=[tokens[i] for i in _ends(metadata, tokens, name)],
-        add_bos=_adds(metadata, "bos", bos, rule.add_bos, name),
-        add_eos=_adds(metadata, "eos", eos, False, name),
-        special=special,
-        chat_templates=_chat_templates(metadata),
+    added = {t: k for t, k in zip(tokens, types, strict=True) if k in (*_SPECIAL, USER_DEFINED)}
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, special=kind in _SPECIAL, normalized=False)
+            for token, kind in added.items()
+        ]
     )
-    return _without_unused(fast, types)
+    special = [token for token, kind in added.items() if kind in _SPECIAL]
+    fast = FastTokenizer(tokenizer, name, special)
+    return _with_rules(fast, metadata, tokens, types, name, add_bos=rule.add_bos)
 
 
 def _merges(
@@ -134,9 +127,9 @@ def _sentencepiece(metadata: Mapping[str, Any], name: str) -> SentencePieceToken
             + ("is missing" if wrong in wanted else "is none of them")
         )
     prefix = bool(metadata.get(f"{_PREFIX}add_space_prefix", True))
-    size = len(tokens)
-    unknown = _special_id(metadata, "unknown", size, name, default=0)
-    types = _with_one_unknown(types, unknown)
+    # SentencePiece needs exactly one unknown token; files may have more, or call it control.
+    types = [CONTROL if kind == UNKNOWN else kind for kind in types]
+    types[_special_id(metadata, "unknown", len(tokens), name, default=0)] = UNKNOWN
     always = {t: i for i, t in enumerate(tokens) if types[i] == USER_DEFINED}
     model = sentencepiece_model.Model(
         tokens,
@@ -147,19 +140,30 @@ def _sentencepiece(metadata: Mapping[str, Any], name: str) -> SentencePieceToken
         remove_extra_whitespaces=False,
     )
     tokenizer = SentencePieceTokenizer(name, model, always_special=always)
-    tokenizer.bos_id = _special_id(metadata, "bos", size, name, default=1)
-    tokenizer.eos_id = _special_id(metadata, "eos", size, name, default=2)
-    tokenizer.pad_id = _special_id(metadata, "pad", size, name)
-    ends = [tokenizer.eos_id, *_ends(metadata, tokens, name)]
-    tokenizer.eos_ids = tuple(dict.fromkeys(i for i in ends if i >= 0))
-    tokenizer.add_bos = _adds(metadata, "bos", tokenizer.bos_id, True, name)
-    tokenizer.add_eos = _adds(metadata, "eos", tokenizer.eos_id, False, name)
-    tokenizer.chat_templates = _chat_templates(metadata)
-    return _without_unused(tokenizer, types)
+    return _with_rules(tokenizer, metadata, tokens, types, name, bos=1, eos=2, add_bos=True)
 
 
-def _without_unused(tokenizer: Any, types: Sequence[int]) -> Any:
-    """Unused tokens get no text."""
+def _with_rules(
+    tokenizer: T,
+    metadata: Mapping[str, Any],
+    tokens: Sequence[str],
+    types: Sequence[int],
+    name: str,
+    *,
+    bos: int = -1,
+    eos: int = -1,
+    add_bos: bool,
+) -> T:
+    """The tokenizer with the file's rules, or these defaults; unused tokens get no text."""
+    defaults = {"bos": bos, "eos": eos, "pad": -1}
+    ids = {k: _special_id(metadata, k, len(tokens), name, i) for k, i in defaults.items()}
+    tokenizer.set_rules(
+        ids,
+        _ends(metadata, tokens, name),
+        _adds(metadata, "bos", ids["bos"], add_bos, name),
+        _adds(metadata, "eos", ids["eos"], False, name),
+        _chat_templates(metadata),
+    )
     tokenizer.token_bytes = [
         b"" if kind == UNUSED else content
         for content, kind in zip(tokenizer.token_bytes, types, strict=True)
@@ -202,13 +206,6 @@ def _tokens_and_types(metadata: Mapping[str, Any], name: str) -> tuple[list[str]
     if wrong := sorted(set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}):
         raise ValueError(f"'{name}': token {types.index(wrong[0])} has the unknown type {wrong[0]}")
     return tokens, [CONTROL if t in _ENDS else k for t, k in zip(tokens, types, strict=True)]
-
-
-def _with_one_unknown(types: Sequence[int], unknown: int) -> list[int]:
-    """SentencePiece needs exactly one unknown token; files may have more, or call it control."""
-    kinds = [CONTROL if kind == UNKNOWN else kind for kind in types]
-    kinds[unknown] = UNKNOWN
-    return kinds
 
 
 def _special_id(metadata: Mapping[str, Any], key: str, size: int, name: str, default=-1) -> int:

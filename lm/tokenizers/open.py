@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
@@ -14,6 +14,7 @@ from lm.tokenizers.fast import FastTokenizer
 from lm.tokenizers.gguf import from_gguf
 from lm.tokenizers.sentencepiece import SentencePieceTokenizer
 
+T = TypeVar("T", FastTokenizer, SentencePieceTokenizer)
 _EXPECTED = (
     "a folder with tokenizer.json or tokenizer.model, the workdir of a training run, a .gguf or a "
     ".model file"
@@ -59,51 +60,42 @@ def _open_json(path: Path) -> FastTokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"'{path}' is not a tokenizer.json ({error})") from error
-    config = _config(path.parent)
-    return FastTokenizer(
-        tokenizer,
-        str(path),
-        bos=_token(config, "bos_token"),
-        eos=_token(config, "eos_token"),
-        pad=_token(config, "pad_token"),
-        more_eos=[
-            token for i in _eos_ids(path.parent) if (token := tokenizer.id_to_token(i)) is not None
-        ],
-        add_bos=config.get("add_bos_token"),
-        add_eos=config.get("add_eos_token"),
-        chat_templates=_chat_templates(path.parent, config),
-    )
+    return _with_rules(FastTokenizer(tokenizer, str(path)), path)
 
 
 def _open_model(path: Path) -> SentencePieceTokenizer:
     tokenizer = SentencePieceTokenizer(path)
-    config = _config(path.parent)
     added = _read_json(path.parent / "added_tokens.json")
     if missing := [token for token, i in added.items() if i >= tokenizer.vocab_size]:
         raise ValueError(
             f"'{path}' lacks {len(missing)} tokens that added_tokens.json adds ({missing[0]!r}...);"
             " save the tokenizer as tokenizer.json"
         )
-    for key in ("bos", "eos", "pad"):
-        token = _token(config, f"{key}_token")
+    return _with_rules(tokenizer, path)
+
+
+def _with_rules(tokenizer: T, path: Path) -> T:
+    """The tokenizer with the rules of the files beside it."""
+    # The second overrides the older first.
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    config = _read_json(path.parent / names[0]) | _read_json(path.parent / names[1])
+    ids = {key: getattr(tokenizer, f"{key}_id") for key in ("bos", "eos", "pad")}
+    for key in ids:
+        token = config.get(f"{key}_token")
+        token = token["content"] if isinstance(token, dict) else token
         if token is not None:
-            if token not in tokenizer.model.pieces:
-                raise ValueError(f"'{path}' has no piece {token!r}, its {key}_token")
-            setattr(tokenizer, f"{key}_id", tokenizer.model.pieces.index(token))
-    ends = (i for i in (tokenizer.eos_id, *_eos_ids(path.parent)) if 0 <= i < tokenizer.vocab_size)
-    tokenizer.eos_ids = tuple(dict.fromkeys(ends))
-    tokenizer.add_bos = bool(config.get("add_bos_token", tokenizer.add_bos))
-    tokenizer.add_eos = bool(config.get("add_eos_token", False))
-    tokenizer.chat_templates = _chat_templates(path.parent, config)
+            if (found := tokenizer.id_of(token)) is None:
+                raise ValueError(f"'{path}' names {token!r}, which is not in its vocabulary")
+            ids[key] = found
+    add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
+    tokenizer.set_rules(
+        ids,
+        _eos_ids(path.parent),
+        tokenizer.add_bos if add_bos is None else bool(add_bos),
+        tokenizer.add_eos if add_eos is None else bool(add_eos),
+        _chat_templates(path.parent, config),
+    )
     return tokenizer
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, which overrides the older special_tokens_map.json."""
-    return {
-        **_read_json(folder / "special_tokens_map.json"),
-        **_read_json(folder / "tokenizer_config.json"),
-    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -116,11 +108,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}; an object was expected")
     return content
-
-
-def _token(config: Mapping[str, Any], key: str) -> str | None:
-    token = config.get(key)
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _eos_ids(folder: Path) -> list[int]:

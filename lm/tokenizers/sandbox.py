@@ -95,7 +95,7 @@ def make_environment() -> "Environment":
     environment.filters = {name: _paying(name, f) for name, f in environment.filters.items()}
     del environment.globals["lipsum"]
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
     environment.globals["range"] = _bounded_range
     return environment
 
@@ -138,14 +138,11 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _spend_on_text(name, owner, *args)
         return super().call(context, function, *args, **kwargs)
 
-    def turn(self, weight: int) -> None:
-        """Charges at the start of every loop body and macro."""
-        spend(weight)
+    turn = staticmethod(spend)  # at the start of every loop body and macro
 
     def concatenate(self, *values: Any) -> str:
         """The operator `~`."""
-        texts = [_printed(value) for value in values]
-        return "".join(texts)
+        return "".join([_printed(value) for value in values])
 
     def measured(self, value: Any) -> Any:
         """The left side of a comparison, which takes very long for lists that share parts."""
@@ -296,7 +293,3 @@ def _bounded_range(*args: int) -> range:
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(f"the template refuses its input: {message}")
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.datetime.now().strftime(layout)

@@ -10,12 +10,10 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from lm.tokenizers.base import Tokenizer
+from lm.tokenizers.base import SPACE_SYMBOL, Tokenizer
 from lm.tokenizers.fast import FastTokenizer
 from lm.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.tokenizers.sentencepiece_model import BPE, CONTROL, UNKNOWN, USER_DEFINED
-
-_SPACE_SYMBOL = "\u2581"
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> list[str]:
@@ -117,10 +115,10 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokeniz
             byte_fallback=model.byte_fallback,
         )
     )
-    spaces = normalizers.Replace(" ", _SPACE_SYMBOL)
-    steps = [decoders.Replace(_SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces = normalizers.Replace(" ", SPACE_SYMBOL)
+    steps = [decoders.Replace(SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.add_dummy_prefix:
-        spaces = normalizers.Sequence([normalizers.Prepend(_SPACE_SYMBOL), spaces])
+        spaces = normalizers.Sequence([normalizers.Prepend(SPACE_SYMBOL), spaces])
         steps.append(decoders.Strip(" ", 1, 0))
     inner.normalizer, inner.decoder = spaces, decoders.Sequence(steps)
     for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):

@@ -7,6 +7,7 @@ that UTF-8 can encode.
 
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,12 +15,11 @@ from pathlib import Path
 
 import sentencepiece
 
+from lm.files.base import replacing
 from lm.tokenizers import sentencepiece_model
-from lm.tokenizers.base import Splitter, Tokenizer, check_encodable
+from lm.tokenizers.base import SPACE_SYMBOL, Splitter, Tokenizer, check_encodable
 from lm.tokenizers.sentencepiece_model import BYTE, CONTROL, UNKNOWN
 
-# SentencePiece writes a space as U+2581 inside pieces, so it cannot distinguish the two.
-_SPACE_SYMBOL = "\u2581"
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 _NUM_SPECIAL = 4
 _NUM_BYTES = 256
@@ -76,23 +76,24 @@ class SentencePieceTokenizer(Tokenizer):
             for i, (piece, kind) in enumerate(zip(model.pieces, model.types, strict=True))
             if kind in (CONTROL, UNKNOWN)
         }
-        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
-        self.pad_id = self._processor.pad_id()
-        self.eos_ids = (self.eos_id,) if self.eos_id >= 0 else ()
-        self.add_bos = self.bos_id >= 0
+        ids = {key: getattr(self._processor, f"{key}_id")() for key in ("bos", "eos", "pad")}
+        self.set_rules(ids, (), ids["bos"] >= 0, False, {})
         self.strips_space = model.add_dummy_prefix
         self._always = Splitter(always_special or {})
         self._specials = Splitter({**self.special_tokens, **self._always.tokens})
-        self._space_symbol_ids = []
+        self._space_symbol_ids = []  # by itself SentencePiece would take the symbol for a space
         if model.unk_surface == _UNK_SURFACE and model.byte_fallback:
-            symbols = [f"<0x{byte:02X}>" for byte in _SPACE_SYMBOL.encode()]
+            symbols = [f"<0x{byte:02X}>" for byte in SPACE_SYMBOL.encode()]
             self._space_symbol_ids = [self._processor.piece_to_id(symbol) for symbol in symbols]
+
+    def id_of(self, token: str) -> int | None:
+        return self.model.pieces.index(token) if token in self.model.pieces else None
 
     def _encode_texts(
         self, texts: Sequence[str], parse_special: bool, num_threads: int
     ) -> list[list[int]]:
         splitter = self._specials if parse_special else self._always
-        awkward = self._space_symbol_ids and any(_SPACE_SYMBOL in text for text in texts)
+        awkward = self._space_symbol_ids and any(SPACE_SYMBOL in text for text in texts)
         if not splitter.tokens and not awkward:
             threads = 1 if len(texts) == 1 else num_threads
             return self._processor.encode(list(texts), num_threads=threads)
@@ -105,9 +106,9 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def _encode_text(self, text: str) -> list[int]:
-        if not self._space_symbol_ids or _SPACE_SYMBOL not in text:
+        if not self._space_symbol_ids or SPACE_SYMBOL not in text:
             return self._processor.encode(text)
-        encoded = self._processor.encode(text.split(_SPACE_SYMBOL))
+        encoded = self._processor.encode(text.split(SPACE_SYMBOL))
         ids = list(encoded[0])
         for part in encoded[1:]:
             ids += self._space_symbol_ids + part
@@ -132,7 +133,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _part_offsets(self, text: str, ids: Sequence[int], start: int) -> list[tuple[int, int]]:
         """Ranges by counting bytes: the tokens' bytes are the text, unless it is normalized."""
         prefix = b" " * self.model.add_dummy_prefix
-        shown = text if self._space_symbol_ids else text.replace(_SPACE_SYMBOL, " ")
+        shown = text if self._space_symbol_ids else text.replace(SPACE_SYMBOL, " ")
         if b"".join(self.token_bytes[i] for i in ids) != prefix + shown.encode():
             raise ValueError(
                 f"'{self.path}' normalizes text, so its tokens do not add up to {text[:60]!r}; "
@@ -157,7 +158,7 @@ def _piece_bytes(model: sentencepiece_model.Model, token_id: int) -> bytes:
         return bytes([int(piece[3:5], 16)])
     if kind in (CONTROL, UNKNOWN):
         return piece.encode()
-    return piece.replace(_SPACE_SYMBOL, " ").encode()
+    return piece.replace(SPACE_SYMBOL, " ").encode()
 
 
 def train_sentencepiece(
@@ -196,7 +197,7 @@ def train_sentencepiece(
         raise ValueError("no text to train a tokenizer on: every document is empty")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_chain(first, lines),
+            sentence_iterator=itertools.chain([first], lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -218,7 +219,9 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise ValueError(_vocabulary_message(vocab_size, str(error))) from error
-    _write_atomically(Path(path), model.getvalue())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(model.getvalue())
     return SentencePieceTokenizer(path)
 
 
@@ -238,31 +241,16 @@ def _vocabulary_message(vocab_size: int, error: str) -> str:
     return f"SentencePiece could not train with vocab_size={vocab_size}: {error}"
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
 def _training_lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     """Lines with their line ends, in pieces short enough that SentencePiece drops none."""
     seen = 0
     for text in texts:
         check_encodable(text)
         # The trainer skips sentences with these characters; encoding turns them into bytes.
-        for line in re.sub(f"[{_SPACE_SYMBOL}\0]", "\n", text).splitlines(keepends=True):
+        for line in re.sub(f"[{SPACE_SYMBOL}\0]", "\n", text).splitlines(keepends=True):
             for start in range(0, len(line), _CHUNK_CHARS):
                 chunk = line[start : start + _CHUNK_CHARS]
                 seen += len(chunk.encode())
                 yield chunk
         if seen >= max_bytes:
             return
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
