@@ -2,12 +2,13 @@
 
     LM_LLAMACPP_PYTHON=/somewhere/bin/python python -m tests.tokenizers.golden
 
-writes golden.json (see llamacpp.py for the interpreter). The vocabularies are in the file; the
-lines come from `lines.synthetic`. Ids are kept as hashes of BLOCK lines.
+writes the ids in golden.json anew (see llamacpp.py for the interpreter). The vocabularies are part
+of the file: `bytes`, 700 tokens of byte-level BPE with words cut by white space only, and `pieces`,
+1,000 of SentencePiece with every type of token, both trained on Python's standard library and
+`lines.synthetic`, which makes the lines too. Ids are kept as hashes of BLOCK lines.
 """
 
 import hashlib
-import io
 import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -78,75 +79,6 @@ def digest(ids: Sequence[Sequence[int]]) -> list[str]:
     ]
 
 
-def byte_vocabulary(size: int = 700) -> dict[str, Any]:
-    """Metadata of a byte-level vocabulary trained on source code, words cut by white space only."""
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\s*\S+\s*"), "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        show_progress=False,
-        special_tokens=[*special, "<tag>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([*lines.library(3000), *lines.synthetic(1000, seed=9)], trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    kinds = {**dict.fromkeys(special, 3), "<tag>": 4}
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [kinds.get(token, 1) for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-
-
-def piece_vocabulary(size: int = 1000) -> dict[str, Any]:
-    """Metadata of a SentencePiece vocabulary with every type of token."""
-    import sentencepiece
-
-    # llama.cpp reads tokens up to a NUL.
-    texts = [*lines.library(3000), *lines.synthetic(100, seed=9)]
-    texts = [text.replace("\0", "") for text in texts]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=size,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=0.98,
-        minloglevel=2,
-    )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    count = processor.vocab_size()
-    kinds = [
-        2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 * processor.is_byte(i)
-        for i in range(count)
-    ]
-    more = {"<end_of_turn>": 3, "<unused7>": 3, "<tag>": 4, "  ": 4, "   ": 4, "\n\n\n": 4}
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [*map(processor.id_to_piece, range(count)), *more],
-        "tokenizer.ggml.scores": [*map(processor.get_score, range(count)), *(0.0 for _ in more)],
-        "tokenizer.ggml.token_type": [*(kind or 1 for kind in kinds), *more.values()],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-
-
 def small(golden: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The metadata of each small case."""
     return [{**golden["vocabularies"][name], **changes} for name, changes, _ in SMALL]
@@ -155,9 +87,7 @@ def small(golden: Mapping[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     from lm.files.packaged import find_packaged
 
-    golden: dict[str, Any] = {
-        "vocabularies": {"bytes": byte_vocabulary(), "pieces": piece_vocabulary()}
-    }
+    golden: dict[str, Any] = {"vocabularies": json.loads(FILE.read_text())["vocabularies"]}
     peers = [*small(golden), *({"path": str(find_packaged(model))} for model in MODELS)]
     version, ids = llamacpp.tokenize_live(peers, all_lines(), (False, True))
     golden["made_by"] = f"python -m tests.tokenizers.golden, {version} (llama.cpp)"

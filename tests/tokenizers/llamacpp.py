@@ -3,7 +3,7 @@
 As a program it answers one request on standard input (see `tokenize_live`), so that it can run
 in an environment of its own:
 
-    python -m venv /somewhere && /somewhere/bin/pip install xllamacpp gguf
+    python -m venv /somewhere && /somewhere/bin/pip install xllamacpp
     LM_LLAMACPP_PYTHON=/somewhere/bin/python python -m pytest tests/tokenizers
 
 A model of one layer and width 32 is written around each vocabulary.
@@ -34,17 +34,22 @@ def tokenize_live(
     vocabularies: Sequence[Mapping[str, Any]], lines: Sequence[str], parse_special: Sequence[bool]
 ) -> tuple[str, list[list[list[list[int]]]]]:
     """Version of the peer, and ids by vocabulary, by value of `parse_special`, by line."""
-    request = {"vocabularies": list(vocabularies), "lines": list(lines)}
-    request["parse_special"] = list(parse_special)
     interpreter = python()
     assert interpreter is not None
-    result = subprocess.run(
-        [interpreter, __file__],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    with tempfile.TemporaryDirectory() as directory:
+        paths = []
+        for n, vocabulary in enumerate(vocabularies):
+            paths.append(vocabulary.get("path") or str(Path(directory, f"{n}.gguf")))
+            if "path" not in vocabulary:
+                write_model(Path(paths[-1]), vocabulary)
+        request = {"paths": paths, "lines": list(lines), "parse_special": list(parse_special)}
+        result = subprocess.run(
+            [interpreter, __file__],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert result.returncode == 0, result.stderr[-4000:]
     answer = json.loads(result.stdout.splitlines()[-1])
     return answer["version"], answer["ids"]
@@ -52,44 +57,33 @@ def tokenize_live(
 
 def write_model(path: Path, vocabulary: Mapping[str, Any]) -> None:
     """A GGUF file that llama.cpp loads, with the `tokenizer.*` keys of `vocabulary`."""
-    import gguf
-    import numpy as np
+    import numpy as np  # here, as the program has only xllamacpp
 
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(_WIDTH)
-    writer.add_feed_forward_length(_WIDTH)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for key, value in vocabulary.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        else:
-            writer.add_array(key, value)
-    square = np.zeros((_WIDTH, _WIDTH), np.float32)
-    vector = np.ones(_WIDTH, np.float32)
+    from lm.files import write_gguf
+
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 1,
+        "llama.context_length": 64,
+        "llama.embedding_length": _WIDTH,
+        "llama.feed_forward_length": _WIDTH,
+        "llama.attention.head_count": 1,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
     size = len(vocabulary["tokenizer.ggml.tokens"])
-    writer.add_tensor("token_embd.weight", np.zeros((size, _WIDTH), np.float32))
+    tensors = {"token_embd.weight": np.zeros((size, _WIDTH), np.float32)}
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        writer.add_tensor(f"{name}.weight", vector)
+        tensors[f"{name}.weight"] = np.ones(_WIDTH, np.float32)
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-        writer.add_tensor(f"blk.0.{name}.weight", square)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        tensors[f"blk.0.{name}.weight"] = np.zeros((_WIDTH, _WIDTH), np.float32)
+    write_gguf(path, metadata | dict(vocabulary), tensors)
 
 
-def _tokenize(model: Path, lines: list[str], parse_special: list[bool]) -> list[list[list[int]]]:
+def _tokenize(model: str, lines: list[str], parse_special: list[bool]) -> list[list[list[int]]]:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(model)
+    params.model.path = model
     params.n_ctx, params.n_parallel, params.warmup = 64, 1, False
     params.cpuparams.n_threads = 1
     server = xllamacpp.Server(params)
@@ -111,15 +105,8 @@ def main() -> None:
     import importlib.metadata
 
     request = json.load(sys.stdin)
-    ids = []
-    with tempfile.TemporaryDirectory() as directory:
-        for n, vocabulary in enumerate(request["vocabularies"]):
-            if "path" in vocabulary:
-                path = Path(vocabulary["path"])
-            else:
-                path = Path(directory, f"{n}.gguf")
-                write_model(path, vocabulary)
-            ids.append(_tokenize(path, request["lines"], request["parse_special"]))
+    lines, parse_special = request["lines"], request["parse_special"]
+    ids = [_tokenize(path, lines, parse_special) for path in request["paths"]]
     version = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
     print("\n" + json.dumps({"version": version, "ids": ids}))
 

@@ -41,7 +41,6 @@ TOOLS = [
 PARTS = [{"role": "user", "content": [{"type": "text", "text": " a "}, {"type": "image"}]}]
 CASES = {
     "chatml": (templates.CHATML, [TURNS, TURNS[:1], WITH_SYSTEM], [None]),
-    "smollm2": (templates.SMOLLM2, [TURNS, TURNS[:1], WITH_SYSTEM], [None]),
     "llama3": (templates.LLAMA3, [TURNS, WITH_SYSTEM, CALLS], [None, TOOLS]),
     "qwen2.5": (templates.QWEN25, [TURNS, WITH_SYSTEM, CALLS], [None, TOOLS]),
     "gemma": (templates.GEMMA, [TURNS, WITH_SYSTEM, PARTS], [None]),
@@ -125,7 +124,6 @@ def written(template, messages, tools=None):
     [
         (templates.CHATML, TURNS, [" Hello  there<|im_end|>", "4<|im_end|>"]),
         (templates.MARKED, TURNS, [" Hello  there<|im_end|>", "4<|im_end|>"]),
-        (templates.SMOLLM2, WITH_SYSTEM, [" Hello  there<|im_end|>", "4<|im_end|>"]),
         (templates.LLAMA3, TURNS, ["Hello  there<|eot_id|>", "4<|eot_id|>"]),
         (templates.GEMMA, TURNS, ["Hello  there<end_of_turn>", "4<end_of_turn>"]),
         (templates.MISTRAL, TURNS, ["  Hello  there".strip().join([" ", EOS]), f" 4{EOS}"]),
