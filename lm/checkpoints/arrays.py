@@ -56,9 +56,15 @@ class _Writing:
 
     def result(self, timeout: float | None = None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
+        fault: Exception | None = None
+        for future in self.futures:  # to the last: what a failed save left is removed afterwards
+            try:
+                future.result(None if deadline is None else max(0, deadline - time.monotonic()))
+            except Exception as error:
+                fault = fault or error
         try:
-            for future in self.futures:
-                future.result(None if deadline is None else deadline - time.monotonic())
+            if fault is not None:
+                raise fault
             if jax.process_count() > 1:
                 self.handler.write_own_checksums(self.directory)
         except Exception as error:
@@ -165,8 +171,17 @@ def read(directory: epath.Path, like: Mapping[str, Any], host: bool = False) -> 
         trees.setdefault(item_of(name), {})[name] = leaf
     found: dict[str, Any] = {}
     for item, wanted in trees.items():
-        structs = {name: _stored(leaf) for name, leaf in wanted.items()}
-        arguments = {name: _restore_args(leaf, host) for name, leaf in structs.items()}
+        structs, arguments = {}, {}
+        for name, leaf in wanted.items():
+            dtype = jnp.dtype(STORED_AS.get(leaf.dtype.name, leaf.dtype))
+            structs[name] = jax.ShapeDtypeStruct(leaf.shape, dtype)
+            arguments[name] = ocp.RestoreArgs(restore_type=np.ndarray)
+            if not host:
+                sharding = getattr(leaf, "sharding", None)
+                sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+                arguments[name] = ocp.ArrayRestoreArgs(
+                    sharding=sharding, global_shape=leaf.shape, dtype=dtype, strict=True
+                )
         tree = ocp.PyTreeCheckpointHandler(use_compression=False).restore(
             directory / item,
             args=ocp.args.PyTreeRestore(
@@ -180,20 +195,6 @@ def read(directory: epath.Path, like: Mapping[str, Any], host: bool = False) -> 
             again = leaf.dtype.name in STORED_AS
             found[name] = _same_bits(node, leaf.dtype) if again else node
     return found
-
-
-def _stored(leaf: Any) -> jax.ShapeDtypeStruct:
-    dtype = jnp.dtype(STORED_AS.get(leaf.dtype.name, leaf.dtype))
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, "sharding", None))
-
-
-def _restore_args(leaf: jax.ShapeDtypeStruct, host: bool) -> ocp.RestoreArgs:
-    if host:
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-    return ocp.ArrayRestoreArgs(
-        sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True
-    )
 
 
 def to_json(value: Any) -> bytes:

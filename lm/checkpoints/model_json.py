@@ -51,23 +51,6 @@ def _known() -> dict[str, type]:
     return known | _registered
 
 
-def _find(name: Any, where: str) -> type:
-    known = _known()
-    if name not in known:
-        raise CheckpointError(f"{where}: class {name!r} is not known here; {NEWER}")
-    return known[name]
-
-
-def _class_name(value: Any, where: str) -> str:
-    name = type(value).__name__
-    if _known().get(name) is not type(value):
-        raise CheckpointError(
-            f"{where}: checkpoints do not know the class {type(value).__qualname__}; "
-            "register it with lm.checkpoints.register"
-        )
-    return name
-
-
 def encode(value: Any, where: str = "config") -> Any:
     """A configuration, or a leaf's static field, as JSON that describes itself.
 
@@ -106,7 +89,13 @@ def encode_tree(tree: Any, where: str = "weights") -> Any:
         return {"keys": {key: encode_tree(each, f"{where}/{key}") for key, each in tree.items()}}
     if not dataclasses.is_dataclass(tree):
         raise CheckpointError(f"{where} is a {type(tree).__name__}, which is not a tree of weights")
-    node: dict[str, Any] = {"class": _class_name(tree, where)}
+    name = type(tree).__name__
+    if _known().get(name) is not type(tree):
+        raise CheckpointError(
+            f"{where}: checkpoints do not know the class {type(tree).__qualname__}; "
+            "register it with lm.checkpoints.register"
+        )
+    node: dict[str, Any] = {"class": name}
     for field in dataclasses.fields(tree):
         value, path = getattr(tree, field.name), f"{where}/{field.name}"
         if not field.metadata.get("pytree_node", True):
@@ -126,22 +115,21 @@ def decode_tree(value: Any, where: str = "weights") -> Any:
         return tuple(decode_tree(each, f"{where}/{i}") for i, each in enumerate(value))
     if "keys" in value:
         return {k: decode_tree(each, f"{where}/{k}") for k, each in value["keys"].items()}
-    cls = _find(value["class"], where)
-    fields = {k: decode_tree(v, f"{where}/{k}") for k, v in value.get("fields", {}).items()}
+    cls = _known().get(value["class"])
+    if cls is None:
+        raise CheckpointError(f"{where}: class {value['class']!r} is not known here; {NEWER}")
     today = getattr(cls, "renamed_fields", {})
-    stored = value.get("static", {}).items()
-    static = {today.get(k, k): decode(v, f"{where}/{k}") for k, v in stored}
-    names = {field.name for field in dataclasses.fields(cls)}
-    absent = {
-        field.name: None
-        for field in dataclasses.fields(cls)
-        if field.metadata.get("pytree_node", True) and field.name not in fields
-    }
-    if unknown := (fields.keys() | static.keys()) - names:
+    is_array = {f.name: f.metadata.get("pytree_node", True) for f in dataclasses.fields(cls)}
+    fields: dict[str, Any] = {name: None for name, array in is_array.items() if array}
+    for name, each in value.get("fields", {}).items():
+        fields[name] = decode_tree(each, f"{where}/{name}")
+    for name, each in value.get("static", {}).items():
+        fields[today.get(name, name)] = decode(each, f"{where}/{name}")
+    if unknown := fields.keys() - is_array.keys():
         raise CheckpointError(
             f"{where}: {cls.__name__} has no {', '.join(sorted(unknown))} here; {NEWER}"
         )
-    return cls(**absent, **fields, **static)
+    return cls(**fields)
 
 
 class ModelJson(typing.NamedTuple):

@@ -30,7 +30,7 @@ from lm.checkpoints.checksums import CheckpointError, DamagedError
 from lm.checkpoints.local import LocalTier, to_host
 from lm.checkpoints.names import check_fit, describe, flatten, matches, unflatten
 from lm.checkpoints.reference import Reference
-from lm.distributed.collectives import broadcast
+from lm.distributed.collectives import barrier, broadcast
 from lm.model import ModelConfig
 
 T = TypeVar("T")
@@ -101,13 +101,6 @@ class Restored(NamedTuple):
     source: str
 
 
-def _by_all(value: bool) -> bool:
-    """Whether it holds on every process."""
-    if jax.process_count() == 1:
-        return value
-    return bool(np.all(multihost_utils.process_allgather(np.int32(value))))
-
-
 def _agreed(
     call: Callable[[], T], otherwise: str, errors: tuple[type[Exception], ...] = (DamagedError,)
 ) -> T:
@@ -117,7 +110,10 @@ def _agreed(
         result = call()
     except errors as error:
         fault = error if isinstance(error, DamagedError) else DamagedError(str(error))
-    if not _by_all(fault is None):
+    sound = np.int32(fault is None)
+    if jax.process_count() > 1:
+        sound = multihost_utils.process_allgather(sound)
+    if not np.all(sound):
         raise fault or DamagedError(otherwise)
     return cast(T, result)
 
@@ -268,7 +264,7 @@ class Checkpoints:
                 self._remove(later)
         if self.local is not None:
             self.local.discard_after(step)
-        _by_all(True)
+        barrier("discarded")
 
     def _sidecars(
         self, state: Tree, leaves: dict[str, Any], metadata: Any, frozen: Reference | None
@@ -322,11 +318,8 @@ class Checkpoints:
     def _superfluous(self, step: int) -> list[int]:
         if self.keep is None:
             return []
-        earlier = [s for s in opening.all_steps(self.directory) if s <= step]
-        sound = [s for s in earlier if s not in self._damaged]
-        last = set(sound[-self.keep :])
-        every = self.keep_every
-        return [s for s in sound if s not in last and not (every and s % every == 0)]
+        sound, every = [s for s in self.steps() if s <= step], self.keep_every
+        return [s for s in sound[: -self.keep] if not (every and s % every == 0)]
 
     def _fail(self, step: int, error: Exception, what: str = "") -> None:
         message = f"{what or self.directory / str(step)}: {type(error).__name__}: {error}"
@@ -424,7 +417,7 @@ class Checkpoints:
             step, local = candidate
             try:
                 if local:
-                    return Restored(step, *self._read_local(step, like, tuple(ignore), skipped))
+                    return self._read_local(step, like, tuple(ignore), tuple(skipped))
                 state = self.restore(step, like, ignore=ignore, frozen=frozen)
                 where = str(self.directory / str(step))
                 return Restored(step, state, self.metadata(step), tuple(skipped), where)
@@ -466,9 +459,9 @@ class Checkpoints:
         return unflatten(leaves, like)
 
     def _read_local(
-        self, step: int, like: Tree, ignore: tuple[str, ...], skipped: Sequence[str]
-    ) -> tuple[Tree, dict[str, Any], tuple[str, ...], str]:
-        """The other fields of `Restored`, after every process has read its own shards."""
+        self, step: int, like: Tree, ignore: tuple[str, ...], skipped: tuple[str, ...]
+    ) -> Restored:
+        """The local checkpoint of a step, once every process has read its own shards."""
         tier, leaves = self.local, flatten(like)
         assert tier is not None
         read, index = _agreed(
@@ -477,8 +470,8 @@ class Checkpoints:
             (CheckpointError, OSError),
         )
         self._current = {step}
-        where = str(tier.root / str(step))
-        return unflatten(leaves | read, like), index["metadata"], tuple(skipped), where
+        state = unflatten(leaves | read, like)
+        return Restored(step, state, index["metadata"], skipped, str(tier.root / str(step)))
 
     def _directory(self, step: int) -> epath.Path:
         steps = opening.all_steps(self.directory)

@@ -16,6 +16,7 @@ from etils import epath
 from lm.checkpoints import CheckpointError, Checkpoints, DamagedError, arrays, checksums
 from lm.checkpoints.opening import find
 from tests.checkpoints.states import assert_same_bits
+from tests.refuses import refuses
 
 LIKE = {
     "x": jax.ShapeDtypeStruct((2,), jnp.int32),
@@ -117,6 +118,19 @@ def test_opening_by_path_passes_over_damage_too(two, tmp_path):
         find(tmp_path)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find(tmp_path / "nothing")
+
+
+def test_an_error_of_the_storage_on_reading_is_not_taken_for_damage(two, monkeypatch):
+    """A disk that does not answer now may hold a sound checkpoint, so no older one is used."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Checkpoints(two[0]) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checksums, "crc32", fail)
+            refuses(lambda: checkpoints.restore_last(LIKE), os.strerror(errno.EIO), error=OSError)
+        assert checkpoints.steps() == [1, 2] and checkpoints.restore_last(LIKE).step == 2
 
 
 def test_where_none_is_sound_training_does_not_start_anew(two, tmp_path):
