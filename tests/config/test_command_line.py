@@ -60,9 +60,8 @@ class AdamW:
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon:
-    learning_rate: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+class Muon(AdamW):
+    pass
 
 
 @dataclasses.dataclass(frozen=True)

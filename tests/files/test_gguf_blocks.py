@@ -16,50 +16,27 @@ from tests.refuses import refuses
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+
+def checks(table):
+    """A CRC-32 by type."""
+    return {name: int(crc, 16) for name, crc in (entry.split() for entry in table.split(", "))}
+
+
 # CRC-32 of the numbers (NaN as zero) of `random_bytes`, by an implementation of its own that gave
 # the bits of both gguf 0.19 and ggml.
-NUMBERS = {
-    "Q4_0": 0x6F020251,
-    "Q4_1": 0x2A4B979B,
-    "Q5_0": 0xBEF6721D,
-    "Q5_1": 0x43C58E94,
-    "Q8_0": 0x0CA1C2F0,
-    "Q8_1": 0x7A646D05,
-    "Q2_K": 0x9BF15247,
-    "Q3_K": 0x28868913,
-    "Q4_K": 0x4BD58808,
-    "Q5_K": 0x0D7205FF,
-    "Q6_K": 0x163135A8,
-    "Q8_K": 0xAF45DB5B,
-    "IQ2_XXS": 0x5E2DAFB3,
-    "IQ2_XS": 0x4B9CE809,
-    "IQ3_XXS": 0x651491F0,
-    "IQ1_S": 0xF056C418,
-    "IQ4_NL": 0x8AF6C495,
-    "IQ3_S": 0x33A9EAD7,
-    "IQ2_S": 0x207A8AF3,
-    "IQ4_XS": 0xFC7C82F0,
-    "IQ1_M": 0xF204C3CC,
-    "BF16": 0x1A623682,
-    "TQ1_0": 0x0B1B111B,
-    "TQ2_0": 0xDA04162A,
-    "MXFP4": 0x01786957,
-    "NVFP4": 0xCEA8CA74,
-    "Q1_0": 0x71129F56,
-    "Q2_0": 0xDBDCC061,
-}
+NUMBERS = checks(
+    "Q4_0 6f020251, Q4_1 2a4b979b, Q5_0 bef6721d, Q5_1 43c58e94, Q8_0 0ca1c2f0, "
+    "Q8_1 7a646d05, Q2_K 9bf15247, Q3_K 28868913, Q4_K 4bd58808, Q5_K 0d7205ff, "
+    "Q6_K 163135a8, Q8_K af45db5b, IQ2_XXS 5e2dafb3, IQ2_XS 4b9ce809, IQ3_XXS 651491f0, "
+    "IQ1_S f056c418, IQ4_NL 8af6c495, IQ3_S 33a9ead7, IQ2_S 207a8af3, IQ4_XS fc7c82f0, "
+    "IQ1_M f204c3cc, BF16 1a623682, TQ1_0 0b1b111b, TQ2_0 da04162a, MXFP4 01786957, "
+    "NVFP4 cea8ca74, Q1_0 71129f56, Q2_0 dbdcc061"
+)
 # Likewise of the bytes of `hard_rows`.
-BYTES = {
-    "BF16": 0xBCBA7425,
-    "Q4_0": 0x469D31D2,
-    "Q4_1": 0xF5A2BD37,
-    "Q5_0": 0xCCC54061,
-    "Q5_1": 0x5A4F205D,
-    "Q8_0": 0xDDBC47BC,
-    "TQ1_0": 0x79C14B3D,
-    "TQ2_0": 0x8E5AF07F,
-    "MXFP4": 0xEE5EFAF2,
-}
+BYTES = checks(
+    "BF16 bcba7425, Q4_0 469d31d2, Q4_1 f5a2bd37, Q5_0 ccc54061, Q5_1 5a4f205d, "
+    "Q8_0 ddbc47bc, TQ1_0 79c14b3d, TQ2_0 8e5af07f, MXFP4 ee5efaf2"
+)
 
 
 def same_bits(a, b):
