@@ -106,11 +106,7 @@ def reported() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        if (
-            flags.FLAGS.is_parsed()
-            and flags.FLAGS["verbosity"].present
-            and flags.FLAGS.verbosity > 0
-        ):
+        if flags.FLAGS.is_parsed() and flags.FLAGS.verbosity > 0:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

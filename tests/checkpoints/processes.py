@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -10,12 +11,6 @@ import time
 import jax
 
 TIMEOUT = 60
-
-
-def start(index: int, count: int, port: int, devices: int) -> None:
-    jax.config.update("jax_num_cpu_devices", devices)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", count, index, initialization_timeout=TIMEOUT)
 
 
 def make(offset: int = 0, num_fsdp: int = 4):
@@ -121,9 +116,10 @@ def refuse(*_):
 
 
 if __name__ == "__main__":
-    index, count, port, devices = map(int, sys.argv[1:5])
-    folder = pathlib.Path(sys.argv[5])
-    start(index, count, port, devices)
+    coordinator, index = os.environ["LM_COORDINATOR"], int(os.environ["LM_PROCESS_ID"])
+    folder = pathlib.Path(sys.argv[1])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(coordinator, 2, index, initialization_timeout=TIMEOUT)
     seen = run(index, folder)
     (folder / f"seen{index}.json").write_text(json.dumps(seen))
     jax.distributed.shutdown()

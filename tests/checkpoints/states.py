@@ -59,5 +59,9 @@ def assert_same_bits(found, expected) -> None:
 
 
 def structs(tree):
-    """ShapeDtypeStructs with the shardings of `tree`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    """ShapeDtypeStructs with the shardings of `tree`; without for NumPy's arrays."""
+
+    def struct(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+    return jax.tree.map(struct, tree)

@@ -59,11 +59,6 @@ def test_digits_stand_alone(tokenizer):
     assert len(tokenizer.encode("2024")) == 4
 
 
-def test_special_tokens_decode_to_nothing(tokenizer):
-    ids = [tokenizer.bos_id, *tokenizer.encode("fox"), tokenizer.eos_id, tokenizer.pad_id]
-    assert tokenizer.decode(ids) == "fox"
-
-
 def test_training_is_deterministic_and_survives_the_file(tmp_path):
     first = train_sentencepiece(SENTENCES * 5, tmp_path / "a.model", 320)
     second = train_sentencepiece(SENTENCES * 5, tmp_path / "b.model", 320)
@@ -105,9 +100,8 @@ def test_bad_training_input(tmp_path, texts, vocab_size, message):
 
 
 def test_the_remedy_for_a_large_vocabulary_works(tmp_path):
-    with pytest.raises(ValueError) as error:
-        train_sentencepiece(SENTENCES, tmp_path / "t.model", 5000)
-    most = int(str(error.value).split("at most ")[1].split(";")[0])
+    error = refuses(lambda: train_sentencepiece(SENTENCES, tmp_path / "t.model", 5000))
+    most = int(str(error).split("at most ")[1].split(";")[0])
     assert train_sentencepiece(SENTENCES, tmp_path / "t.model", most).vocab_size == most
 
 
