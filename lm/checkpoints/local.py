@@ -22,6 +22,7 @@ from lm.checkpoints import checksums
 from lm.checkpoints.arrays import to_json
 from lm.checkpoints.checksums import CheckpointError
 from lm.checkpoints.names import check_fit, describe, matches
+from lm.checkpoints.opening import all_steps
 
 PARTIAL = ".partial"
 Place = tuple[tuple[int, int], ...]
@@ -66,10 +67,7 @@ class LocalTier:
 
     def steps(self) -> list[int]:
         """Steps of this run, in order."""
-        if not self.root.is_dir():
-            return []
-        found = sorted(int(path.name) for path in self.root.iterdir() if path.name.isdecimal())
-        return [step for step in found if self._run_of(step) in (self.run, None)]
+        return [step for step in all_steps(self.root) if self._run_of(step) in (self.run, None)]
 
     def _run_of(self, step: int) -> str | None:
         try:
@@ -95,7 +93,7 @@ class LocalTier:
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        own = sorted(int(path.name) for path in self.root.iterdir() if path.name.isdecimal())
+        own = all_steps(self.root)
         for old in [s for s in own if s != step][: max(0, len(own) - self.keep)]:
             shutil.rmtree(self.root / str(old))
 

@@ -66,44 +66,38 @@ def flip(path, position, bit):
     path.write_bytes(content)
 
 
-def check_passed_over(directory, named):
-    """Step 2 is refused, with the file's name, and step 1 is used."""
-    with Checkpoints(directory) as checkpoints:
-        with pytest.raises(DamagedError, match=named):
-            checkpoints.restore(2, LIKE)
-        restored = checkpoints.restore_last(LIKE)
-        assert restored.step == 1 and restored.metadata == {"step": 1}
-        assert len(restored.skipped) == 1 and named in restored.skipped[0]
-        np.testing.assert_array_equal(restored.state["x"], [1, 1])
-        assert checkpoints.steps() == [1]
+def damaged(content, how, rng):
+    """Contents that are not what was written; None for no file."""
+    size = len(content)
+    if how != "flipped":
+        return [{"half": content[: size // 2], "empty": b"", "missing": None}[how]]
+    flips = np.zeros((4, size), np.uint8)
+    for mask, position in zip(flips, (0, size // 2, size - 1, rng.integers(size)), strict=True):
+        mask[position] = 1 << rng.integers(8)
+    return [(np.frombuffer(content, np.uint8) ^ mask).tobytes() for mask in flips]
 
 
-def test_a_flipped_bit_in_any_file_is_found(two, read_files):
-    directory = two[0]
-    rng = np.random.default_rng(0)
-    for file in read_files:
-        size = (directory / file).stat().st_size
-        for position in {0, size // 2, size - 1, int(rng.integers(size))}:
-            flip(directory / file, position, bit := int(rng.integers(8)))
-            with Checkpoints(directory) as checkpoints:
-                restored = checkpoints.restore_last({}, ignore=["x", "trainable"])
-            assert restored.step == 1 and str(file) in restored.skipped[0], (file, position, bit)
-            flip(directory / file, position, bit)
-    with Checkpoints(directory) as checkpoints:
-        assert checkpoints.restore_last(LIKE).step == 2
-
-
-@pytest.mark.parametrize("how", ["half", "empty", "missing"])
-def test_a_truncated_or_missing_file_is_found(two, read_files, how):
-    directory = two[0]
+@pytest.mark.parametrize("how", ["flipped", "half", "empty", "missing"])
+def test_damage_to_any_file_is_named_and_the_step_passed_over(two, read_files, how):
+    directory, rng = two[0], np.random.default_rng(0)
+    like, ignore = ({}, ["x", "trainable"]) if how == "flipped" else (LIKE, ())
     for file in read_files:
         content = (directory / file).read_bytes()
-        if how == "missing":
+        for bad in damaged(content, how, rng):
             (directory / file).unlink()
-        else:
-            (directory / file).write_bytes(content[: len(content) // 2 if how == "half" else 0])
-        check_passed_over(directory, str(file))
-        (directory / file).write_bytes(content)
+            if bad is not None:
+                (directory / file).write_bytes(bad)
+            with Checkpoints(directory) as checkpoints:
+                restored = checkpoints.restore_last(like, ignore=ignore)
+                assert restored.step == 1 and restored.metadata == {"step": 1}
+                assert len(restored.skipped) == 1 and str(file) in restored.skipped[0]
+                assert checkpoints.steps() == [1]
+                if like:
+                    assert_same_bits(restored.state, state(1))
+                    refuses(lambda: checkpoints.restore(2, LIKE), str(file), error=DamagedError)
+            (directory / file).write_bytes(content)
+    with Checkpoints(directory) as checkpoints:
+        assert checkpoints.restore_last(LIKE).step == 2
 
 
 def test_opening_by_path_passes_over_damage_too(two, tmp_path):
