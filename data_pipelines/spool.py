@@ -1,6 +1,7 @@
 """Documents between the passes over them, and their tokens."""
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from lm.data.sources import Document
 from lm.tokenizers import Tokenizer
 
 BYTES: dict[str, Any] = {"unit": "B", "unit_scale": True}
-_ENCODE_BATCH_CHARS = 2_000_000
+_ENCODE_BATCH = 256  # texts, none longer than a section
 _FEW_FILES = 100
 
 
@@ -86,21 +87,10 @@ class Spool:
                     yield Text(**json.loads(line))
 
 
-def tokenize(texts: Iterable[Text], tokenizer: Tokenizer, bar: tqdm) -> Iterator[Document]:
-    batch: list[Text] = []
-
-    def flush() -> Iterator[Document]:
+def tokenize(texts: Iterator[Text], tokenizer: Tokenizer, bar: tqdm) -> Iterator[Document]:
+    """The texts, one after another, with BOS and EOS; advances `bar` by their bytes."""
+    while batch := list(itertools.islice(texts, _ENCODE_BATCH)):
         encoded = tokenizer.encode_batch([t.text for t in batch], bos=True, eos=True)
         for text, ids in zip(batch, encoded, strict=True):
             bar.update(text.num_bytes)
             yield Document(np.asarray(ids, np.int32), text.num_bytes, text.name)
-        batch.clear()
-
-    chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text.text)
-        if chars >= _ENCODE_BATCH_CHARS:
-            yield from flush()
-            chars = 0
-    yield from flush()

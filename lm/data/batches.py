@@ -199,7 +199,6 @@ class Batches:
         num_steps: int | None = None,
         *,
         sharding: "jax.sharding.Sharding | None" = None,
-        depth: int = 2,
     ) -> Prefetcher:
         """Batches of steps `step`, `step` + 1, ..., read ahead by a thread.
 
@@ -207,7 +206,7 @@ class Batches:
         """
 
         read = self.host_batch if sharding is None else lambda s: self.device_batch(s, sharding)
-        return Prefetcher(read, step, num_steps, depth)
+        return Prefetcher(read, step, num_steps)
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint stores to continue at `step`, and to read every earlier step again."""

@@ -29,13 +29,10 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[int, str, dict[str, Any
 def _lines(path: Path) -> Iterator[bytes]:
     """Lines of a file, unpacked by its suffix."""
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                yield from file
-        elif path.suffix == ".zst":
+        if path.suffix == ".zst":
             yield from _split(_zstandard(path))
         else:
-            with open(path, "rb") as file:
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
                 yield from file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CorpusError(f"'{path}' is damaged: {error}; make or copy it again") from error

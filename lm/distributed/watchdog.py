@@ -147,10 +147,7 @@ class Watchdog:
     def meet(self) -> None:
         """Raises StartError if not all came or they do not fit together."""
         deadline = time.monotonic() + self.settings.start_timeout
-        if self.id:
-            answer = self.join(deadline)
-        else:
-            answer = self.gather(deadline)
+        answer = self.join(deadline) if self.id else self.gather(deadline)
         self.names = answer["names"]
         for link in self.members.values():
             link.heard = time.monotonic()  # some waited long for the others
@@ -322,15 +319,13 @@ class Watchdog:
         """Report on this watchdog's own process."""
         if "done" in message:
             self.finished.add(self.id)
-        if self.first is None:
-            self.judge(self.id, message)
-        elif self.first.open:
+        if self.first is not None and self.first.open:
             self.first.send(**message)
-        elif "fault" in message:
-            self.fail(f"{self.name(self.id)} {message['fault']}")
+        else:
+            self.judge(self.id, message)
 
     def judge(self, id: int, message: dict[str, Any]) -> None:
-        """Process 0: a report on a process."""
+        """A report on a process, to process 0; on its own, where process 0 is gone."""
         if "done" in message:
             self.finished.add(id)
         if "fault" in message and id not in self.finished:
@@ -345,10 +340,8 @@ class Watchdog:
                     link.send(beat=True)
         if self.failure is not None or self.id in self.finished:
             return
-        if self.first is not None:
-            heard = {0: self.first.heard}
-        else:
-            heard = {0: self.last_alive} | {i: link.heard for i, link in self.members.items()}
+        heard = {0: self.first.heard if self.first is not None else self.last_alive}
+        heard |= {i: link.heard for i, link in self.members.items()}
         for i, last in heard.items():
             if i not in self.finished and now - last > self.settings.timeout:
                 self.fail(f"{self.name(i)} stopped answering")

@@ -75,13 +75,6 @@ def test_a_block_pattern_holds_its_counts_and_ranks_in_order(counts, key):
     assert 400 < np.sum(one == other) < 600
 
 
-@settings(deadline=None)
-@given(st.integers(1, 60), st.integers(0, 20), st.integers(0, 3))
-def test_an_epoch_repeats_nothing(num_rows, seed, source):
-    rows = epoch_row(np.arange(3 * num_rows), num_rows, seed, source).reshape(3, num_rows)
-    np.testing.assert_array_equal(np.sort(rows, axis=1), np.tile(np.arange(num_rows), (3, 1)))
-
-
 def test_epochs_and_sources_differ_in_order():
     first, second = epoch_row(np.arange(200), 100, 0).reshape(2, 100)
     assert not np.array_equal(first, second)

@@ -21,24 +21,11 @@ def source_of(lengths, start=0):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 90), max_size=60), st.integers(1, 40))
-def test_every_pair_is_in_exactly_one_piece(lengths, seq_len):
-    row_offsets, pieces = pack(np.asarray(lengths, int), seq_len)
-    pairs = [(d, i) for d, start, n in pieces.tolist() for i in range(start, start + n)]
-    assert sorted(pairs) == [(d, i) for d, n in enumerate(lengths) for i in range(max(n - 1, 0))]
-    assert row_offsets[0] == 0
-    assert row_offsets[-1] == len(pieces)
-    for r in range(len(row_offsets) - 1):
-        row = pieces[row_offsets[r] : row_offsets[r + 1]]
-        assert 0 < row[:, 2].sum() <= seq_len
-        assert (row[:, 2] > 0).all()
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 80), max_size=60), st.integers(1, 30))
 def test_rows_are_those_of_a_plain_best_fit_decreasing(lengths, seq_len):
     """Among rows of equal room, the one that came to it last; whole rows first."""
     rows, room, stamp = [], [], []
-    order = sorted(((n - 1) % seq_len, d) for d, n in enumerate(lengths) if (n - 1) % seq_len)
+    pairs = [max(n - 1, 0) for n in lengths]
+    order = sorted((n % seq_len, d) for d, n in enumerate(pairs) if n % seq_len)
     for n, d in sorted(order, key=lambda piece: -piece[0]):
         fitting = [i for i in range(len(rows)) if room[i] >= n]
         if not fitting:
@@ -47,11 +34,10 @@ def test_rows_are_those_of_a_plain_best_fit_decreasing(lengths, seq_len):
             room.append(seq_len)
             stamp.append(0)
         i = min(fitting, key=lambda i: (room[i], -stamp[i]))
-        rows[i].append([d, (lengths[d] - 1) // seq_len * seq_len, n])
+        rows[i].append([d, pairs[d] // seq_len * seq_len, n])
         room[i] -= n
         stamp[i] = sum(map(len, rows))
-    whole = [[[d, k * seq_len, seq_len]] for d, n in enumerate(lengths)
-             for k in range((n - 1) // seq_len)]  # fmt: skip
+    whole = [[[d, k * seq_len, seq_len]] for d, n in enumerate(pairs) for k in range(n // seq_len)]
     row_offsets, pieces = pack(np.asarray(lengths, int), seq_len)
     found = [pieces[a:b].tolist() for a, b in itertools.pairwise(row_offsets)]
     assert found == whole + rows

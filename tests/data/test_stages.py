@@ -258,20 +258,6 @@ def test_a_batch_size_ramp_moves_no_row(case, batch_size):
     assert all_rows(plain, 30)[: len(rows)] == rows[:150]
 
 
-def test_a_capped_source_hands_its_share_on():
-    """web has 0.5 of the rows until its 20 are gone; then books and code share 3 to 1."""
-    sources = [source("web", 20), source("books", 7), source("code", 7)]
-    mixture = (Share("web", 0.5, max_epochs=1), Share("books", 0.375), Share("code", 0.125))
-    batches = Batches(sources, [DataStage(8, mixture)], block=8)
-    names = [name for name, _ in all_rows(batches, 20)]
-    last = max(i for i, name in enumerate(names) if name == "web")
-    assert names.count("web") == 20
-    assert 32 <= last < 40
-    for start in range(last + 1, 152, 8):
-        block = names[start : start + 8]
-        assert (block.count("books"), block.count("code")) == (6, 2)
-
-
 def test_long_runs_take_no_longer():
     """A row far out is found without passing over those before it."""
     sources = [source("web", 20), source("books", 7)]

@@ -248,13 +248,6 @@ def test_tfds_errors_are_named(tmp_path):
         refuses(lambda changed=changed: documents(changed), words, error=CorpusError)
 
 
-def test_a_source_takes_what_it_is_asked_for(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", sentences(300, 0))
-    texts, _ = documents(DataSource("a", (str(path),), "jsonl", max_megabytes=0.005))
-    total = sum(len(t.encode()) for t in texts)
-    assert 5000 <= total < 5000 + len(texts[-1])
-
-
 def test_sources_are_configuration():
     """They go through `config.json` and the command line as any field does."""
     sources = (

@@ -27,15 +27,15 @@ RESUME = "Start the same command again on all hosts to go on from the last check
 class Run:
     """Two processes of `tests.distributed.worker`, their output in files."""
 
-    def __init__(self, folder: pathlib.Path, *args: str, devices: int = 1, num: int = 2) -> None:
-        self.files = [folder / f"{i}.out" for i in range(num)]
+    def __init__(self, folder: pathlib.Path, *args: str, devices: int = 1) -> None:
+        self.files = [folder / f"{i}.out" for i in (0, 1)]
         port = free_port()
         self.processes = []
         for i, file in enumerate(self.files):
             with file.open("wb") as stream:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "tests.distributed.worker", *args],
-                    env=environment(i, num, devices, port, os.environ),
+                    env=environment(i, 2, devices, port, os.environ),
                     stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT,
                 )  # fmt: skip
             self.processes.append(process)
@@ -43,28 +43,17 @@ class Run:
     def output(self, i: int) -> str:
         return self.files[i].read_text(errors="replace")
 
-    def wait_for(self, word: str) -> None:
-        """Until every process has printed `word`."""
+    def wait_for(self, text: str, i: int | None = None) -> None:
+        """Until all have printed `text`, and run on; or `i` has, or its watchdog a moment later."""
         deadline = time.monotonic() + PATIENCE
-        while not all(word in self.output(i) for i in range(len(self.files))):
-            ended = [p.returncode for p in self.processes if p.poll() is not None]
+        while not all(text in self.output(j) for j in ((0, 1) if i is None else (i,))):
+            ended = [p.returncode for p in self.processes if i is None and p.poll() is not None]
             assert not ended and time.monotonic() < deadline, (ended, *map(self.output, (0, 1)))
             time.sleep(0.05)
-
-    def signal(self, i: int, number: int) -> float:
-        self.processes[i].send_signal(number)
-        return time.monotonic()
 
     def statuses(self, within: float = PATIENCE) -> list[int]:
         deadline = time.monotonic() + within
         return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
-
-    def wait_for_line(self, i: int, text: str) -> None:
-        """A watch may print a moment after its process is gone."""
-        deadline = time.monotonic() + 20.0
-        while text not in self.output(i):
-            assert time.monotonic() < deadline, self.output(i)
-            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -84,7 +73,7 @@ def launch(tmp_path):
 def test_sigterm_on_one_process_ends_all_at_one_step(launch):
     run = launch("loop")
     run.wait_for("READY")
-    run.signal(1, signal.SIGTERM)
+    run.processes[1].send_signal(signal.SIGTERM)
     assert run.statuses() == [PreemptionNotice.EXIT] * 2
     steps = [run.output(i).partition("AGREED ")[2].split()[0] for i in (0, 1)]
     assert steps[0] == steps[1] and int(steps[0]) > 5
@@ -106,7 +95,7 @@ def test_sigterm_on_one_process_ends_all_at_one_step(launch):
 def test_a_dead_or_hung_process_ends_the_others(launch, victim, number):
     run = launch("loop", "--timeout=10")
     run.wait_for("READY")
-    run.signal(victim, number)
+    run.processes[victim].send_signal(number)
     statuses = run.statuses(within=60.0)
     # Where the service is gone, the runtime aborts at once and is faster than the watch.
     assert statuses[1 - victim] in (
@@ -114,7 +103,7 @@ def test_a_dead_or_hung_process_ends_the_others(launch, victim, number):
     )
     assert statuses[victim] == -signal.SIGKILL, "a hung process is killed, and leaves its devices"
     what = "was killed or crashed" if number == signal.SIGKILL else "stopped answering"
-    run.wait_for_line(1 - victim, f") {what}; the run ends. {RESUME}")
+    run.wait_for(f") {what}; the run ends. {RESUME}", 1 - victim)
     assert f"host {victim} of 2 (" in run.output(1 - victim)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import sys
@@ -20,7 +19,7 @@ from lm.distributed.preemption import PreemptionNotice
 from lm.distributed.startup import start
 
 
-def loop(num_steps: int, failing: int | None) -> None:
+def loop(failing: int | None) -> None:
     """Steps with a collective in each, until an agreed step or one process's exception."""
     notice = PreemptionNotice()
     notice.install()
@@ -29,7 +28,7 @@ def loop(num_steps: int, failing: int | None) -> None:
     ones = np.ones(len(jax.devices()), np.float32)
     x = jax.make_array_from_callback(ones.shape, sharding, lambda index: ones[index])
     step_fn = jax.jit(lambda x: x + 1e-3 * jnp.sum(x), out_shardings=sharding)
-    for step in range(num_steps):
+    for step in range(10**6):
         x = step_fn(x).block_until_ready()
         if step == 5:
             print("READY", flush=True)
@@ -88,22 +87,19 @@ def train_once(path: pathlib.Path) -> None:
         numbers["gradient/" + path_name(key)] = gradient
     if jax.process_index() == 0:
         np.savez(path, **numbers)
-    print_once("WRITTEN", dataclasses.asdict(case.mesh))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("mode", choices=["loop", "train"])
-    parser.add_argument("--num_steps", type=int, default=10**6)
     parser.add_argument("--failing", type=int)
     parser.add_argument("--path", type=pathlib.Path)
     parser.add_argument("--timeout", type=float, default=30.0)
-    parser.add_argument("--start_timeout", type=float, default=240.0)
     args = parser.parse_args()
-    with start(timeout=args.timeout, start_timeout=args.start_timeout):
+    with start(timeout=args.timeout, start_timeout=240.0):
         if args.mode == "loop":
             exchange()
-            loop(args.num_steps, args.failing)
+            loop(args.failing)
         else:
             train_once(args.path)
     print("END", flush=True)
