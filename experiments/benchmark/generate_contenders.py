@@ -10,11 +10,10 @@ import concurrent.futures
 import importlib
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments.benchmark.harness import Answer, timed
+from experiments.benchmark.harness import Answer, per_call, timed
 
 Generate = Callable[[int, int], None]
 PROMPT = 32  # tokens of a prompt
@@ -76,8 +75,7 @@ def transformers(path: pathlib.Path, dtype: str, blocks: bool = False) -> tuple[
         assert out.shape[1] == PROMPT + new, out.shape
 
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    nbytes = sum(held.values())
-    return generate, {"weight_bytes": nbytes}
+    return generate, {"weight_bytes": sum(held.values())}
 
 
 def llamacpp(path: pathlib.Path) -> tuple[Generate, dict]:
@@ -93,10 +91,8 @@ def llamacpp(path: pathlib.Path) -> tuple[Generate, dict]:
         asked = {"prompt": row, "n_predict": new, "temperature": 0.0, "ignore_eos": True,
                  "cache_prompt": False}  # fmt: skip
         reply = server.handle_completions(asked)
-        used = (
-            reply["usage"]["completion_tokens"] if "usage" in reply else reply["tokens_predicted"]
-        )
-        assert used == new, reply
+        usage = reply.get("usage", {"completion_tokens": reply.get("tokens_predicted")})
+        assert usage["completion_tokens"] == new, reply
 
     def generate(batch: int, new: int) -> None:
         rows = prompts(batch, 40_000)
@@ -142,11 +138,5 @@ def bandwidth() -> float:
     import jax.numpy as jnp
 
     x = jnp.ones((1 << 26,), jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(x).block_until_ready()
-    times = []
-    for _ in range(10):
-        before = time.perf_counter()
-        total(x).block_until_ready()
-        times.append(time.perf_counter() - before)
-    return x.nbytes / min(times)
+    total = jax.jit(jnp.sum).lower(x).compile()
+    return x.nbytes / min(per_call(lambda: total(x), 1, jax.block_until_ready) for _ in range(10))

@@ -58,8 +58,7 @@ def check_output() -> None:
 
 def check_choices(flag: str, given: Sequence[str], known: Iterable[str]) -> None:
     """Raises BenchmarkError unless `given` are some of `known`."""
-    known = list(known)
-    if not given or set(given) - set(known):
+    if not given or not {*given} <= {*known}:
         raise BenchmarkError(f"--{flag}={','.join(given)}: use some of {', '.join(known)}")
 
 
@@ -74,11 +73,11 @@ def available(names: Sequence[str], needs: Mapping[str, Sequence[str]]) -> list[
     found = []
     for name in names:
         missing = [module for module in needs[name] if importlib.util.find_spec(module) is None]
-        if missing:
-            what = f"{' and '.join(missing)} missing; pip install 'lm-lifecycle[peers]'"
-            say(f"without {name}: {what}")
-        else:
+        if not missing:
             found.append(name)
+            continue
+        what = " and ".join(missing)
+        say(f"without {name}: {what} missing; pip install 'lm-lifecycle[peers]'")
     if not found:
         raise BenchmarkError("no contender can run here")
     return found
@@ -188,6 +187,15 @@ def interleaved(
 
 def median(answers: Iterable[Answer], key: str) -> float:
     return statistics.median(answer[key] for answer in answers)
+
+
+def per_call(call: Callable[[], Any], repeats: int, wait: Callable[[Any], Any]) -> float:
+    """Seconds of one of `repeats` calls in a row; `wait` is for the last one's result."""
+    before = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    wait(result)
+    return (time.perf_counter() - before) / repeats
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, Answer]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark.harness import Answer
+from experiments.benchmark.harness import Answer, per_call
 
 CONTENDERS = {  # of attention, by platform
     "cpu": ("flash", "blocked"),
@@ -51,15 +51,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        extra = []
-        if self.num_documents > 1:
-            extra.append(f"{self.num_documents} documents")
-        if self.window is not None:
-            extra.append(f"window {self.window}")
-        if self.softcap is not None:
-            extra.append(f"softcap {self.softcap:g}")
         shape = f"{self.batch_size}x{self.length}, {self.num_heads}/{self.num_kv_heads} heads"
-        return ", ".join([f"{shape} of {self.head_dim}", *extra])
+        shape += f" of {self.head_dim}"
+        shape += f", {self.num_documents} documents" if self.num_documents > 1 else ""
+        shape += f", window {self.window}" if self.window is not None else ""
+        return shape + (f", softcap {self.softcap:g}" if self.softcap is not None else "")
 
     @property
     def documents(self) -> np.ndarray:
@@ -94,8 +90,8 @@ class Case:
         lengths = self.documents
         positions = np.concatenate([np.arange(n) for n in lengths])
         segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-        both = (np.tile(x.astype(np.int32), (self.batch_size, 1)) for x in (positions, segments))
-        return tuple(both)  # type: ignore
+        batch = np.ones((self.batch_size, 1), np.int32)
+        return batch * positions.astype(np.int32), batch * segments.astype(np.int32)
 
 
 def expected(case: Case, path: str) -> None:
@@ -138,7 +134,7 @@ class JaxContender:
         self.arrays = [jnp.asarray(x, jnp.bfloat16) for x in case.arrays()]
         positions, segments = (jnp.asarray(x) for x in case.rows())
         rows = (segments, segments) if case.num_documents > 1 else (None, None)
-        view = View(positions, positions, *rows, in_order=True)
+        view = self.view = View(positions, positions, *rows, in_order=True)
 
         def forward(q, k, v, view):
             with use_layout(layout):
@@ -148,10 +144,8 @@ class JaxContender:
             out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, view), q, k, v)
             return out, *pull(dout)
 
-        q, k, v, dout = self.arrays
-        self.view = view
-        self.forward = jax.jit(forward).lower(q, k, v, view).compile()
-        self.both = jax.jit(both).lower(q, k, v, dout, view).compile()
+        self.forward = jax.jit(forward).lower(*self.arrays[:3], view).compile()
+        self.both = jax.jit(both).lower(*self.arrays, view).compile()
 
     def results(self, keep: slice) -> list[np.ndarray]:
         q, k, v, dout = self.arrays
@@ -162,14 +156,9 @@ class JaxContender:
     def seconds(self, what: str, repeats: int) -> float:
         import jax
 
-        forward = what == "forward"
-        call = self.forward if forward else self.both
-        arrays = self.arrays[:3] if forward else self.arrays
-        before = time.perf_counter()
-        for _ in range(repeats):
-            result = call(*arrays, self.view)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - before) / repeats
+        call, count = (self.forward, 3) if what == "forward" else (self.both, 4)
+        arrays = self.arrays[:count]
+        return per_call(lambda: call(*arrays, self.view), repeats, jax.block_until_ready)
 
 
 class TorchContender:
@@ -185,8 +174,7 @@ class TorchContender:
             torch.from_numpy(x).to("cuda", torch.bfloat16).transpose(1, 2).contiguous()
             for x in case.arrays()
         )
-        self.arrays = [x.requires_grad_() for x in (q, k, v)]
-        self.dout = dout
+        self.arrays, self.dout = [x.requires_grad_() for x in (q, k, v)], dout
         self.attend = functools.partial(
             torch.nn.functional.scaled_dot_product_attention,
             is_causal=True, enable_gqa=case.num_heads != case.num_kv_heads,
@@ -202,17 +190,11 @@ class TorchContender:
         return [x.detach().transpose(1, 2).float().cpu().numpy() for x in self.both(dout)]
 
     def seconds(self, what: str, repeats: int) -> float:
-        torch = self.torch
-        torch.cuda.synchronize()
-        before = time.perf_counter()
-        for _ in range(repeats):
-            if what == "both":
-                self.both(self.dout)
-            else:
-                with torch.no_grad():
-                    self.attend(*self.arrays)
-        torch.cuda.synchronize()
-        return (time.perf_counter() - before) / repeats
+        both, wait = what == "both", self.torch.cuda.synchronize
+        call = (lambda: self.both(self.dout)) if both else (lambda: self.attend(*self.arrays))
+        wait()
+        with self.torch.set_grad_enabled(both):
+            return per_call(call, repeats, lambda _: wait())
 
 
 def errors(case: Case, results: list[np.ndarray], path: str) -> dict[str, float]:
@@ -221,8 +203,7 @@ def errors(case: Case, results: list[np.ndarray], path: str) -> dict[str, float]
     found = {}
     for name, x in zip(RESULTS, results, strict=True):
         x = x[:, case.sample] if name in ("out", "dq") else x
-        difference = np.abs(x - wanted[name]).max() / np.abs(wanted[name]).max()
-        found[name] = float(difference)
+        found[name] = float(np.abs(x - wanted[name]).max() / np.abs(wanted[name]).max())
     return found
 
 
@@ -269,15 +250,9 @@ def _median(run: Any, *arguments: Any, rounds: int) -> float:
     """Seconds of a call, of `rounds` times ten."""
     import jax
 
-    jax.block_until_ready(run(*arguments))
-    taken = []
-    for _ in range(rounds):
-        before = time.perf_counter()
-        for _ in range(10):
-            result = run(*arguments)
-        jax.block_until_ready(result)
-        taken.append((time.perf_counter() - before) / 10)
-    return statistics.median(taken)
+    wait = jax.block_until_ready
+    wait(run(*arguments))
+    return statistics.median(per_call(lambda: run(*arguments), 10, wait) for _ in range(rounds))
 
 
 def contender(name: str) -> dict[str, Callable[..., Answer]]:

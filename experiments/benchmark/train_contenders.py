@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import importlib
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +54,7 @@ def token_ids(size: Size) -> Any:
 def jax_worker(size: Size, precision: str, remat: str | None) -> tuple[Callable, Answer]:
     """(a function that does a step and returns the loss, facts about the contender)."""
     from lm.formats.families import make_config
+    from lm.model import num_params
     from lm.run.process import keep_freed_memory
 
     keep_freed_memory()
@@ -64,20 +64,20 @@ def jax_worker(size: Size, precision: str, remat: str | None) -> tuple[Callable,
         max_length=size.length,
     )  # fmt: skip
     remat = remat or "none"
-    step, num_parameters, _ = make_jax_step(config, token_ids(size), precision, remat)
-    return step, {"num_parameters": num_parameters, "remat": remat}
+    step, _ = make_jax_step(config, token_ids(size), precision, remat)
+    return step, {"num_parameters": num_params(config), "remat": remat}
 
 
 def make_jax_step(
     config: Any, ids: Any, precision: str, remat: str, attention: str | None = None
-) -> tuple[Callable[[], float], int, float]:
-    """(a step of training on one batch of ids [B, T], number of parameters, seconds to compile)."""
+) -> tuple[Callable[[], float], float]:
+    """(a step of training on one batch of ids [B, T], seconds to compile it)."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from lm.kernels.attention import attention as attend
-    from lm.model import num_params, param_specs
+    from lm.model import param_specs
     from lm.sharding import Layout, MeshShape, make_mesh, make_rules
     from lm.train.accumulation import Accumulation
     from lm.train.objective import NextToken
@@ -107,9 +107,7 @@ def make_jax_step(
         "weights": weights,
     }
     batch = jax.device_put(batch, layout.mesh.devices.flat[0])
-    before = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
-    seconds = time.perf_counter() - before
+    compiled, figures = timed(lambda: step.lower(state, batch).compile())
 
     def run() -> float:
         nonlocal state
@@ -117,7 +115,7 @@ def make_jax_step(
         jax.block_until_ready(state)
         return float(metrics["loss"])
 
-    return run, num_params(config), seconds
+    return run, figures["seconds"]
 
 
 def torch_worker(size: Size, precision: str, compiled: bool) -> tuple[Callable, Answer]:
@@ -136,11 +134,10 @@ def torch_worker(size: Size, precision: str, compiled: bool) -> tuple[Callable, 
     ids = torch.from_numpy(token_ids(size))
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
     def make(kind: str) -> Any:
         return torch.optim.AdamW(
-            [dict(group) for group in groups],
+            [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
             lr=LEARNING_RATE, betas=(B1, B2), eps=EPS, weight_decay=WEIGHT_DECAY, **{kind: True},
         )  # fmt: skip
 
@@ -156,9 +153,7 @@ def torch_worker(size: Size, precision: str, compiled: bool) -> tuple[Callable, 
     for kind in ("fused", "foreach"):
         trial = make(kind)
         trial.step()
-        before = time.perf_counter()
-        trial.step()
-        seconds[kind] = time.perf_counter() - before
+        seconds[kind] = timed(trial.step)[1]["seconds"]
     best = min(seconds, key=lambda kind: seconds[kind])
     del trial
     optimizer = make(best)
@@ -209,7 +204,7 @@ def time_accelerator(
         f"{model}: {num_params(config):,} parameters, {batch_size} x {length} tokens, remat {remat}"
     )
     try:
-        step, _, seconds_to_compile = make_jax_step(config, ids, "bfloat16", remat, attention)
+        step, seconds_to_compile = make_jax_step(config, ids, "bfloat16", remat, attention)
         say(f"compiled in {seconds_to_compile:.0f} s")
         loss = [step() for _ in range(2)][-1]
         seconds = []

@@ -13,7 +13,6 @@ from lm.aot.figures import (
     memory,
     model_flops,
     roofline,
-    usable_bytes,
 )
 from lm.aot.programs import Compiled, Program
 
@@ -30,13 +29,13 @@ def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
     """Everything known about a compiled program."""
     chip, mesh = chip_for(program.device), program.layout.mesh
     held = memory(program, compiled)
-    available = compiled.available_bytes or usable_bytes(chip)
+    available = compiled.available_bytes or chip.share(chip.usable_hbm_bytes)
     # libtpu refuses what does not fit; XLA for GPUs compiles it all the same.
     fits = compiled.refusal is None and (
         program.device.platform == "tpu" or held["total"] <= available
     )
-    asked, count = asked_flops(program), program.num_devices
-    analytic = model_flops(program) / count
+    asked = asked_flops(program)
+    analytic = model_flops(program) / program.num_devices
     found: dict[str, Any] = dict.fromkeys(FIGURES) | {
         "program": program.name,
         "topology": program.topology,
@@ -47,14 +46,13 @@ def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
         "bytes_per_device": held,
         "hbm_bytes": available,
         "flops_per_device": analytic,
-        "recomputed_flops_per_device": (asked.matmul + asked.kernels) / count - analytic,
+        "recomputed_flops_per_device": sum(asked) / program.num_devices - analytic,
         "refusal": compiled.refusal,
     }
     if compiled.cost is not None:
         found |= timing(program, compiled, asked, analytic)
-    chip_figures = dataclasses.asdict(chip) | {"kinds": list(chip.kinds)}
     return found | {
-        "chip": chip_figures,
+        "chip": dataclasses.asdict(chip) | {"kinds": list(chip.kinds)},
         "assumptions": list(assumptions(mesh, chip)),
         "calibration": calibration(chip),
         "lower_seconds": compiled.lower_seconds,
@@ -62,18 +60,18 @@ def answer(program: Program, compiled: Compiled) -> dict[str, Any]:
     }
 
 
-def timing(program: Program, compiled: Compiled, asked: Any, analytic: float) -> dict[str, Any]:
+def timing(
+    program: Program, compiled: Compiled, asked: tuple[float, float], analytic: float
+) -> dict[str, Any]:
     """Operations, traffic and the roofline of a program that was compiled."""
-    cost, chip = compiled.cost, chip_for(program.device)
+    cost, chip, (matmul, kernels) = compiled.cost, chip_for(program.device), asked
     assert cost is not None
-    terms = roofline(program, compiled, asked.kernels, chip)
+    terms = roofline(program, compiled, kernels, chip)
     seconds = terms["total_seconds"]
     return {
         "compiled_matmul_flops_per_device": cost.matmul_flops,
-        "compiled_over_asked_matmul_flops": (
-            cost.matmul_flops * program.num_devices / asked.matmul
-        ),
-        "kernel_flops_per_device": asked.kernels / program.num_devices,
+        "compiled_over_asked_matmul_flops": cost.matmul_flops * program.num_devices / matmul,
+        "kernel_flops_per_device": kernels / program.num_devices,
         "hbm_traffic_bytes": cost.hbm_bytes,
         "host_traffic_bytes": cost.host_bytes,
         "collectives": [
@@ -90,7 +88,7 @@ def timing(program: Program, compiled: Compiled, asked: Any, analytic: float) ->
         "roofline": terms,
         "predicted_step_seconds": seconds,
         "tokens_per_second": program.tokens / seconds,
-        "mfu": analytic / seconds / (chip.flops / chip.num_devices),
+        "mfu": analytic / seconds / chip.share(chip.flops),
         "mfu_is": "predicted",
         "loops_of_unknown_length": [n for n, _, trips in cost.loops if trips is None],
     }  # fmt: skip

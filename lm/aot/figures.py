@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -88,25 +87,17 @@ def model_flops(program: Program) -> float:
     return program.tokens * forward_flops(model, 2 * config.cache_length - 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """Operations of the traced program, before it is compiled, over all devices.
+def asked_flops(program: Program) -> tuple[float, float]:
+    """Operations of the traced program over all devices: (of matrix products, of Pallas kernels).
 
-    Attributes:
-      matmul: of matrix products, including those computed again for the backward pass.
-      kernels: of Pallas kernels, as they declare them.
+    Includes what is computed again for the backward pass. What the compiled program has beyond it,
+    the compiler added.
     """
-
-    matmul: float
-    kernels: float
-
-
-def asked_flops(program: Program) -> Asked:
-    """Counts the traced program: what the compiled one has beyond it, the compiler added."""
     with jax.set_mesh(program.layout.mesh):
         closed = program.function.trace(*program.call).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return Asked(*count_flops(jaxpr))
+    matmul, kernels = count_flops(jaxpr).tolist()
+    return matmul, kernels
 
 
 def count_flops(jaxpr: Any) -> np.ndarray:
@@ -187,12 +178,6 @@ def memory(program: Program, compiled: Compiled) -> dict[str, float]:
     }  # fmt: skip
 
 
-def usable_bytes(chip: Chip) -> float:
-    """Memory of one device as JAX counts devices."""
-    assert chip.usable_hbm_bytes is not None
-    return chip.usable_hbm_bytes / chip.num_devices
-
-
 def collective_seconds(collective: Collective, mesh: Any, chip: Chip) -> tuple[float, float]:
     """(seconds on the links between chips, seconds on the data-centre network), at best.
 
@@ -202,25 +187,24 @@ def collective_seconds(collective: Collective, mesh: Any, chip: Chip) -> tuple[f
     """
     links, slices = group_links(collective.axes, mesh, chip)
     inside = collective.size // slices
-    bandwidth = links * (chip.link_bandwidth or math.inf) / chip.num_devices
     wire, across = collective.wire_bytes, 0.0
     if slices > 1:
         factor = 2.0 if collective.op == "all-reduce" else 1.0
         whole = collective.payload_bytes
         across = factor * whole / inside * (slices - 1) / slices
         wire = factor * whole * (inside - 1) / inside
-    network = (chip.dcn_bandwidth or math.inf) / chip.num_devices
-    return wire / bandwidth, across / network
+    return wire / links / chip.share(chip.link_bandwidth), across / chip.share(chip.dcn_bandwidth)
 
 
 def group_links(axes: Sequence[str], mesh: Any, chip: Chip) -> tuple[int, int]:
     """(links of a device within a group along these mesh axes, slices the group spans)."""
-    names = mesh.axis_names
-    index = tuple(slice(None) if name in axes else 0 for name in names)
-    group = np.atleast_1d(mesh.devices[index]).ravel()
+    index = tuple(slice(None) if name in axes else slice(1) for name in mesh.axis_names)
+    group = mesh.devices[index].ravel()
     slices = len({getattr(device, "slice_index", 0) for device in group})
-    if chip.links == 1 or len(group) == 1:  # a switch, or groups that are not axes
-        return (chip.links or 1) if chip.links == 1 else 2, slices
+    if chip.links == 1:  # a switch
+        return 1, slices
+    if len(group) == 1:  # groups that are not axes
+        return 2, slices
     everything = mesh.devices.ravel()
     links = 0
     for dimension in range(len(group[0].coords)):
@@ -243,14 +227,14 @@ def roofline(
     assert compiled.cost is not None
     found, mesh = compiled.cost, program.layout.mesh
     flops = found.matmul_flops + kernel_flops / program.num_devices
-    compute = flops / (chip.flops / chip.num_devices)
-    memory_seconds = found.hbm_bytes / ((chip.hbm_bandwidth or math.inf) / chip.num_devices)
+    compute = flops / chip.share(chip.flops)
+    memory_seconds = found.hbm_bytes / chip.share(chip.hbm_bandwidth)
     timed = [(c, collective_seconds(c, mesh, chip)) for c in found.collectives]
     links, network = (sum(seconds[i] for _, seconds in timed) for i in (0, 1))
     waiting = sum(sum(seconds) for c, seconds in timed if not c.is_async)
     terms = {"compute": compute, "hbm": memory_seconds, "asynchronous": links + network - waiting}
     total = max(terms.values()) + waiting
-    parts = terms | {"synchronous": waiting}
+    terms["synchronous"] = waiting
     return {
         "compute_seconds": compute,
         "hbm_seconds": memory_seconds,
@@ -258,11 +242,10 @@ def roofline(
         "dcn_seconds": network,
         "synchronous_seconds": waiting,
         "total_seconds": total,
-        "bound": max(parts, key=lambda name: parts[name]),
-    }  # fmt: skip
+        "bound": max(terms, key=lambda name: terms[name]),
+    }
 
 
-@functools.cache
 def assumptions(mesh: Any, chip: Chip) -> tuple[str, ...]:
     """Assumptions of the prediction."""
     platform = mesh.devices.flat[0].platform

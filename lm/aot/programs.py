@@ -11,13 +11,13 @@ import re
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.aot.question import Aot
+from lm.aot.question import Aot, Name
 from lm.hardware import topologies
 from lm.hardware.hlo_cost import ProgramCost, program_cost
 from lm.infer import programs as infer
@@ -36,7 +36,6 @@ from lm.train.state import abstract_state
 from lm.train.step import make_train_step
 from lm.weights import abstract
 
-Name = Literal["train", "prefill", "decode"]
 Tree = Any
 # Effort that libtpu spends; its default is 0. Compiles ten times faster.
 FAST = {"exec_time_optimization_effort": -1.0}
@@ -80,22 +79,22 @@ class Compiled:
     """What the compiler made of a program, or why it did not.
 
     Attributes:
+      lower_seconds, compile_seconds: time that lowering and compiling took.
       refusal: the compiler's message where it ran out of memory, else None.
       needed_bytes, available_bytes: its figures in that case; None where HBM was not the reason.
       memory: figures of `memory_analysis()`, by name; none of a refused program.
       cost: of the compiled program; None of a refused one.
       text: the compiled program; "" of a refused one.
-      lower_seconds, compile_seconds: time that lowering and compiling took.
     """
 
-    refusal: str | None
-    needed_bytes: float | None
-    available_bytes: float | None
-    memory: dict[str, int]
-    cost: ProgramCost | None
-    text: str
     lower_seconds: float
     compile_seconds: float
+    refusal: str | None = None
+    needed_bytes: float | None = None
+    available_bytes: float | None = None
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    cost: ProgramCost | None = None
+    text: str = ""
 
 
 def make_program(name: Name, config: Aot, topology: str) -> Program:
@@ -105,47 +104,46 @@ def make_program(name: Name, config: Aot, topology: str) -> Program:
       ValueError: sizes that do not divide, an unknown topology, implementation or policy.
     """
     mesh = make_mesh(config.mesh, topologies.describe(topology))
-    rows = check(name, config, mesh)
-    if name == "train":
-        return _train(config, topology, mesh, rows)
-    return _serve(name, config, topology, mesh, rows)
+    layout, rows = check(name, config, mesh)
+    make = _train if name == "train" else _serve
+    return make(name, config, topology, layout, rows)
 
 
-def check(name: Name, config: Aot, mesh: Any) -> int:
-    """Rows of a run over all devices.
+def check(name: Name, config: Aot, mesh: Any) -> tuple[Layout, int]:
+    """The layout of a program on a mesh, and the rows of a run over all devices.
 
     Raises:
       ValueError: sizes that make no sense, or that the mesh does not divide.
     """
-    per_device = config.train.rows_per_device if name == "train" else config.serve.rows_per_device
+    train = name == "train"
+    per_device = config.of(name).rows_per_device
     rows = per_device * mesh.devices.size
     if not 1 <= rows < math.inf or abs(rows - round(rows)) > 1e-6:
-        key = "train.rows_per_device" if name == "train" else "serve.rows_per_device"
         raise ValueError(
-            f"{key}={per_device:g} gives {rows:g} rows on {mesh.devices.size} devices; "
-            f"use a multiple of 1/{mesh.devices.size}"
+            f"{'train' if train else 'serve'}.rows_per_device={per_device:g} gives {rows:g} rows "
+            f"on {mesh.devices.size} devices; use a multiple of 1/{mesh.devices.size}"
         )
-    rows = round(rows)
-    if name != "train":
-        _check_serve(name, config, mesh, rows)
-        return rows
+    rows, s = round(rows), config.sharding
+    rules = (
+        make_rules(s.zero, s.sequence_parallel, s.zero_axes)
+        if train
+        else make_rules(config.serve.zero)
+    )
+    layout = Layout(mesh, rules)
+    if not train:
+        _check_serve(name, config, layout, rows)
+        return layout, rows
     check_sizes(
-        config.model, _train_layout(config, mesh), config.sharding, batch_size=rows,
-        num_micro_batches=config.train.num_micro_batches, sequence_length=config.sequence_length,
+        config.model, layout, s, batch_size=rows, sequence_length=config.sequence_length,
+        num_micro_batches=config.train.num_micro_batches,
     )  # fmt: skip
     check_attention(config.train.attention, mesh.devices.flat[0].platform)
-    return rows
+    return layout, rows
 
 
-def _train_layout(config: Aot, mesh: Any) -> Layout:
-    s = config.sharding
-    return Layout(mesh, make_rules(s.zero, s.sequence_parallel, s.zero_axes))
-
-
-def _check_serve(name: Name, config: Aot, mesh: Any, rows: int) -> None:
-    rules = make_rules(config.serve.zero)
-    check_layout(config.model, Layout(mesh, rules))
-    length = config.cache_length
+def _check_serve(name: Name, config: Aot, layout: Layout, rows: int) -> None:
+    check_layout(config.model, layout)
+    length, mesh = config.cache_length, layout.mesh
     if not 1 <= length <= config.model.max_length:
         raise ValueError(
             f"serve.cache_length={length} is not between 1 and model.max_length="
@@ -165,7 +163,7 @@ def _check_serve(name: Name, config: Aot, mesh: Any, rows: int) -> None:
             f"train.attention={config.train.attention!r} is the training step's; {name} uses what "
             "its cache chooses, so leave it out"
         )
-    check_divides(mesh, rules.activations["batch"], "serve's rows", rows)
+    check_divides(mesh, layout.rules.activations["batch"], "serve's rows", rows)
 
 
 def check_attention(name: str | None, platform: str) -> None:
@@ -187,10 +185,11 @@ def check_attention(name: str | None, platform: str) -> None:
         )
 
 
-def _train(config: Aot, topology: str, mesh: Any, rows: int) -> Program:
-    t, s, length = config.train, config.sharding, config.sequence_length
-    layout = _train_layout(config, mesh)
-    sharding = named_sharding(mesh, layout.rules.activations, ("batch", "sequence"), (rows, length))
+def _train(name: Name, config: Aot, topology: str, layout: Layout, rows: int) -> Program:
+    t, length = config.train, config.sequence_length
+    sharding = named_sharding(
+        layout.mesh, layout.rules.activations, ("batch", "sequence"), (rows, length)
+    )
     ids, weights = (
         jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
         for dtype in (jnp.int32, jnp.float32)
@@ -199,7 +198,7 @@ def _train(config: Aot, topology: str, mesh: Any, rows: int) -> Program:
     batch |= {"segment_ids": ids} if t.packed else {}
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(param_specs(config.model), optimizer, layout)
-    strategy = choose_strategy(s.context, layout)
+    strategy = choose_strategy(config.sharding.context, layout)
     gradient = Accumulation(
         config.model, t.num_micro_batches, jnp.dtype(t.dtype), t.remat, loss=t.loss,
         attention=context_attention(strategy, t.attention), reorder=reorder_for(strategy),
@@ -207,22 +206,13 @@ def _train(config: Aot, topology: str, mesh: Any, rows: int) -> Program:
     step = make_train_step(NextToken(), optimizer, lambda _: 1e-4, layout, gradient)
     arguments = {"weights": state.trainable, "optimizer": state.opt_state, "batch": batch}
     return Program(
-        "train",
-        config,
-        topology,
-        layout,
-        step.jitted(batch),
-        arguments,
-        (state, batch),
-        rows,
+        name, config, topology, layout, step.jitted(batch), arguments, (state, batch), rows,
         rows * length,
-    )
+    )  # fmt: skip
 
 
-def _serve(name: Name, config: Aot, topology: str, mesh: Any, rows: int) -> Program:
-    s, model = config.serve, config.model
-    dtype = jnp.dtype(s.dtype)
-    layout = Layout(mesh, make_rules(s.zero))
+def _serve(name: Name, config: Aot, topology: str, layout: Layout, rows: int) -> Program:
+    model, mesh, dtype = config.model, layout.mesh, jnp.dtype(config.serve.dtype)
 
     def struct(shape: tuple[int, ...], kind: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         sharding = named_sharding(mesh, layout.rules.activations, axes, shape)
@@ -293,9 +283,9 @@ def compile_program(
                 warnings.filterwarnings("ignore", message="Error reading persistent compilation")
                 compiled = lowered.compile(compiler_options=chosen | dict(options or {}))
         except jax.errors.JaxRuntimeError as error:
-            end = time.perf_counter()
-            return _refused(str(error), middle - begin, end - middle)
-    end = time.perf_counter()
+            seconds = middle - begin, time.perf_counter() - middle
+            return Compiled(*seconds, **_refusal(str(error)))
+    seconds = middle - begin, time.perf_counter() - middle
     found = compiled.memory_analysis()
     memory = {
         name.removesuffix("_in_bytes"): int(getattr(found, name))
@@ -303,19 +293,19 @@ def compile_program(
         if name.endswith("_in_bytes")
     }
     text = compiled.as_text() or ""
-    return Compiled(
-        None, None, None, memory, program_cost(text, program.layout.mesh), text, middle - begin,
-        end - middle,
-    )  # fmt: skip
+    cost = program_cost(text, program.layout.mesh)
+    return Compiled(*seconds, memory=memory, cost=cost, text=text)
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)\s*([KMGT]?)i?B?"
 
 
-def _refused(message: str, lower_seconds: float, compile_seconds: float) -> Compiled:
-    """Reads libtpu's message, which says `total memory required for HLO temporaries (123.90G)
-    exceeds available HBM (95.73G)`, or `Used 20.1G of 15.75G hbm`.
+def _refusal(message: str) -> dict[str, Any]:
+    """Fields of `Compiled` from libtpu's message.
+
+    It says `total memory required for HLO temporaries (123.90G) exceeds available HBM (95.73G)`, or
+    `Used 20.1G of 15.75G hbm`.
     """
     first = message.splitlines()[0]
     match = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
@@ -323,11 +313,9 @@ def _refused(message: str, lower_seconds: float, compile_seconds: float) -> Comp
     if "RESOURCE_EXHAUSTED" not in first:
         raise ValueError(f"the compiler refuses the program: {message[:1500]}")
     if match is None:  # of memory on the chip, by a kernel
-        words = " ".join(message.split())[:400]
-        return Compiled(words, None, None, {}, None, "", lower_seconds, compile_seconds)
-    needed = float(match[1]) * _UNITS[match[2]]
-    available = float(match[3]) * _UNITS[match[4]]
-    return Compiled(first, needed, available, {}, None, "", lower_seconds, compile_seconds)
+        return {"refusal": " ".join(message.split())[:400]}
+    needed, available = (float(match[i]) * _UNITS[match[i + 1]] for i in (1, 3))
+    return {"refusal": first, "needed_bytes": needed, "available_bytes": available}
 
 
 def bytes_per_device(tree: Tree) -> int:

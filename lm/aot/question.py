@@ -9,6 +9,8 @@ from lm.model import ModelConfig
 from lm.sharding import MeshShape, Sharding
 from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
 
+Name = Literal["train", "prefill", "decode"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:
@@ -64,6 +66,10 @@ class Aot:
     optimizer: AdamW | Muon | Adafactor | Lion | Soap = AdamW()
     train: Train = Train()
     serve: Serve = Serve()
+
+    def of(self, name: Name) -> Train | Serve:
+        """Settings of the program."""
+        return self.train if name == "train" else self.serve
 
     @property
     def sequence_length(self) -> int:

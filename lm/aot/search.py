@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.aot.figures import chip_for, group_links, usable_bytes
-from lm.aot.programs import Name, check
-from lm.aot.question import Aot
+from lm.aot.figures import chip_for, group_links
+from lm.aot.programs import check
+from lm.aot.question import Aot, Name
+from lm.config import codec
 from lm.hardware import topologies
 from lm.hardware.chips import Chip
 from lm.infer.cache import make_cache
@@ -37,6 +38,7 @@ class Machine:
 
     def __init__(self, devices: Sequence[Any], chip: Chip) -> None:
         self.devices, self.chip = devices, chip
+        self.usable_bytes = chip.share(chip.usable_hbm_bytes)  # of one device
         self.num_slices = len({getattr(device, "slice_index", 0) for device in devices})
         self.mesh = functools.cache(lambda shape: make_mesh(shape, self.devices))
         self.span = functools.cache(self._span)
@@ -121,8 +123,11 @@ class _Sizes:
 
     def __init__(self, name: Name, config: Aot, machine: Machine) -> None:
         self.name, self.config, self.machine, self.chip = name, config, machine, machine.chip
-        self.mesh = dict(machine.mesh(config.mesh).shape)
+        self.mesh = machine.mesh(config.mesh).shape
+        self.shards = math.prod(self.mesh[a] for a in ("slice", "data", "fsdp"))
         self.num_devices = len(machine.devices)
+        self.rows = config.of(name).rows_per_device * self.num_devices
+        self.itemsize = jnp.dtype(config.of(name).dtype).itemsize
         self.tensor = self.mesh["tensor"]
         self.waits = {True: 0.0, False: 0.0}  # seconds, by whether they run beside other work
         self.weights, self.state = _stored(config.model, config.optimizer)
@@ -161,14 +166,11 @@ class _Sizes:
 
     def train(self) -> Estimate:
         config, model, t = self.config, self.config.model, self.config.train
-        length, sharding = config.sequence_length, config.sharding
-        shards = math.prod(self.mesh[a] for a in ("slice", "data", "fsdp"))
-        rows = t.rows_per_device * self.num_devices
-        tokens = rows * length
-        here = tokens / shards / self.mesh["context"] / t.num_micro_batches
+        length, sharding, size = config.sequence_length, config.sharding, self.itemsize
+        tokens = self.rows * length
+        here = tokens / self.shards / self.mesh["context"] / t.num_micro_batches
         zero = math.prod(self.mesh[a] for a in sharding.zero_axes)
         split = [self.tensor * (zero if sharding.zero >= stage else 1) for stage in (1, 2, 3)]
-        size = jnp.dtype(t.dtype).itemsize
         ends = model.padded_vocab_size * model.embed_dim
         in_layers = (self.weights - (1 if model.tied else 2) * ends) / len(self.widths)
         inside = 2 * sum(self.widest.values()) + 4 * self.widest["up"]
@@ -187,8 +189,7 @@ class _Sizes:
         flops += tokens * 2.0 * model.vocab_size * model.embed_dim  # logits twice
         wire = size * self.weights / self.tensor
         gathers = 2.0 * t.num_micro_batches if sharding.zero >= 3 else 1.0
-        each_axis = [a for a in sharding.zero_axes if self.mesh[a] > 1]
-        for axis in each_axis:
+        for axis in (a for a in sharding.zero_axes if self.mesh[a] > 1):
             # Over several dimensions of a torus libtpu reduces everywhere and throws away the rest.
             whole = self.machine.span(config.mesh, axis)[0] > 2
             scatter = (2.0 if whole or sharding.zero < 2 else 1.0) * t.num_micro_batches
@@ -200,39 +201,33 @@ class _Sizes:
         passes = 4 if t.remat in ("none", "matmuls") else 6
         stream = size * here * t.num_micro_batches * model.embed_dim * len(self.widths)
         self.send(2.0 * passes * stream, "tensor", wait=True)
-        compute = flops / self.num_devices / (self.chip.flops / self.chip.num_devices)
+        compute = flops / self.num_devices / self.chip.share(self.chip.flops)
         return Estimate(held, compute, self.waits[True], self.waits[False], tokens)
 
     def serve(self) -> Estimate:
-        model, s = self.config.model, self.config.serve
-        size = jnp.dtype(s.dtype).itemsize
-        shards = math.prod(self.mesh[a] for a in ("slice", "data", "fsdp"))
-        rows = s.rows_per_device * self.num_devices
+        model, s, size = self.config.model, self.config.serve, self.itemsize
+        positions, dtype = self.config.cache_length, jnp.dtype(s.dtype)
         split = self.tensor * (self.mesh["fsdp"] if s.zero == 3 else 1)
-        caches = jax.eval_shape(
-            lambda: make_cache(
-                model, 1, self.config.cache_length, jnp.dtype(s.dtype), kind="sliding"
-            )
-        )
+        rows = self.rows / self.shards
+        caches = jax.eval_shape(lambda: make_cache(model, 1, positions, dtype, kind="sliding"))
         cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
+        cache *= rows / self.tensor
         prefill = self.name == "prefill"
-        here = rows / shards * (self.config.prompt_length if prefill else 1)
+        here = rows * (self.config.prompt_length if prefill else 1)
         work = 6 * model.embed_dim + 2 * sum(self.widest.values()) / self.tensor
         held = {
             "weights": size * self.weights / split,
-            "cache": cache * rows / shards / self.tensor,
+            "cache": cache,
             "work": size * here * work
-            + 8.0 * rows / shards * model.padded_vocab_size
-            + 2.0 * cache * rows / shards / self.tensor / len(self.widths),
+            + 8.0 * rows * model.padded_vocab_size
+            + 2.0 * cache / len(self.widths),
         }
-        read = held["weights"] + (0 if prefill else held["cache"])
-        length = self.config.prompt_length if prefill else 2 * self.config.cache_length - 1
-        tokens = rows * (self.config.prompt_length if prefill else 1)
+        read = held["weights"] + (0 if prefill else cache)
+        length = self.config.prompt_length if prefill else 2 * positions - 1
+        tokens = here * self.shards
         flops = tokens * forward_flops(model, length) / self.num_devices
-        compute = (
-            max(flops / self.chip.flops, read / (self.chip.hbm_bandwidth or math.inf))
-            * self.chip.num_devices
-        )
+        chip = self.chip
+        compute = max(flops / chip.share(chip.flops), read / chip.share(chip.hbm_bandwidth))
         self.send(4.0 * size * here * model.embed_dim * len(self.widths), "tensor", wait=True)
         self.send(size * self.weights / self.tensor if s.zero == 3 else 0.0, "fsdp")
         return Estimate(held, compute, self.waits[True], self.waits[False], tokens)
@@ -245,7 +240,7 @@ class _Sizes:
         links, slices = self.machine.span(self.config.mesh, axis)
         bandwidth = chip.dcn_bandwidth if slices > 1 else links * (chip.link_bandwidth or math.inf)
         beside = not wait and self.machine.beside(self.config.mesh, axis)
-        self.waits[beside] += size * (g - 1) / g / ((bandwidth or math.inf) / chip.num_devices)
+        self.waits[beside] += size * (g - 1) / g / chip.share(bandwidth)
 
 
 def saved(remat: str) -> list[str]:
@@ -268,9 +263,8 @@ def candidates(
     Raises:
       ValueError: no mesh divides the model, its rows and lengths.
     """
-    found, limit = [], HEADROOM * usable_bytes(machine.chip)
-    refused: ValueError | None = None
-    sensible = False
+    found, limit = [], HEADROOM * machine.usable_bytes
+    sensible, refused = False, None
     for each in _variants(name, config, machine):
         try:
             guess = estimate(name, each, machine)
@@ -290,11 +284,11 @@ def candidates(
 def nothing_fits(name: Name, config: Aot, machine: Machine) -> str:
     """Advice where `candidates` finds none."""
     weights, state = _stored(config.model, config.optimizer)
-    held = (
-        weights * 4 + state if name == "train" else weights * jnp.dtype(config.serve.dtype).itemsize
-    )
-    usable = usable_bytes(machine.chip)
-    what = "weights and optimizer" if name == "train" else "weights"
+    what, usable = "weights", machine.usable_bytes
+    if name == "train":
+        what, held = "weights and optimizer", 4 * weights + state
+    else:
+        held = weights * jnp.dtype(config.serve.dtype).itemsize
     return (
         f"by the estimates nothing of this model fits on {len(machine.devices)} devices of "
         f"{usable / 2**30:.1f} GiB, with any mesh, remat and batch that was tried; {what} alone "
@@ -360,13 +354,8 @@ def _serving(config: Aot, mesh: MeshShape) -> Iterator[Aot]:
 
 def flags_of(old: Aot, new: Aot) -> tuple[str, ...]:
     """The flags that turn one configuration into another."""
-    from lm.config import codec
-
-    changed = codec.difference(old, new)
-    return tuple(
-        f"--config.{key}={value.split(' -> ')[1]}"
-        for key, value in (line.split(": ", 1) for line in changed)
-    )
+    changed = (line.split(": ", 1) for line in codec.difference(old, new))
+    return tuple(f"--config.{key}={value.split(' -> ')[1]}" for key, value in changed)
 
 
 def remedies(name: Name, config: Aot, machine: Machine, needed: float) -> list[dict[str, Any]]:
@@ -384,22 +373,17 @@ def remedies(name: Name, config: Aot, machine: Machine, needed: float) -> list[d
     found = candidates(name, config, machine, factor=factor)
     sizes = machine.mesh(config.mesh).shape
 
-    def same_mesh(c: Candidate) -> bool:
-        same = machine.mesh(c.config.mesh).shape == sizes
-        return same and c.config.sharding.zero_axes == config.sharding.zero_axes
+    def rows(c: Candidate) -> float:
+        return c.config.of(name).rows_per_device
 
-    def rows(each: Aot) -> float:
-        return each.train.rows_per_device if name == "train" else each.serve.rows_per_device
-
-    asked = rows(config)
-    here = [c for c in found if same_mesh(c)]
-    fewer = [
-        c for c in here if c.config.train.remat == config.train.remat and rows(c.config) < asked
-    ]
+    asked, axes = config.of(name).rows_per_device, config.sharding.zero_axes
+    here = [c for c in found if machine.mesh(c.config.mesh).shape == sizes]
+    here = [c for c in here if c.config.sharding.zero_axes == axes]
+    fewer = [c for c in here if c.config.train.remat == config.train.remat and rows(c) < asked]
     choices = {
-        "fewer rows": max(fewer, key=lambda c: rows(c.config), default=None),
-        "another remat": next((c for c in here if rows(c.config) == asked), None),
-        "another mesh": next((c for c in found if rows(c.config) == asked), None),
+        "fewer rows": max(fewer, key=rows, default=None),
+        "another remat": next((c for c in here if rows(c) == asked), None),
+        "another mesh": next((c for c in found if rows(c) == asked), None),
         "the fastest": next(iter(found), None),
     }
     return [

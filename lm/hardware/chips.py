@@ -9,6 +9,7 @@ whose larger figures "with sparsity" are twice these.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 GIB = 2.0**30
 
@@ -46,6 +47,10 @@ class Chip:
     link_bandwidth: float | None = None
     dcn_bandwidth: float | None = None
     wraps: int = 0
+
+    def share(self, figure: float | None) -> float:
+        """One device's part of a figure of the chip; infinite where the figure is not known."""
+        return (figure or math.inf) / self.num_devices
 
 
 CHIPS = (
@@ -92,4 +97,4 @@ def _begins(device_kind: str, kind: str) -> bool:
 def peak_flops(device_kind: str) -> float | None:
     """Peak operations per second of one device as JAX counts devices; None where unknown."""
     chip = chip_of(device_kind)
-    return None if chip is None else chip.flops / chip.num_devices
+    return None if chip is None else chip.share(chip.flops)

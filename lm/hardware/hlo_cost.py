@@ -37,11 +37,15 @@ _FREE = {
     "conditional", "iota", "partition-id", "replica-id", "opt-barrier",
     "async-update", "async-done", "domain", "add-dependency",
 }  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")  # read a part of their operand
 # Their computations say how to combine two numbers.
 _COMBINING = {
     "all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "reduce-window", "scatter",
     "sort", "map", "select-and-scatter",
 }  # fmt: skip
+
+
+_Key = tuple[str, tuple[str, ...], str, int, bool]  # op, axes, dtype, size, is_async
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,24 +115,14 @@ def program_cost(text: str, mesh: Any) -> ProgramCost:
       ValueError: the text is not an HLO module, or has replica groups in an unknown form.
     """
     computations, entry = parse(text)
-    sizes = dict(mesh.shape)
-    counter = _Counter(computations, math.prod(sizes.values()), sizes.get("slice", 1))
-    totals = counter.of(entry, "", False)
-    named = _Totals()
-    for (op, groups, dtype, is_async), figures in totals.collectives.items():
-        named.put((op, *_axes_of(groups, tuple(sizes.items())), dtype, is_async), figures)
+    totals = _Counter(computations, tuple(mesh.shape.items())).of(entry, "", False)
     listed = [
-        Collective(op, axes, dtype, size, is_async, int(calls), count, payload, wire)
-        for (op, axes, size, dtype, is_async), (
-            calls,
-            count,
-            payload,
-            wire,
-        ) in named.collectives.items()
+        Collective(*key, int(calls), count, payload, wire)
+        for key, (calls, count, payload, wire) in totals.collectives.items()
     ]
     return ProgramCost(
         tuple(sorted(listed, key=lambda c: -c.wire_bytes)), totals.flops, dict(totals.calls),
-        totals.hbm, totals.host, tuple((n, entered, trips) for n, entered, trips in totals.loops),
+        totals.hbm, totals.host, tuple(totals.loops),
     )  # fmt: skip
 
 
@@ -136,7 +130,7 @@ class _Totals:
     """Sums over a computation run once. Collectives: (calls, count, payload, wire) by key."""
 
     def __init__(self) -> None:
-        self.collectives: dict[tuple[Any, ...], tuple[float, ...]] = {}
+        self.collectives: dict[_Key, tuple[float, ...]] = {}
         self.calls: collections.Counter[str] = collections.Counter()
         self.flops = self.hbm = self.host = 0.0
         self.loops: list[tuple[str, float, int | None]] = []
@@ -151,15 +145,7 @@ class _Totals:
         self.host += times * other.host
         self.loops += [(name, times * entered, trips) for name, entered, trips in other.loops]
 
-    def collective(
-        self, op: str, groups: tuple[tuple[int, ...], ...], dtype: str, is_async: bool,
-        payload: float,
-    ) -> None:  # fmt: skip
-        share = (len(groups[0]) - 1) / len(groups[0])
-        wire = payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(op, share)
-        self.put((op, groups, dtype, is_async), (1, 1, payload, wire))
-
-    def put(self, key: tuple[Any, ...], figures: Iterable[float]) -> None:
+    def put(self, key: _Key, figures: Iterable[float]) -> None:
         old = self.collectives.get(key, (0.0,) * 4)
         self.collectives[key] = tuple(a + b for a, b in zip(old, figures, strict=True))
 
@@ -173,10 +159,10 @@ class _Counter:
     """Totals of each computation, cached by name."""
 
     def __init__(
-        self, computations: Mapping[str, Computation], num_devices: int, num_slices: int
+        self, computations: Mapping[str, Computation], sizes: tuple[tuple[str, int], ...]
     ) -> None:
-        self.computations = computations
-        self.num_devices, self.num_slices = num_devices, num_slices
+        self.computations, self.sizes = computations, sizes  # of the mesh axes
+        self.num_devices = math.prod(size for _, size in sizes)
         self.of = functools.cache(self._of)
 
     def _of(self, name: str, fusion: str, beside: bool) -> _Totals:
@@ -247,7 +233,16 @@ class _Counter:
         dtype = instruction.operands[0].arrays[0].dtype
         synchronous = '"is_sync":true' in instruction.attributes
         is_async = beside or (instruction.op.endswith("-start") and not synchronous)
-        totals.collective(op, groups, dtype, is_async, payload)
+        self.put(totals, op, groups, dtype, is_async, payload)
+
+    def put(
+        self, totals: _Totals, op: str, groups: tuple[tuple[int, ...], ...], dtype: str,
+        is_async: bool, payload: float,
+    ) -> None:  # fmt: skip
+        axes, size = _axes_of(groups, self.sizes)
+        share = (size - 1) / size
+        wire = payload * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(op, share)
+        totals.put((op, axes, dtype, size, is_async), (1, 1, payload, wire))
 
     def count_between_slices(
         self, instruction: Instruction, computation: Computation, totals: _Totals
@@ -259,18 +254,19 @@ class _Counter:
         """
         kind = _quoted(instruction, "_xla_megascale_transfer_type")
         key = "_xla_host_transfer_rendezvous"
-        inside = self.num_devices // self.num_slices
+        num_slices = dict(self.sizes).get("slice", 1)
+        inside = self.num_devices // num_slices
         groups = tuple(tuple(range(i, self.num_devices, inside)) for i in range(inside))
         op = kind.lower().replace("_", "-")
         sent = instruction.operands[0].arrays[0]
-        payload = sent.bytes * (self.num_slices if op == "all-gather" else 1)
-        order = list(computation.instructions.values())
+        payload = sent.bytes * (num_slices if op == "all-gather" else 1)
+        order = computation.instructions.values()
         is_async = not any(
             each.op == "recv" and after.op == "recv-done"
             for each, after in itertools.pairwise(order)
             if _quoted(each, key) == _quoted(instruction, key)
         )
-        totals.collective(op, groups, sent.dtype, is_async, payload)
+        self.put(totals, op, groups, sent.dtype, is_async, payload)
 
     def groups(self, instruction: Instruction) -> tuple[tuple[int, ...], ...]:
         """The partitions of each group; of a permute, its pairs joined into cycles or paths."""
@@ -284,7 +280,7 @@ class _Counter:
     def traffic(self, instruction: Instruction) -> float:
         """Bytes of device memory an instruction reads and writes."""
         operands = instruction.operands
-        if instruction.op in ("dynamic-slice", "slice", "gather"):
+        if instruction.op in _SLICES:
             return 2 * _hbm(instruction.arrays)
         if instruction.op in ("dynamic-update-slice", "scatter"):
             return 2 * _hbm(operands[1 if instruction.op == "dynamic-update-slice" else -1].arrays)
@@ -306,8 +302,7 @@ class _Counter:
         for array, each in zip(instruction.arrays, roots, strict=False):
             source = _through(each)
             if source.op == "dynamic-update-slice":
-                update = source.operands[1]
-                total += _hbm_as(update.arrays, array)
+                total += (array.space == 0) * source.operands[1].bytes
                 updated.add(_through(source.operands[0]).name)
             else:
                 total += _hbm((array,))
@@ -316,22 +311,16 @@ class _Counter:
             if parameter is None or parameter.name in updated:
                 continue
             users = inside.users.get(parameter.name, [])
-            sliced = [u for u in users if u.op in ("dynamic-slice", "slice", "gather")]
-            if users and len(sliced) == len(users):
-                space = operand.arrays[0]
-                total += sum(_hbm_as(user.arrays, space) for user in users)
+            if users and all(user.op in _SLICES for user in users):
+                in_hbm = operand.arrays[0].space == 0
+                total += in_hbm * sum(user.bytes for user in users)
             else:
                 total += _hbm(operand.arrays)
         return total
 
 
-def _hbm(arrays: tuple[Array, ...]) -> float:
+def _hbm(arrays: Iterable[Array]) -> float:
     return sum(a.bytes for a in arrays if a.space == 0)
-
-
-def _hbm_as(arrays: tuple[Array, ...], where: Array) -> float:
-    """Bytes of `arrays` if `where`, the array they are part of, is in device memory."""
-    return sum(a.bytes for a in arrays) if where.space == 0 else 0.0
 
 
 def _through(instruction: Instruction) -> Instruction:
@@ -421,14 +410,12 @@ def trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> in
     match = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if match:
         return int(match[1])
-    condition = computations[loop.attribute("condition") or ""]
-    test, outer = condition.root, None
-    if test.op == "fusion":
-        outer = test.operands
-        test = computations[test.attribute("calls") or ""].root
+    inner = condition = computations[loop.attribute("condition") or ""]
+    outer = None
+    if condition.root.op == "fusion":
+        outer = condition.root.operands
         inner = computations[condition.root.attribute("calls") or ""]
-    else:
-        inner = condition
+    test = inner.root
     if test.op != "compare" or len(test.operands) != 2:
         return None
     begin = loop.operands[0]
@@ -530,9 +517,8 @@ def _axes_of(
     groups: tuple[tuple[int, ...], ...], sizes: tuple[tuple[str, int], ...]
 ) -> tuple[tuple[str, ...], int]:
     """(names of the mesh axes that groups span, devices per group); `sizes` of the mesh axes."""
-    group, shape = groups[0], tuple(size for _, size in sizes)
-    coordinates = np.array(np.unravel_index(group, shape))
-    varying = [i for i in range(len(shape)) if len(set(coordinates[i].tolist())) > 1]
-    whole = math.prod(shape[i] for i in varying) == len(group)
-    axes = tuple(sizes[i][0] for i in varying)
-    return (axes if whole else (f"groups of {len(group)}",)), len(group)
+    group = groups[0]
+    coordinates = np.unravel_index(group, tuple(size for _, size in sizes))
+    varying = dict(axis for axis, at in zip(sizes, coordinates, strict=True) if np.ptp(at))
+    whole = math.prod(varying.values()) == len(group)
+    return (tuple(varying) if whole else (f"groups of {len(group)}",)), len(group)

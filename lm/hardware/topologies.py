@@ -87,15 +87,18 @@ def describe(name: str) -> list[Any]:
       TopologyError: no such topology, its compiler is not installed, or it refuses the shape.
     """
     slices, chip, sizes = parse(name)
-    _prepare()
+    if not available(chip):
+        raise TopologyError(
+            "compiling for this topology needs the package "
+            f"{'libtpu' if chip in TPUS else 'jax-cuda12-plugin'}; `make compilers` puts it into "
+            f"{COMPILERS}, or set LM_COMPILERS to a folder that has it"
+        )
     if chip in GPUS:
-        _need(*_CUDA, packages="jax-cuda12-plugin")
         options: dict[str, Any] = {
             "platform": "cuda", "topology_name": "", "target_config": _H200,
             "topology": f"1x1x{sizes[0]}",
         }  # fmt: skip
     else:
-        _need("libtpu", packages="libtpu")
         options = {"platform": "tpu", "topology_name": f"{chip}:{'x'.join(map(str, sizes))}"}
         hosts = (2, 2, 1)[: len(sizes)]
         if any(size % host for size, host in zip(sizes, hosts, strict=True)):
@@ -169,11 +172,3 @@ def _found(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
-
-
-def _need(*modules: str, packages: str) -> None:
-    if not any(_found(module) for module in modules):
-        raise TopologyError(
-            f"compiling for this topology needs the package {packages}; `make compilers` puts it "
-            f"into {COMPILERS}, or set LM_COMPILERS to a folder that has it"
-        )

@@ -10,8 +10,8 @@ import json
 import pathlib
 from typing import Any
 
-from lm.aot.programs import Compiled, Name, Program, compile_program, make_program
-from lm.aot.question import Aot, Serve, Train
+from lm.aot.programs import Compiled, Program, compile_program, make_program
+from lm.aot.question import Aot, Name, Serve, Train
 from lm.config import command_line as config_lib
 from lm.formats.known import known_model
 

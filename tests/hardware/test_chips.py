@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.hardware import topologies
 from lm.hardware.chips import CHIPS, GIB, chip_of, peak_flops
+from tests.hardware.compilers import need
 
 SHAPES = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
 
@@ -43,19 +44,16 @@ def test_figures_are_of_one_chip_and_hang_together() -> None:
     "name", [pytest.param(n, marks=[] if n == "v6e" else [pytest.mark.slow]) for n in SHAPES]
 )
 def test_usable_memory_is_what_the_compiler_says(name: str) -> None:
-    if not topologies.available(name):
-        pytest.skip(f"no compiler for {name} here; `make compilers` installs it")
+    need(f"{name}:{SHAPES[name]}")
     devices = topologies.describe(f"{name}:{SHAPES[name]}")
     mesh = Mesh(np.array(devices), ("x",))
-    x = jax.ShapeDtypeStruct(
-        (65536, 2**19), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
-    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((65536, 2**19), jnp.float32, sharding=replicated)
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
         jax.jit(lambda x: jnp.sum(jnp.tanh(x) @ x.T)).lower(x).compile()
     match = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error.value))
     assert match is not None
     chip = chip_of(devices[0].device_kind)
-    assert chip is not None and chip.usable_hbm_bytes is not None
-    assert chip.usable_hbm_bytes / chip.num_devices / GIB == pytest.approx(
-        float(match[1]), abs=0.02
-    )
+    assert chip is not None
+    usable = chip.share(chip.usable_hbm_bytes) / GIB
+    assert usable == pytest.approx(float(match[1]), abs=0.02)

@@ -13,6 +13,7 @@ import pytest
 
 from lm.hardware.hlo import arrays, parse
 from lm.hardware.hlo_cost import program_cost, replica_groups
+from tests.refuses import refuses
 
 
 def mesh(**sizes: int) -> types.SimpleNamespace:
@@ -20,9 +21,14 @@ def mesh(**sizes: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(shape=sizes)
 
 
-def compiled(f, *shapes, dtype=jnp.float32):
-    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+def compiled(f, *shapes):
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.jit(f).lower(*structs).compile()
+
+
+def cost(program):
+    """Of a program for one device."""
+    return program_cost(program.as_text(), mesh(fsdp=1))
 
 
 def conv(x, w, **options):
@@ -46,13 +52,12 @@ def conv(x, w, **options):
 )  # fmt: skip
 def test_products_count_as_xla_counts_them(f, shapes) -> None:
     program = compiled(f, *shapes)
-    analysis = program.cost_analysis()
-    assert program_cost(program.as_text(), mesh(fsdp=1)).matmul_flops == analysis["flops"]
+    assert cost(program).matmul_flops == program.cost_analysis()["flops"]
 
 
 def test_traffic_is_xlas_where_nothing_is_sliced() -> None:
     program = compiled(lambda a, b: jnp.tanh(a @ b) * 2 + 1, (256, 512), (512, 128))
-    found = program_cost(program.as_text(), mesh(fsdp=1)).hbm_bytes
+    found = cost(program).hbm_bytes
     assert found == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.05)
 
 
@@ -65,8 +70,7 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     def outer(x, _):
         return jax.lax.scan(inner, x, None, length=4)[0], None
 
-    program = compiled(lambda x: jax.lax.scan(outer, x, None, length=3)[0], (64, 64))
-    found = program_cost(program.as_text(), mesh(fsdp=1))
+    found = cost(compiled(lambda x: jax.lax.scan(outer, x, None, length=3)[0], (64, 64)))
     assert found.matmul_flops == 12 * 2 * 64**3
     assert sorted(trips for _, _, trips in found.loops) == [3, 4]
     assert {entered for _, entered, _ in found.loops} == {1, 3}
@@ -76,8 +80,7 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named() -> None:
     def f(x, n):
         return jax.lax.fori_loop(0, n[0].astype(int), lambda _, y: y @ y, x)
 
-    program = compiled(f, (32, 32), (1,))
-    found = program_cost(program.as_text(), mesh(fsdp=1))
+    found = cost(compiled(f, (32, 32), (1,)))
     assert found.matmul_flops == 2 * 32**3
     assert [trips for _, _, trips in found.loops] == [None]
 
@@ -86,8 +89,7 @@ def test_a_conditional_counts_its_largest_branch() -> None:
     def f(i, a, b):
         return jax.lax.cond(i[0] > 0, lambda: a @ a @ a, lambda: (a @ b) @ b.T)
 
-    program = compiled(f, (1,), (64, 64), (64, 8))
-    assert program_cost(program.as_text(), mesh(fsdp=1)).matmul_flops == 2 * 2 * 64**3
+    assert cost(compiled(f, (1,), (64, 64), (64, 8))).matmul_flops == 2 * 2 * 64**3
 
 
 def test_collectives_of_a_program_on_eight_devices() -> None:
@@ -176,9 +178,8 @@ ENTRY %main (p0: bf16[256,128]) -> bf16[256,128] {
 def test_a_program_as_libtpu_writes_it() -> None:
     found = program_cost(TPU, mesh(fsdp=2, tensor=2))
     assert found.loops == (("loop", 1, 5),)  # from 2 to below 7
-    by_op = {c.op: c for c in found.collectives}
-    assert set(by_op) == {"reduce-scatter", "all-gather"}
-    scatter, gather = by_op["reduce-scatter"], by_op["all-gather"]
+    scatter, gather = sorted(found.collectives, key=lambda c: c.op, reverse=True)
+    assert (scatter.op, gather.op) == ("reduce-scatter", "all-gather")
     size = 256 * 128 * 2
     assert (scatter.count, scatter.payload_bytes, scatter.wire_bytes) == (5, 5 * size, 5 * size / 2)
     assert (scatter.axes, scatter.is_async, scatter.num_calls) == (("fsdp",), False, 1)
@@ -195,9 +196,7 @@ def test_a_program_as_libtpu_writes_it() -> None:
         ("{}", ()),
         ("{{0,2},{1,3}}", ((0, 2), (1, 3))),
         ("[2,2]<=[4]", ((0, 1), (2, 3))),
-        ("[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
         ("[4,2]<=[2,2,2]T(0,2,1)", ((0, 2), (1, 3), (4, 6), (5, 7))),
-        ("mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
         ("mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
         ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
         ("mesh['a'=4] {'a':(1)2}", ((0, 2), (1, 3))),
@@ -213,10 +212,8 @@ def test_types_and_errors() -> None:
     assert [(a.dtype, a.dims, a.space, a.bytes) for a in found] == [
         ("bf16", (2, 3), 1, 12), ("s4", (5,), 0, 2.5), ("pred", (), 0, 1), ("f32", (0,), 0, 0),
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="not an HLO module"):
-        parse("module @jit_f {}")
-    with pytest.raises(ValueError, match="unknown form"):
-        replica_groups("rings")
+    refuses(lambda: parse("module @jit_f {}"), "not an HLO module")
+    refuses(lambda: replica_groups("rings"), "unknown form")
 
 
 def test_what_slices_send_each_other_is_counted() -> None:

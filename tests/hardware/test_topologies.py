@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from lm.hardware import topologies
+from tests.hardware.compilers import need
+from tests.refuses import refuses
 
 
 def test_names() -> None:
@@ -24,18 +26,11 @@ def test_wrong_names_are_refused_with_what_works() -> None:
         "v9:2x2": "topology 'v9:2x2' is unknown; known chips are v4, v5e",
         "v5e": "is unknown",
         "v5e:2x2x2": "a v5e slice has 2 dimensions; v5e:4x4",
-        "v5p:4x4": "a v5p slice has 3 dimensions; v5p:4x4x4",
         "v5e:0x2": "has no chips",
         "h200:9": "one host of 1 to 8",
         "2*h200:8": "one host of 1 to 8",
     }.items():
-        with pytest.raises(topologies.TopologyError, match=message):
-            topologies.parse(name)
-
-
-def need(chip: str) -> None:
-    if not topologies.available(chip):
-        pytest.skip(f"no compiler for {chip} here; `make compilers` installs it")
+        refuses(lambda name=name: topologies.parse(name), message, error=topologies.TopologyError)
 
 
 @pytest.mark.aot
@@ -52,8 +47,8 @@ def need(chip: str) -> None:
     ],
 )
 def test_devices_of_a_topology(name, count, kind) -> None:
-    slices, chip, _ = topologies.parse(name)
-    need(chip)
+    need(name)
+    slices = topologies.parse(name)[0]
     devices = topologies.describe(name)
     assert [d.device_kind for d in devices] == [kind] * count
     assert len({getattr(d, "slice_index", 0) for d in devices}) == slices
@@ -61,14 +56,13 @@ def test_devices_of_a_topology(name, count, kind) -> None:
 
 @pytest.mark.aot
 def test_sizes_that_make_no_hosts_are_refused() -> None:
-    need("v5e")
-    with pytest.raises(topologies.TopologyError, match="does not divide into hosts of 2x2 chips"):
-        topologies.describe("v5e:3x3")
+    need("v5e:3x3")
+    refuses(lambda: topologies.describe("v5e:3x3"), "does not divide into hosts of 2x2 chips")
 
 
 @pytest.mark.aot
 def test_nothing_is_written_about_hardware_that_is_not_here() -> None:
-    need("v5e")
+    need("v5e:2x2")
     code = "from lm.hardware import topologies; print(len(topologies.describe('v5e:2x2')))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
