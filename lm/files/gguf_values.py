@@ -121,9 +121,6 @@ class _Lazy(Sequence[Any]):
             return [self._get(i) for i in range(*index.indices(len(self)))]
         return self._get(range(len(self))[index])
 
-    def __iter__(self) -> Iterator[Any]:
-        return map(self._get, range(len(self)))
-
     def _get(self, index: int) -> Any:
         raise NotImplementedError
 

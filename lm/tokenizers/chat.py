@@ -89,15 +89,10 @@ class ChatTemplate:
           TemplateError: the template refuses the messages, lacks something in them, tries to leave
             its sandbox, or does too much work.
         """
-        return self._render(messages, add_generation_prompt, tools, variables).text
+        variables |= {"add_generation_prompt": add_generation_prompt, "tools": tools}
+        return self._render(messages, variables).text
 
-    def _render(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any],
-    ) -> Rendered:
+    def _render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> Rendered:
         chunks: list[str] = []
         spans: list[tuple[int, int]] = []
         length = 0
@@ -105,9 +100,7 @@ class ChatTemplate:
             with metered() as meter:
                 for chunk in self._template.generate(
                     messages=list(messages),
-                    tools=tools,
                     documents=None,
-                    add_generation_prompt=add_generation_prompt,
                     bos_token=self.bos,
                     eos_token=self.eos,
                     **variables,
@@ -143,7 +136,7 @@ class ChatTemplate:
         Raises:
           TemplateError: as `render`; also if the text of earlier turns depends on later ones.
         """
-        whole = self._render(messages, False, tools, variables)
+        whole = self._render(messages, {"add_generation_prompt": False, "tools": tools} | variables)
         if self._has_generation:
             if not whole.located:
                 raise TemplateError(

@@ -78,15 +78,13 @@ def _names(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def _post_processor(tokenizer: Tokenizer, names: dict[int, str]) -> Any:
-    front = [tokenizer.bos_id] if tokenizer.add_bos else []
-    back = [tokenizer.eos_id] if tokenizer.add_eos else []
-
-    def pieces(sequence: str) -> list[str]:
-        return [*(names[i] for i in front), sequence, *(names[i] for i in back)]
-
-    added = [(names[i], i) for i in dict.fromkeys(front + back)]
+    front = [names[tokenizer.bos_id]] if tokenizer.add_bos else []
+    back = [names[tokenizer.eos_id]] if tokenizer.add_eos else []
+    ids = {token: i for i, token in names.items()}
     return processors.TemplateProcessing(
-        single=pieces("$A"), pair=pieces("$A") + pieces("$B"), special_tokens=added
+        single=[*front, "$A", *back],
+        pair=[*front, "$A", *back, *front, "$B", *back],
+        special_tokens=[(token, ids[token]) for token in dict.fromkeys(front + back)],
     )
 
 

@@ -25,22 +25,21 @@ def test_all_modules_can_be_imported_into_one_process() -> None:
         importlib.import_module(f"experiments.{name}")
 
 
+def run(name: str, flag: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"experiments.{name}", flag]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_flag_is_refused(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", "--no_such_flag=1"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = run(name, "--no_such_flag=1")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and "no_such_flag" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["generate", "perplexity", "convert"])
 def test_help_lists_the_flags_of_every_model(name: str) -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", "--help"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    ).stdout  # fmt: skip
+    shown = run(name, "--help").stdout
     assert all(flag in shown for flag in ("--model:", "--dtype:", "keep_quantized:", "--adapter:"))
 
 
