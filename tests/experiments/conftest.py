@@ -60,7 +60,7 @@ def spiked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spiked]:
 
     def spoiled(stream: Batches, step: int, rows=None) -> dict[str, np.ndarray]:
         batch = host_batch(stream, step, rows)
-        if stream.seed != SEED:
+        if stream.timeline.seed != SEED:
             return batch
         size = stream.batch_size(step)
         if 0 <= stream.timeline.first_row(step) // size - (FIRST_BAD - 1) < NUM_BAD:
