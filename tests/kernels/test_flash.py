@@ -15,7 +15,7 @@ from lm.kernels import attention as kernels
 from lm.kernels.attention import Scores, View, flash_kernels, mask
 from lm.kernels.attention.flash import flash_attention, flash_attention_backward
 from lm.kernels.attention.flash_blocks import TABLE, Blocks, blocks_for
-from lm.kernels.attention.schedule import FIRST, LAST, RUN, Rows, key_block, query_block, schedule
+from lm.kernels.attention.schedule import FIRST, LAST, RUN, key_block, query_block, schedule
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 
 BLOCKS = Blocks(forward=(16, 32), backward=(32, 16), heads=2, resident=48)
@@ -237,11 +237,6 @@ def test_backward_on_a_mesh():
         np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5)
 
 
-def rows_of(view: View) -> Rows:
-    fields = view.query_positions, view.key_positions, view.query_segments, view.key_segments
-    return Rows(*(None if x is None else jnp.asarray(x, jnp.int32) for x in fields))
-
-
 @pytest.mark.parametrize(
     "case",
     [
@@ -258,7 +253,7 @@ def test_schedule_visits_what_is_seen(case):
     query, key = 16, 8
     for seed in range(5):
         view = case.view(np.random.default_rng(seed))
-        plan = schedule(rows_of(view), query, key, case.scores, case.in_order)
+        plan = schedule(jax.tree.map(jnp.asarray, view), query, key, case.scores)
         seen = np.asarray(mask(view, case.scores))
         blocks = seen.reshape(case.B, case.T // query, query, case.S // key, key)
         some, every = blocks.any((2, 4)), blocks.all((2, 4))
@@ -283,7 +278,7 @@ def test_zigzag_skips_what_no_query_sees():
     mine, theirs = ([*range(i * size, (i + 1) * size)] for i in (0, 1))
     last = [*range(7 * size, 8 * size)], [*range(6 * size, 7 * size)]
     view = View(jnp.array([mine + last[0]]), jnp.array([theirs + last[1]]))
-    plan = schedule(rows_of(view), 16, 16, Scores(1.0), False)
+    plan = schedule(view, 16, 16, Scores(1.0))
     visits = np.asarray(plan.visits)[0, : int(plan.count)]
     runs = visits[visits & RUN != 0]
     assert sorted(zip(query_block(runs), key_block(runs), strict=True)) == [

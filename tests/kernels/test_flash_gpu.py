@@ -18,7 +18,7 @@ from lm.kernels.attention import Scores, View
 from lm.kernels.attention.flash_gpu import TABLE, flash_attention_gpu, ranges
 from lm.kernels.attention.flash_gpu_kernels import Tile
 from lm.kernels.attention.reference import mask
-from lm.kernels.attention.schedule import Rows, pairs
+from lm.kernels.attention.schedule import pairs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 from tests.kernels.calls import attention
 
@@ -37,9 +37,9 @@ def test_a_tile_meets_all_blocks_it_sees_and_masks_where_it_must(packed, in_orde
         positions = np.stack([rng.permutation(row) for row in positions])
     positions, segments = positions.astype(np.int32), segments.astype(np.int32)
     rows = [segments] * 2 if packed else [None] * 2
-    seen = np.asarray(mask(View(positions, positions, *rows), Scores(1.0, causal, window)))
-    scores = Scores(1.0, causal, window)
-    possible, whole = pairs(Rows(positions, positions, *rows), query, key, scores, in_order)
+    view, scores = View(positions, positions, *rows, in_order), Scores(1.0, causal, window)
+    seen = np.asarray(mask(view, scores))
+    possible, whole = pairs(view, query, key, scores)
     for across in (False, True):
         if across:  # tiles of keys, blocks of queries
             possible, whole, seen = (x.swapaxes(1, 2) for x in (possible, whole, seen))

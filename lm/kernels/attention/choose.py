@@ -27,6 +27,10 @@ from lm.kernels.attention.sharded import (
 IMPLEMENTATIONS = ("reference", "blocked", "flash", "mosaic_gpu", "splash", "cudnn")
 FLASH_FROM = 16  # queries; of fewer, as in decoding, most of a block would be padding
 CUDNN_HEAD_DIM = 128  # the largest cuDNN takes on every GPU since Ampere
+# Those that do all that is asked, or say themselves what they do not.
+_COMPLETE: dict[str, Any] = {
+    "reference": reference_attention, "flash": sharded_flash, "mosaic_gpu": sharded_flash_gpu,
+}  # fmt: skip
 
 
 def attention(
@@ -66,14 +70,13 @@ def attention(
         segments, or the implementation is unknown, or cannot do what is asked, or not on this mesh.
     """
     _check(q, k, v, view, sinks)
-    kernel: Any = {"flash": sharded_flash, "mosaic_gpu": sharded_flash_gpu,
-                   "reference": reference_attention}  # fmt: skip
     if implementation is None:
         implementation = default_implementation(
             _platform(), q, k, v, view, scores, plain=sinks is None and not return_lse
         )
-    if implementation in kernel:
-        return kernel[implementation](q, k, v, view, scores, sinks=sinks, return_lse=return_lse)
+    if implementation in _COMPLETE:
+        complete = _COMPLETE[implementation]
+        return complete(q, k, v, view, scores, sinks=sinks, return_lse=return_lse)
     asked = {"sinks": sinks, "log-sum-exp (return_lse)": return_lse,
              "arbitrary positions": not view.in_order}  # fmt: skip
     if implementation == "blocked":
@@ -89,15 +92,19 @@ def attention(
             "head sizes that differ": q.shape[3] != v.shape[3],
         }
         _refuse("cudnn", "reference", asked)
-        window, behind = scores.window, (scores.window or 1) - 1
-        local = None if window is None else (behind, 0 if scores.causal else behind)
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scores.scale, is_causal=scores.causal, local_window_size=local,
-            implementation="cudnn",
-        )  # fmt: skip
+        return _cudnn(q, k, v, scores)
     raise ValueError(
         f"attention implementation {implementation!r} is unknown; use {', '.join(IMPLEMENTATIONS)}"
     )
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scores: Scores) -> jax.Array:
+    behind = None if scores.window is None else scores.window - 1
+    local = None if behind is None else (behind, 0 if scores.causal else behind)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scores.scale, is_causal=scores.causal, local_window_size=local,
+        implementation="cudnn",
+    )  # fmt: skip
 
 
 def default_implementation(

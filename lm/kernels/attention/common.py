@@ -1,16 +1,19 @@
-"""What the attention kernels share: padding, sinks, and the work they declare."""
+"""What the flash kernels share: their gradient, padding, sinks, and the work they declare."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from lm.kernels.attention.reference import View
-from lm.kernels.attention.schedule import PADDING_POSITION, PADDING_SEGMENT, Rows
+from lm.kernels.attention.schedule import PADDING_POSITION, PADDING_SEGMENT
 from lm.kernels.attention.scores import Scores
 
 # Products of a kernel over the head size of queries and keys, and over that of values; kernels that
@@ -19,6 +22,71 @@ PRODUCTS = {
     "forward": (1, 1), "backward": (3, 2), "dq": (2, 1), "dk": (2, 1), "dv": (1, 1), "dkv": (2, 2),
 }  # fmt: skip
 _DECLARED = "kernel_flops_"
+LOG2_E = math.log2(math.e)
+# A score that no query sees, and the maximum before any was seen: so far apart that the weight of
+# the one under the other is 0, though exp(MASK - MASK) would be 1.
+MASK, NONE_SEEN = -1e37, -1e30
+
+
+class Kernel(Protocol):
+    """A forward kernel and its gradients, with all that is known at trace time; hashable."""
+
+    def forward(self, q: Any, k: Any, v: Any, view: View, /) -> tuple[jax.Array, jax.Array]:
+        """(out [B, T, H, h of v], log-sum-exp [B, T, H])."""
+        ...
+
+    def gradients(
+        self, q: Any, k: Any, v: Any, view: View, lse2: Any, delta: Any, dout: Any, dtype: Any, /
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(dq of `dtype`, dk, dv).
+
+        Args:
+          q, k, v, view: as `forward`.
+          lse2: float32 [B, T, H], log-sum-exp in powers of two; 1e30 where every weight is 0.
+          delta: float32 [B, T, H], sum of dout * out less the gradient of the log-sum-exp.
+          dout: [B, T, H, h of v].
+          dtype: of dq.
+        """
+        ...
+
+
+def attend(kernel: Kernel, q, k, v, view: View, sinks: Any, return_lse: bool) -> Any:
+    """Attention by a kernel, differentiable. See `lm.kernels.attention.attention`."""
+    results: Any = _attend(kernel, q, k, v, view)
+    out, lse = results
+    if sinks is not None:  # one more key, that has no value: the others get less weight
+        both = jnp.logaddexp(lse, sinks.astype(jnp.float32))
+        out, lse = (out * jnp.exp(lse - both)[..., None]).astype(out.dtype), both
+    return (out, lse) if return_lse else out
+
+
+def gradients(kernel: Kernel, q, k, v, view: View, out, lse, dout, dlse, dtype: Any) -> Any:
+    """(dq of `dtype`, dk, dv) by a kernel; see `lm.kernels.attention.attention_backward`."""
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    if dlse is not None:
+        delta -= dlse
+    lse2 = jnp.where(lse < NONE_SEEN, -NONE_SEEN, lse * LOG2_E)
+    return kernel.gradients(q, k, v, view, lse2, delta, dout.astype(q.dtype), dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(kernel: Kernel, q, k, v, view: View) -> Any:
+    return _forward(kernel, q, k, v, view)[0]
+
+
+def _forward(kernel: Kernel, q, k, v, view: View) -> Any:
+    # Named so that keeping "attention" keeps both, and the backward pass runs no forward kernel.
+    out, lse = (checkpoint_name(x, "attention") for x in kernel.forward(q, k, v, view))
+    return (out, lse), (q, k, v, view, out, lse)
+
+
+def _backward(kernel: Kernel, saved: Any, cotangents: Any) -> Any:
+    q, k, v, view, out, lse = saved
+    dq, dk, dv = gradients(kernel, q, k, v, view, out, lse, *cotangents, dtype=q.dtype)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), jax.tree.map(lambda _: None, view)
+
+
+_attend.defvjp(_forward, _backward)
 
 
 def padded(x: jax.Array, axis: int, block: int, **how: Any) -> jax.Array:
@@ -29,34 +97,36 @@ def padded(x: jax.Array, axis: int, block: int, **how: Any) -> jax.Array:
     return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)], **how)
 
 
-def padded_rows(view: View, query: int, key: int, causal: bool) -> Rows:
-    """Rows padded to multiples of the blocks; no query sees a padding key."""
-    query_positions, key_positions = (
-        jnp.asarray(x, jnp.int32) for x in (view.query_positions, view.key_positions)
-    )
-    query_segments, key_segments = view.query_segments, view.key_segments
-    if query_segments is None and not causal and key_positions.shape[1] % key:
-        query_segments = jnp.zeros_like(query_positions)
-        key_segments = jnp.zeros_like(key_positions)
-    query_positions = padded(query_positions, 1, query, mode="edge")
-    key_positions = padded(key_positions, 1, key, constant_values=PADDING_POSITION)
-    if query_segments is None:
-        return Rows(query_positions, key_positions, None, None)
-    query_segments, key_segments = (
-        jnp.asarray(x, jnp.int32) for x in (query_segments, key_segments)
-    )
-    return Rows(
-        query_positions,
-        key_positions,
-        padded(query_segments, 1, query, mode="edge"),
-        padded(key_segments, 1, key, constant_values=PADDING_SEGMENT),
-    )
+def padded_view(view: View, query: int, key: int, causal: bool) -> View:
+    """The view in int32, padded to multiples of the blocks; no query sees a padding key."""
+
+    def pad(of_queries: Any, of_keys: Any, fill: int) -> tuple[jax.Array, jax.Array]:
+        of_queries, of_keys = (jnp.asarray(x, jnp.int32) for x in (of_queries, of_keys))
+        return (
+            padded(of_queries, 1, query, mode="edge"),
+            padded(of_keys, 1, key, constant_values=fill),
+        )
+
+    positions = view.query_positions, view.key_positions
+    segments = view.query_segments, view.key_segments
+    if segments[0] is None and not causal and positions[1].shape[1] % key:
+        segments = jnp.zeros_like(positions[0]), jnp.zeros_like(positions[1])
+    positions = pad(*positions, PADDING_POSITION)
+    if segments[0] is not None:
+        segments = pad(*segments, PADDING_SEGMENT)
+    return View(*positions, *segments, in_order=view.in_order)
 
 
-def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) with one more key that has no value: the others get less weight."""
-    both = jnp.logaddexp(lse, sinks.astype(jnp.float32))
-    return (out * jnp.exp(lse - both)[..., None]).astype(out.dtype), both
+def mask_rows(view: View, positions: bool = True) -> tuple[jax.Array, ...]:
+    """What the kernels' masks read of queries and of keys: int32 [B, n, T] and [B, n, S].
+
+    These are positions, if they are wanted, and segments, if there are any; () for neither.
+    """
+    fields = ["positions"] * positions + ["segments"] * (view.query_segments is not None)
+    if not fields:
+        return ()
+    sides = ([getattr(view, f"{side}_{field}") for field in fields] for side in ("query", "key"))
+    return tuple(jnp.stack(rows, axis=1) for rows in sides)
 
 
 def num_scores(T: int, S: int, scores: Scores) -> int:

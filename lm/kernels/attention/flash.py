@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from lm.kernels.attention import flash_kernels as kernels
 from lm.kernels.attention.common import (
+    NONE_SEEN,
+    attend,
+    gradients,
     kernel_flops,
+    mask_rows,
     num_scores,
     padded,
-    padded_rows,
-    with_sinks,
+    padded_view,
 )
 from lm.kernels.attention.flash_blocks import (
     LANES,
@@ -35,151 +37,99 @@ from lm.kernels.attention.flash_blocks import (
     forward_vmem,
     grown,
 )
-from lm.kernels.attention.flash_kernels import LOG2_E
 from lm.kernels.attention.reference import View
-from lm.kernels.attention.schedule import Rows, schedule
+from lm.kernels.attention.schedule import schedule
 from lm.kernels.attention.scores import Scores
 
 
-class Static(NamedTuple):
-    """What is known at trace time."""
-
-    scores: Scores
-    in_order: bool
-    blocks: Blocks
-    chip: str | None
-    interpret: bool | None
-
-
 def flash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    view: View,
-    scores: Scores,
-    *,
-    sinks: jax.Array | None = None,
-    return_lse: bool = False,
-    chip: str | None = None,
-    blocks: Blocks | None = None,
-    interpret: bool | None = None,
+    q, k, v, view: View, scores: Scores, *, sinks=None, return_lse: bool = False, **how: Any
 ) -> Any:
     """See `lm.kernels.attention.attention`; the arrays are whole, or one device's in a shard_map.
 
     float32 arrays are multiplied in float32, bfloat16 ones as they are, with float32 sums.
 
     Args:
-      chip: the TPU's name in `lm.hardware.chips`, for block sizes; None for sizes that fit any.
-      blocks: instead of the table's.
-      interpret: run the kernel's meaning on any platform, slowly; None: on CPUs.
+      how: `chip`, the TPU's name in `lm.hardware.chips`, for block sizes; None, the default, for
+        sizes that fit any. `blocks` instead of the table's. `interpret` runs the kernel's meaning
+        on any platform, slowly; None, the default, on CPUs.
 
     Raises:
       ValueError: no block table has the head size, or the rows are too long for one device.
     """
-    static = _static(q, v, view, scores, chip, blocks, interpret)
-    results: Any = _attend(q, k, v, view, static)
-    out, lse = results
-    if sinks is not None:
-        out, lse = with_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
+    return attend(_kernel(q, v, scores, **how), q, k, v, view, sinks, return_lse)
 
 
 def flash_attention_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    view: View,
-    scores: Scores,
-    out: jax.Array,
-    lse: jax.Array,
-    dout: jax.Array,
-    *,
-    dlse: jax.Array | None = None,
-    chip: str | None = None,
-    blocks: Blocks | None = None,
-    interpret: bool | None = None,
+    q, k, v, view: View, scores: Scores, out, lse, dout, *, dlse=None, **how: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `lm.kernels.attention.attention_backward` and, for the rest, `flash_attention`."""
-    static = _static(q, v, view, scores, chip, blocks, interpret)
-    return _gradients(q, k, v, view, out, lse, dout, dlse, static, jnp.float32)
+    kernel = _kernel(q, v, scores, **how)
+    return gradients(kernel, q, k, v, view, out, lse, dout, dlse, jnp.float32)
 
 
-def _static(q, v, view, scores, chip, blocks, interpret) -> Static:
-    if blocks is None:
-        blocks = blocks_for(chip, max(q.shape[3], v.shape[3]))
-    return Static(scores, view.in_order, blocks, chip, interpret)
+def _kernel(
+    q, v, scores: Scores, *, chip: str | None = None, blocks: Blocks | None = None,
+    interpret: bool | None = None,
+) -> Flash:  # fmt: skip
+    return Flash(scores, blocks or blocks_for(chip, max(q.shape[3], v.shape[3])), chip, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, view: View, static: Static) -> tuple[jax.Array, jax.Array]:
-    return _forward(q, k, v, view, static)[0]
+class Flash(NamedTuple):
+    """The `Kernel` of TPUs."""
+
+    scores: Scores
+    blocks: Blocks
+    chip: str | None
+    interpret: bool | None
+
+    def forward(self, q_BTHh, k_BSKh, v_BSKd, view: View) -> tuple[jax.Array, jax.Array]:
+        (B, T, H, h), (S, K, d) = q_BTHh.shape, v_BSKd.shape[1:]
+        heads = _heads(H // K, self.blocks.heads)
+        query, key = _fit(self.blocks.forward, heads, T, S, self.blocks)
+        view = padded_view(view, query, key, self.scores.causal)
+        vmem = forward_vmem(query, key, heads, h, d, q_BTHh.dtype.itemsize)
+        call = self._call(query, key, vmem, _cost(self, q_BTHh, v_BSKd, query, key, backward=False))
+        out, lse = kernels.forward(
+            call, schedule(view, query, key, self.scores), mask_rows(view),
+            _of_queries(q_BTHh, K, heads, query), _of_keys(k_BSKh, key), _of_keys(v_BSKd, key),
+        )  # fmt: skip
+        out = jnp.moveaxis(out.reshape(B, H, -1, d)[:, :, :T], 1, 2)
+        return out, jnp.moveaxis(lse.reshape(B, H, -1)[:, :, :T], 1, 2)
+
+    def gradients(self, q, k, v, view: View, lse2, delta, dout, dtype: Any):
+        (B, T, H, h), (S, K, d) = q.shape, v.shape[1:]
+        heads = _heads(H // K, self.blocks.heads)
+        query, key = _fit(self.blocks.backward, heads, T, S, self.blocks)
+        chunks = -(-S // self.blocks.resident)
+        keys = -(-S // (chunks * key)) * key
+        view = padded_view(view, query, chunks * keys, self.scores.causal)
+        vmem = backward_vmem(query, key, keys, heads, h, d, q.dtype.itemsize)
+        call = self._call(query, key, vmem, _cost(self, q, v, query, key, True, chunks))
+        of_queries = functools.partial(_of_queries, K=K, heads=heads, block=query)
+        q, dout, delta = of_queries(q), of_queries(dout), of_queries(delta)
+        lse2 = of_queries(lse2, fill=-NONE_SEEN)
+        k, v = _of_keys(k, chunks * keys), _of_keys(v, chunks * keys)
+        if chunks == 1:
+            plan = schedule(view, query, key, self.scores)
+            results = kernels.backward(
+                call, plan, mask_rows(view), q, k, v, dout, lse2, delta, dtype
+            )
+        else:
+            results = _by_chunk(call, chunks, view, q, k, v, dout, lse2, delta)
+        dq, dk, dv = results
+        dq = jnp.moveaxis(dq.reshape(B, H, -1, h)[:, :, :T], 1, 2).astype(dtype)
+        dk, dv = (jnp.moveaxis(x[:, :, :S], 1, 2) for x in (dk * self.scores.scale, dv))
+        return dq, dk, dv
+
+    def _call(self, query: int, key: int, vmem: int, cost: pl.CostEstimate) -> kernels.Call:
+        """The call of blocks that need `vmem` bytes: half as many again are asked for, to spill."""
+        most = VMEM.get(self.chip or "", SMALLEST) * 15 // 16
+        vmem = min(max(vmem * 3 // 2, SMALLEST), most)
+        return kernels.Call(self.scores, query, key, vmem, self.interpret, cost)
 
 
-def _forward(q_BTHh, k_BSKh, v_BSKd, view, static: Static):
-    (B, T, H, h), (S, K, d) = q_BTHh.shape, v_BSKd.shape[1:]
-    heads = _heads(H // K, static.blocks.heads)
-    query, key = _fit(static.blocks.forward, heads, T, S, static.blocks)
-    rows = padded_rows(view, query, key, static.scores.causal)
-    visits, count = _schedule(rows, query, key, static)
-    call = _call(static, rows, query, key)._replace(
-        vmem=_budget(static.chip, forward_vmem(query, key, heads, h, d, q_BTHh.dtype.itemsize)),
-        cost=_cost(static, q_BTHh, v_BSKd, query, key, backward=False),
-    )
-    out, lse = kernels.forward(
-        call, visits, count, rows,
-        _of_queries(q_BTHh, K, heads, query), _of_keys(k_BSKh, key), _of_keys(v_BSKd, key),
-    )  # fmt: skip
-    out = jnp.moveaxis(out.reshape(B, H, -1, d)[:, :, :T], 1, 2)
-    lse = jnp.moveaxis(lse.reshape(B, H, -1)[:, :, :T], 1, 2)
-    # Named so that keeping "attention" keeps both, and the backward pass runs no forward kernel.
-    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-    return (out, lse), (q_BTHh, k_BSKh, v_BSKd, view, out, lse)
-
-
-def _backward(static: Static, saved, gradients):
-    q, k, v, view, out, lse = saved
-    dout, dlse = gradients
-    dq, dk, dv = _gradients(q, k, v, view, out, lse, dout, dlse, static, q.dtype)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), jax.tree.map(lambda _: None, view)
-
-
-_attend.defvjp(_forward, _backward)
-
-
-def _gradients(q_BTHh, k_BSKh, v_BSKd, view, out, lse, dout, dlse, static: Static, dq_dtype):
-    (B, T, H, h), (S, K, d) = q_BTHh.shape, v_BSKd.shape[1:]
-    heads = _heads(H // K, static.blocks.heads)
-    query, key = _fit(static.blocks.backward, heads, T, S, static.blocks)
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    if dlse is not None:
-        delta -= dlse
-    lse = jnp.where(lse < kernels.NONE_SEEN, -kernels.NONE_SEEN, lse * LOG2_E)
-    chunks = -(-S // static.blocks.resident)
-    keys = -(-S // (chunks * key)) * key
-    rows = padded_rows(view, query, chunks * keys, static.scores.causal)
-    call = _call(static, rows, query, key)._replace(
-        vmem=_budget(
-            static.chip, backward_vmem(query, key, keys, heads, h, d, q_BTHh.dtype.itemsize)
-        ),
-        cost=_cost(static, q_BTHh, v_BSKd, query, key, backward=True, chunks=chunks),
-    )
-    of_queries = functools.partial(_of_queries, K=K, heads=heads, block=query)
-    q, dout, delta = of_queries(q_BTHh), of_queries(dout.astype(q_BTHh.dtype)), of_queries(delta)
-    lse = of_queries(lse, fill=-kernels.NONE_SEEN)
-    k, v = _of_keys(k_BSKh, chunks * keys), _of_keys(v_BSKd, chunks * keys)
-    if chunks == 1:
-        visits, count = _schedule(rows, query, key, static)
-        dq, dk, dv = kernels.backward(
-            call, visits, count, rows, q, k, v, dout, lse, delta, dq_dtype
-        )
-    else:
-        dq, dk, dv = _by_chunk(call, chunks, static, rows, q, k, v, dout, lse, delta)
-    dq = jnp.moveaxis(dq.reshape(B, H, -1, h)[:, :, :T], 1, 2).astype(dq_dtype)
-    dk, dv = (jnp.moveaxis(x[:, :, :S], 1, 2) for x in (dk * static.scores.scale, dv))
-    return dq, dk, dv
-
-
-def _by_chunk(call, chunks: int, static: Static, rows: Rows, q, k, v, dout, lse, delta):
+def _by_chunk(call: kernels.Call, chunks: int, view: View, q, k, v, dout, lse2, delta):
     """The backward kernel once for each chunk of keys; the queries' gradients add up."""
 
     def cut(x: jax.Array | None, axis: int) -> jax.Array | None:
@@ -190,14 +140,14 @@ def _by_chunk(call, chunks: int, static: Static, rows: Rows, q, k, v, dout, lse,
 
     def chunk(dq, part):
         k, v, key_positions, key_segments = part
-        mine = rows._replace(key_positions=key_positions, key_segments=key_segments)
-        visits, count = schedule(mine, call.query, call.key, static.scores, False)
+        mine = View(view.query_positions, key_positions, view.query_segments, key_segments)
+        plan, rows = schedule(mine, call.query, call.key, call.scores), mask_rows(mine)
         dq, dk, dv = kernels.backward(
-            call, visits, count, mine, q, k, v, dout, lse, delta, jnp.float32, before=dq
+            call, plan, rows, q, k, v, dout, lse2, delta, jnp.float32, before=dq
         )
         return dq, (dk, dv)
 
-    parts = (cut(k, 2), cut(v, 2), cut(rows.key_positions, 1), cut(rows.key_segments, 1))
+    parts = (cut(k, 2), cut(v, 2), cut(view.key_positions, 1), cut(view.key_segments, 1))
     dq, (dk, dv) = jax.lax.scan(chunk, jnp.zeros(q.shape, jnp.float32), parts)
     dk, dv = (jnp.moveaxis(x, 0, 2).reshape(*k.shape[:3], -1) for x in (dk, dv))
     return dq, dk, dv
@@ -215,10 +165,6 @@ def _heads(group: int, most: int) -> int:
     return max(n for n in range(1, min(group, most) + 1) if group % n == 0)
 
 
-def _schedule(rows: Rows, query: int, key: int, static: Static) -> Any:
-    return schedule(rows, query, key, static.scores, static.in_order)
-
-
 def _of_queries(x: jax.Array, K: int, heads: int, block: int, fill: float = 0.0) -> jax.Array:
     """[B, T, H, ...] -> [B, K, N, g, T padded, ...]."""
     B, _, H = x.shape[:3]
@@ -231,27 +177,16 @@ def _of_keys(x_BSKh: jax.Array, block: int) -> jax.Array:
     return jnp.moveaxis(padded(x_BSKh, 1, block), 2, 1)
 
 
-def _budget(chip: str | None, estimate: int) -> int:
-    """VMEM to ask for: half as much again as the estimate, for what the compiler spills."""
-    return min(max(estimate * 3 // 2, SMALLEST), VMEM.get(chip or "", SMALLEST) * 15 // 16)
-
-
-def _call(static: Static, rows: Rows, query: int, key: int) -> kernels.Call:
-    segments = rows.query_segments is not None
-    none = pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0)
-    return kernels.Call(static.scores, segments, query, key, 0, static.interpret, none)
-
-
-def _cost(static: Static, q, v, query: int, key: int, *, backward: bool, chunks: int = 1):
+def _cost(kernel: Flash, q, v, query: int, key: int, backward: bool, chunks: int = 1):
     """Work of one call for the scores that count, where `chunks` calls share the keys.
 
     A block of keys is read again for each block of queries.
     """
     (B, T, H, h), (S, K, d) = q.shape, v.shape[1:]
-    scores = num_scores(T, S, static.scores)
+    scores = num_scores(T, S, kernel.scores)
     size = q.dtype.itemsize
     moved = B * T * (H * (h + d) * size + (H * (4 * h + 8) if backward else 4 * H))
-    groups = H // (K * _heads(H // K, static.blocks.heads))
+    groups = H // (K * _heads(H // K, kernel.blocks.heads))
     read = B * math.ceil(scores / (query * key)) * key * groups * K * (h + d) * size
     if backward:
         read += B * S * K * (h + d) * 4

@@ -9,20 +9,26 @@ See `flash_gpu_kernels` for the kernels and `sharded` for arrays that are split 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention import flash_gpu_kernels as kernels
-from lm.kernels.attention.common import kernel_flops, num_scores, padded, padded_rows, with_sinks
+from lm.kernels.attention.common import (
+    NONE_SEEN,
+    attend,
+    gradients,
+    kernel_flops,
+    mask_rows,
+    num_scores,
+    padded,
+    padded_view,
+)
 from lm.kernels.attention.flash_gpu_kernels import Ranges, Tile
-from lm.kernels.attention.flash_kernels import LOG2_E, NONE_SEEN, stack_rows
 from lm.kernels.attention.reference import View
-from lm.kernels.attention.schedule import Rows, pairs
+from lm.kernels.attention.schedule import pairs
 from lm.kernels.attention.scores import Scores
 
 SHARED_MEMORY = 227 * 1024  # bytes a program may use; CUDA programming guide, capability 9.0
@@ -52,25 +58,10 @@ TABLE = {
 }
 
 
-class Static(NamedTuple):
-    """What is known at trace time."""
-
-    scores: Scores
-    in_order: bool
-    tiles: Tiles
-
-
 def flash_attention_gpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    view: View,
-    scores: Scores,
-    *,
-    sinks: jax.Array | None = None,
-    return_lse: bool = False,
+    q, k, v, view: View, scores: Scores, *, sinks=None, return_lse: bool = False,
     tiles: Tiles | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """See `lm.kernels.attention.attention`; the arrays are whole, or one device's in a shard_map.
 
     Compiled for H200; never run. tanh, exp2 and log are the hardware's approximations.
@@ -82,41 +73,25 @@ def flash_attention_gpu(
     Raises:
       ValueError: another dtype or head size, or the tiles need more shared memory than there is.
     """
-    static = _static(q, k, v, view, scores, tiles)
-    results: Any = _attend(q, k, v, view, static)
-    out, lse = results
-    if sinks is not None:
-        out, lse = with_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
+    return attend(_kernel(q, k, v, scores, tiles), q, k, v, view, sinks, return_lse)
 
 
 def flash_attention_gpu_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    view: View,
-    scores: Scores,
-    out: jax.Array,
-    lse: jax.Array,
-    dout: jax.Array,
-    *,
-    dlse: jax.Array | None = None,
-    tiles: Tiles | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v, view: View, scores: Scores, out, lse, dout, *, dlse=None, tiles: Tiles | None = None
+) -> tuple[jax.Array, ...]:
     """See `lm.kernels.attention.attention_backward` and, for the rest, `flash_attention_gpu`.
 
     The gradients are of the arrays' precision, held as float32.
     """
-    static = _static(q, k, v, view, scores, tiles)
-    dq, dk, dv = _gradients(q, k, v, view, out, lse, dout, dlse, static)
-    return dq.astype(jnp.float32), dk.astype(jnp.float32), dv.astype(jnp.float32)
+    kernel = _kernel(q, k, v, scores, tiles)
+    results = gradients(kernel, q, k, v, view, out, lse, dout, dlse, q.dtype)
+    return tuple(x.astype(jnp.float32) for x in results)
 
 
-def _static(q, k, v, view, scores, tiles) -> Static:
-    if tiles is None:
-        tiles = _tiles(q.shape[3])
+def _kernel(q, k, v, scores: Scores, tiles: Tiles | None) -> FlashGpu:
+    tiles = tiles or _tiles(q.shape[3])
     _check(q, k, v, tiles)
-    return Static(scores, view.in_order, tiles)
+    return FlashGpu(scores, tiles)
 
 
 def forward_shared_memory(tile: Tile, head_dim: int) -> int:
@@ -178,71 +153,53 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles) -> None:
             )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, view: View, static: Static) -> tuple[jax.Array, jax.Array]:
-    return _forward(q, k, v, view, static)[0]
+class FlashGpu(NamedTuple):
+    """The `Kernel` of Hopper GPUs."""
 
+    scores: Scores
+    tiles: Tiles
 
-def _forward(q_BTHh, k_BSKh, v_BSKh, view, static: Static):
-    T, tile = q_BTHh.shape[1], static.tiles.forward
-    call, rows = _call(static, q_BTHh, k_BSKh, view, "forward")
-    out, lse = kernels.forward(call, rows, *_tiled(q_BTHh, k_BSKh, v_BSKh, tile))
-    out, lse = out[:, :T], jnp.moveaxis(lse[:, :, :T], 1, 2)
-    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-    return (out, lse), (q_BTHh, k_BSKh, v_BSKh, view, out, lse)
+    def forward(self, q_BTHh, k_BSKh, v_BSKh, view: View) -> tuple[jax.Array, jax.Array]:
+        T = q_BTHh.shape[1]
+        call, rows = self._call(q_BTHh, k_BSKh, view, "forward")
+        out, lse = kernels.forward(call, rows, *_tiled(q_BTHh, k_BSKh, v_BSKh, call.tile))
+        return out[:, :T], jnp.moveaxis(lse[:, :, :T], 1, 2)
 
+    def gradients(self, q, k, v, view: View, lse2, delta, dout, dtype: Any):
+        T, S = q.shape[1], k.shape[1]
+        delta, lse2 = (jnp.moveaxis(x, 1, 2) for x in (delta, lse2))  # [B, H, T]
 
-def _backward(static: Static, saved, gradients):
-    q, k, v, view, out, lse = saved
-    dq, dk, dv = _gradients(q, k, v, view, out, lse, *gradients, static=static)
-    return dq, dk, dv, jax.tree.map(lambda _: None, view)
+        def given(tile: Tile) -> list[jax.Array]:
+            return [
+                *_tiled(q, k, v, tile),
+                padded(dout, 1, tile.query),
+                padded(lse2, 2, tile.query, constant_values=-NONE_SEEN),
+                padded(delta, 2, tile.query),
+            ]
 
+        call, rows = self._call(q, k, view, "dq")
+        dq = kernels.backward_queries(call, rows, *given(call.tile))[:, :T]
+        found = []
+        for wanted in (("dk", "dv"),) if self.tiles.together else (("dk",), ("dv",)):
+            call, rows = self._call(q, k, view, "dkv" if self.tiles.together else wanted[0])
+            found += kernels.backward_keys(call, rows, *given(call.tile), wanted=wanted)
+        dk, dv = found
+        return dq.astype(dtype), dk[:, :S], dv[:, :S]
 
-_attend.defvjp(_forward, _backward)
-
-
-def _gradients(q, k, v, view, out, lse, dout, dlse, static: Static):
-    T, S = q.shape[1], k.shape[1]
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    if dlse is not None:
-        delta -= dlse
-    lse2 = jnp.where(lse < NONE_SEEN, -NONE_SEEN, lse * LOG2_E)
-    delta, lse2 = (jnp.moveaxis(x, 1, 2) for x in (delta, lse2))  # [B, H, T]
-    dout = dout.astype(q.dtype)
-
-    def given(tile: Tile) -> list[jax.Array]:
-        return [
-            *_tiled(q, k, v, tile),
-            padded(dout, 1, tile.query),
-            padded(lse2, 2, tile.query, constant_values=-NONE_SEEN),
-            padded(delta, 2, tile.query),
-        ]
-
-    call, rows = _call(static, q, k, view, "dq")
-    dq = kernels.backward_queries(call, rows, *given(call.tile))[:, :T]
-    gradients = []
-    for wanted in (("dk", "dv"),) if static.tiles.together else (("dk",), ("dv",)):
-        call, rows = _call(static, q, k, view, "dkv" if static.tiles.together else wanted[0])
-        gradients += kernels.backward_keys(call, rows, *given(call.tile), wanted=wanted)
-    dk, dv = gradients
-    return dq, dk[:, :S], dv[:, :S]
-
-
-def _call(static: Static, q, k, view: View, kernel: str) -> tuple[kernels.Call, Any]:
-    """The call of a kernel of `common.PRODUCTS`, and the rows its mask reads."""
-    (B, T, H, h), S = q.shape, k.shape[1]
-    of_keys = kernel.startswith(("dk", "dv"))
-    tile = static.tiles.dkv if of_keys else getattr(static.tiles, kernel)
-    rows = padded_rows(view, tile.query, tile.key, static.scores.causal)
-    possible, whole = pairs(rows, tile.query, tile.key, static.scores, static.in_order)
-    if of_keys:
-        possible, whole = possible.swapaxes(1, 2), whole.swapaxes(1, 2)
-    segments = rows.query_segments is not None
-    flops = kernel_flops(kernel, B * H * num_scores(T, S, static.scores), h, h)
-    call = kernels.Call(
-        static.scores, segments, static.in_order, tile, ranges(possible, whole), flops
-    )
-    return call, _mask_rows(call, rows)
+    def _call(self, q, k, view: View, kernel: str) -> tuple[kernels.Call, tuple[jax.Array, ...]]:
+        """The call of a kernel of `common.PRODUCTS`, and the rows its mask reads."""
+        (B, T, H, h), S = q.shape, k.shape[1]
+        of_keys = kernel.startswith(("dk", "dv"))
+        tile = self.tiles.dkv if of_keys else getattr(self.tiles, kernel)
+        view = padded_view(view, tile.query, tile.key, self.scores.causal)
+        possible, whole = pairs(view, tile.query, tile.key, self.scores)
+        if of_keys:
+            possible, whole = possible.swapaxes(1, 2), whole.swapaxes(1, 2)
+        segments, by_index = view.query_segments is not None, view.in_order
+        flops = kernel_flops(kernel, B * H * num_scores(T, S, self.scores), h, h)
+        visited = ranges(possible, whole)
+        call = kernels.Call(self.scores, segments, by_index, tile, visited, flops)
+        return call, mask_rows(view, positions=not by_index)
 
 
 def ranges(possible: Any, whole: Any) -> Ranges:
@@ -270,18 +227,6 @@ def ranges(possible: Any, whole: Any) -> Ranges:
     if xp is np:
         return Ranges(jnp.asarray(table), bool((first < start).any()), bool((stop < end).any()))
     return Ranges(table, True, True)
-
-
-def _mask_rows(call: kernels.Call, rows: Rows) -> tuple[jax.Array, ...]:
-    """int32 ([B, n, T], [B, n, S]): what the mask cannot derive from indices; () if nothing."""
-    if not call.by_index:
-        return (
-            stack_rows(rows.query_positions, rows.query_segments),
-            stack_rows(rows.key_positions, rows.key_segments),
-        )
-    if rows.query_segments is None:
-        return ()
-    return rows.query_segments[:, None], rows.key_segments[:, None]
 
 
 def _tiled(q: jax.Array, k: jax.Array, v: jax.Array, tile: Tile) -> tuple[jax.Array, ...]:

@@ -12,6 +12,7 @@ Shape suffixes: B batch, H query heads, K key/value heads, T queries, S keys, h 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lm.kernels.attention.common import declared
-from lm.kernels.attention.flash_kernels import LOG2_E, MASK, NONE_SEEN
+from lm.kernels.attention.common import LOG2_E, MASK, NONE_SEEN, declared
 from lm.kernels.attention.reference import NEGATIVE
 from lm.kernels.attention.scores import Scores
 
@@ -96,32 +96,44 @@ def _filled(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def _tokens(ref: Any, batch: Any, start: Any, size: int, axis: int) -> list[jax.Array]:
-    """Rows of int32 [B, n, tokens], n vectors along an axis of a product."""
-    return [
-        plgpu.load(ref.at[batch, i, pl.ds(start, size)], (), layout=_along(axis), optimized=False)
-        for i in range(ref.shape[1])
-    ]
+def _vector(ref: Any, axis: int) -> jax.Array:
+    """A vector in memory, held along an axis of a product."""
+    return plgpu.load(ref, (), layout=_along(axis), optimized=False)
 
 
-class _Rows:
-    """What the mask reads of queries and keys: positions, segments, both or neither."""
+class _Mask:
+    """Masks the products of a warpgroup's rows of a tile with blocks of the other side.
 
-    def __init__(self, call: Call, refs: Any, batch: Any, query_axis: int) -> None:
-        self.call, self.refs, self.batch, self.query_axis = call, refs, batch, query_axis
+    Rows are axis 0 of a product, the block's tokens axis 1. `refs` are int32 [B, n, tokens] of
+    queries and of keys: positions, segments, both, or no refs for neither.
+    """
 
-    def queries(self, start: Any, size: int) -> list[jax.Array]:
-        return _tokens(self.refs[0], self.batch, start, size, self.query_axis) if self.refs else []
+    def __init__(self, call: Call, refs: Any, batch: Any, start: Any, *, of_keys: bool) -> None:
+        self.call, self.refs, self.batch, self.start = call, refs, batch, start
+        self.query_axis = int(of_keys)
+        self.size = call.tile.query if of_keys else call.tile.key
+        self.own = self._load(self.query_axis, start, ROWS, 0)
 
-    def keys(self, start: Any, size: int) -> list[jax.Array]:
-        axis = 1 - self.query_axis
-        return _tokens(self.refs[1], self.batch, start, size, axis) if self.refs else []
+    def _load(self, side: int, start: Any, size: int, axis: int) -> list[jax.Array]:
+        if not self.refs:
+            return []
+        ref = self.refs[side]
+        return [
+            _vector(ref.at[self.batch, i, pl.ds(start, size)], axis) for i in range(ref.shape[1])
+        ]
 
-    def hide(
-        self, x: jax.Array, query_start: Any, key_start: Any, queries: Any, keys: Any
-    ) -> jax.Array:
-        """x where a query sees a key, `MASK` elsewhere."""
+    def others(self, block: Any) -> list[jax.Array]:
+        """What is read of a block's tokens."""
+        return self._load(1 - self.query_axis, block * self.size, self.size, 1)
+
+    def hide(self, x: jax.Array, block: Any, others: list[jax.Array] | None) -> jax.Array:
+        """x where a query sees a key, `MASK` elsewhere; x itself where `others` is None."""
+        if others is None:
+            return x
         scores, axis, shape = self.call.scores, self.query_axis, x.shape
+        order = slice(None, None, -1 if axis else 1)
+        query_start, key_start = (self.start, block * self.size)[order]
+        queries, keys = (self.own, others)[order]
         seen = None
 
         def both(a: Any, b: jax.Array) -> jax.Array:
@@ -195,23 +207,6 @@ def _buffer(shape: tuple[int, ...], dtype: Any) -> Any:
     )
 
 
-def _specialized(tile: Tile, wg: Any, compute: Callable[[], None], copy: Callable[[], None]):
-    """The computing warpgroups compute, the last copies, with registers as they need them."""
-    shared = tile.warpgroups > 1  # two groups alone have as many as a thread can address
-
-    @pl.when(wg < tile.warpgroups)
-    def _():
-        if shared:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        compute()
-
-    @pl.when(wg == tile.warpgroups)
-    def _():
-        if shared:
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        copy()
-
-
 def _ring(num_steps: Any, stages: int, buffers: Any, source: Callable[[Any], tuple[Any, ...]]):
     """Copies each step's blocks into the ring, as soon as their buffers are free.
 
@@ -240,23 +235,83 @@ def _ring(num_steps: Any, stages: int, buffers: Any, source: Callable[[Any], tup
     lax.fori_loop(0, jnp.minimum(num_steps, stages), drain, None)
 
 
-def _keys_and_values(tile: Tile, limits: Any, k_ref: Any, v_ref: Any, batch: Any, kv_head: Any):
-    """The `source` of a tile of queries."""
+class _Place(NamedTuple):
+    """A warpgroup's rows of a tile: where they start, and the `count` blocks they meet."""
 
-    def source(i: Any) -> tuple[Any, Any]:
-        at = (batch, pl.ds((limits[FIRST] + i) * tile.key, tile.key), kv_head)
-        return k_ref.at[at], v_ref.at[at]
+    batch: Any
+    head: Any
+    wg: Any
+    limits: list[Any]
+    count: Any
+    start: Any = None
 
-    return source
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        return self.batch, pl.ds(self.start, ROWS), self.head
 
 
-def _rings(tile: Tile) -> tuple[Any, Any, Any]:
-    """Barriers: of a ring that one copy fills, of one that two fill, and of either's freedom."""
+def _program(
+    call: Call, table: Any, num_rows: int, compute: Any, source: Any, rings: Any, heads: int = 0
+) -> None:
+    """A program: the computing warpgroups compute, the last one copies the blocks they meet.
+
+    Args:
+      call, table: the call, and its ranges in global memory.
+      num_rows: queries or keys that tiles are made of.
+      compute: of a `_Place`: a warpgroup's work.
+      source, rings: as `_ring`, of a `_Place` and a step.
+      heads: query heads whose blocks a tile of keys meets; 0 for a tile of queries.
+    """
+    tile, size = call.tile, ROWS * call.tile.warpgroups
+    head, batch, wg = (lax.axis_index(name) for name in ("heads", "batch", "wg"))
+    index = lax.axis_index("tiles")
+    if not heads:
+        index = num_rows // size - 1 - index  # the longest first
+    limits = _range(call, table, batch, index)
+    place = _Place(batch, head, wg, limits, limits[END] - limits[FIRST])
+    shared = tile.warpgroups > 1  # two groups alone have as many registers as a thread can address
+
+    @pl.when(wg < tile.warpgroups)
+    def _():
+        if shared:
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        compute(place._replace(start=index * size + wg * ROWS))
+
+    @pl.when(wg == tile.warpgroups)
+    def _():
+        if shared:
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        num_steps = heads * place.count if heads else place.count
+        _ring(num_steps, tile.stages, rings, functools.partial(source, place))
+
+
+def _keys_and_values(size: int, group: int, k_ref: Any, v_ref: Any, place: _Place, i: Any):
+    """The blocks of a step of a tile of queries, whose heads share keys in groups."""
+    tokens = pl.ds((place.limits[FIRST] + i) * size, size)
+    at = (place.batch, tokens, lax.div(place.head, jnp.int32(group)))
+    return k_ref.at[at], v_ref.at[at]
+
+
+def _write(value: jax.Array, buffer: Any, target: Any) -> None:
+    """Starts copying a value to global memory, by way of shared memory."""
+    buffer[...] = value.astype(buffer.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffer, target)
+
+
+def _scratch(tile: Tile, block: int, h: int, dtype: Any) -> tuple[Any, Any, Any, Any]:
+    """Buffers of warpgroups' rows and of a ring of blocks; barriers: rows ready, ring free."""
     return (
-        plgpu.Barrier(num_barriers=tile.stages),
-        plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+        _buffer((tile.warpgroups, ROWS, h), dtype),
+        _buffer((tile.stages, block, h), dtype),
+        plgpu.Barrier(num_barriers=tile.warpgroups),
         plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages),
     )
+
+
+def _ready(tile: Tile, copies: int = 1) -> Any:
+    """Barriers of a ring whose buffers that many copies fill."""
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=tile.stages)
 
 
 def _launch(call: Call, body: Callable[..., None], grid: tuple[int, int, int], out, scratch):
@@ -280,52 +335,38 @@ def forward(call: Call, rows: tuple[jax.Array, ...], q, k, v) -> tuple[jax.Array
 
     Args:
       call: sizes, mask and ranges of blocks of keys.
-      rows: int32 ([B, n, T], [B, n, S]), what the mask reads: positions (unless `by_index`) and
-        segments (if it has them); () for neither.
+      rows: what the mask reads, see `common.mask_rows`; positions are there unless `by_index`.
       q: [B, T, H, h]; the tile divides T.
       k, v: [B, S, K, h]; the block divides S.
     """
-    (B, T, H, h), K, tile = q.shape, k.shape[2], call.tile
-    shape = (ROWS, tile.key)
-    num_tiles = T // tile.query
+    (B, T, H, h), tile = q.shape, call.tile
 
     def flash_attention_forward(table, q_ref, k_ref, v_ref, *refs):
         *rows, out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem, q_ready = refs[:-5]
         k_ready, v_ready, k_free, v_free, turns = refs[-5:]
-        head, batch, wg = (lax.axis_index(name) for name in ("heads", "batch", "wg"))
-        index = num_tiles - 1 - lax.axis_index("tiles")  # the longest first
-        limits = _range(call, table, batch, index)
 
         def take_turns() -> None:
             if tile.warpgroups == 2:
                 plgpu.barrier_arrive(turns)
                 plgpu.barrier_wait(turns)
 
-        def compute() -> None:
-            start = index * tile.query + wg * ROWS
-            mine = (batch, pl.ds(start, ROWS), head)
-            plgpu.copy_gmem_to_smem(q_ref.at[mine], q_smem.at[wg], q_ready.at[wg])
-            mask = _Rows(call, rows, batch, 0)
-            queries = mask.queries(start, ROWS)
+        def compute(place: _Place) -> None:
+            wg = place.wg
+            plgpu.copy_gmem_to_smem(q_ref.at[place.rows], q_smem.at[wg], q_ready.at[wg])
+            mask = _Mask(call, rows, place.batch, place.start, of_keys=False)
             plgpu.barrier_wait(q_ready.at[wg])
 
             def step(block: Any, carry: Any, masked: bool) -> Any:
                 sums, top, total = carry
-                slot = lax.rem(block - limits[FIRST], jnp.int32(tile.stages))
-                keys = mask.keys(block * tile.key, tile.key) if masked else []
+                slot = lax.rem(block - place.limits[FIRST], jnp.int32(tile.stages))
+                others = mask.others(block) if masked else None
                 plgpu.barrier_wait(k_ready.at[slot])
-                x = _product(q_smem.at[wg], _transposed(k_smem.at[slot]), shape, take_turns)
+                keys = _transposed(k_smem.at[slot])
+                x = _product(q_smem.at[wg], keys, (ROWS, tile.key), take_turns)
                 plgpu.barrier_arrive(k_free.at[slot])
-                x = call.scores.capped(x)
-                if masked:
-                    x = mask.hide(x, start, block * tile.key, queries, keys)
-                new = jnp.maximum(top, jnp.max(x, axis=1))
-                decay = jnp.exp2((top - new) * call.slope)
-                weights = jnp.exp2(x * call.slope - _spread(new * call.slope, shape, 0))
-                total = total * decay + jnp.sum(weights, axis=1)
-                sums = sums * _spread(decay, (ROWS, h), 0)
-                weights = weights.astype(v_ref.dtype)
-                sums, total, new, weights = lax.optimization_barrier((sums, total, new, weights))
+                x = mask.hide(call.scores.capped(x), block, others)
+                state = _softmax(call, x, sums, top, total, v_ref.dtype)
+                sums, total, new, weights = lax.optimization_barrier(state)
                 plgpu.barrier_wait(v_ready.at[slot])
                 take_turns()
                 sums = _added(sums, weights, v_smem.at[slot])
@@ -339,7 +380,7 @@ def forward(call: Call, rows: tuple[jax.Array, ...], q, k, v) -> tuple[jax.Array
                 _filled((ROWS,), NONE_SEEN, _along(0)),
                 _filled((ROWS,), 0.0, _along(0)),
             )
-            sums, top, total = _phases(call, limits, step, carry)
+            sums, top, total = _phases(call, place.limits, step, carry)
             pl.when(wg == 0)(take_turns)
             blind = total == 0
             safe = jnp.where(blind, 1.0, total)
@@ -348,40 +389,39 @@ def forward(call: Call, rows: tuple[jax.Array, ...], q, k, v) -> tuple[jax.Array
             lse = top * call.scores.unit + jnp.log(safe)
             lse_smem.at[wg][...] = jnp.where(blind, NEGATIVE, lse)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[mine])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[batch, head, pl.ds(start, ROWS)])
+            plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[place.rows])
+            lse_rows = lse_ref.at[place.batch, place.head, pl.ds(place.start, ROWS)]
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_rows)
             plgpu.wait_smem_to_gmem(0)
 
-        def copy() -> None:
-            kv_head = lax.div(head, jnp.int32(H // K))
-            source = _keys_and_values(tile, limits, k_ref, v_ref, batch, kv_head)
-            buffers = ((k_smem, k_ready, k_free), (v_smem, v_ready, v_free))
-            _ring(limits[END] - limits[FIRST], tile.stages, buffers, source)
+        rings = (k_smem, k_ready, k_free), (v_smem, v_ready, v_free)
+        source = functools.partial(_keys_and_values, tile.key, H // k.shape[2], k_ref, v_ref)
+        _program(call, table, T, compute, source, rings)
 
-        _specialized(tile, wg, compute, copy)
-
-    one, _, free = _rings(tile)
-    ring = _buffer((tile.stages, tile.key, h), q.dtype)
-    scratch = [
-        _buffer((tile.warpgroups, ROWS, h), q.dtype), ring, ring,
-        plgpu.SMEM((tile.warpgroups, ROWS), jnp.float32),
-        plgpu.Barrier(num_barriers=tile.warpgroups), one, one, free, free,
-        plgpu.Barrier(num_arrivals=tile.warpgroups),
-    ]  # fmt: skip
-    out = [
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((B, H, T), jnp.float32),
-    ]
-    run = _launch(call, flash_attention_forward, (H, num_tiles, B), out, scratch)
+    mine, ring, here, free = _scratch(tile, tile.key, h, q.dtype)
+    lse_buffer = plgpu.SMEM((tile.warpgroups, ROWS), jnp.float32)
+    turns = plgpu.Barrier(num_arrivals=tile.warpgroups)
+    one = _ready(tile)
+    scratch = [mine, ring, ring, lse_buffer, here, one, one, free, free, turns]
+    out = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, T), jnp.float32)]
+    run = _launch(call, flash_attention_forward, (H, T // tile.query, B), out, scratch)
     return tuple(run(call.ranges.table, q, k, v, *rows))
 
 
-def _weights(call: Call, x: jax.Array, hide: Any, lse2: jax.Array):
+def _softmax(call: Call, x: jax.Array, sums, top, total, dtype: Any) -> tuple[jax.Array, ...]:
+    """(sums and total of the weights before, decayed; new maximum; weights of x, in `dtype`)."""
+    new = jnp.maximum(top, jnp.max(x, axis=1))
+    decay = jnp.exp2((top - new) * call.slope)
+    weights = jnp.exp2(x * call.slope - _spread(new * call.slope, x.shape, 0))
+    total = total * decay + jnp.sum(weights, axis=1)
+    sums = sums * _spread(decay, sums.shape, 0)
+    return sums, total, new, weights.astype(dtype)
+
+
+def _weights(call: Call, x: jax.Array, hide: Callable[[jax.Array], jax.Array], lse2: jax.Array):
     """(weights, d(score held)/d(product)) from products; lse2 spread, in powers of two."""
-    x = capped = call.scores.capped(x)
-    if hide is not None:
-        x = hide(x)
-    weights = jnp.exp2(x * call.slope - lse2)
+    capped = call.scores.capped(x)
+    weights = jnp.exp2(hide(capped) * call.slope - lse2)
     return weights, None if call.scores.softcap is None else 1.0 - capped * capped
 
 
@@ -400,28 +440,20 @@ def backward_queries(call: Call, rows, q, k, v, dout, lse2, delta) -> jax.Array:
       lse2: float32 [B, H, T], log-sum-exp in powers of two; 1e30 where every weight is 0.
       delta: float32 [B, H, T], the sum of dout * out less the gradient of the log-sum-exp.
     """
-    (B, T, H, h), K, tile = q.shape, k.shape[2], call.tile
+    (B, T, H, h), tile = q.shape, call.tile
     shape = (ROWS, tile.key)
-    num_tiles = T // tile.query
 
     def flash_attention_backward_queries(table, q_ref, k_ref, v_ref, dout_ref, *refs):
         lse_ref, delta_ref, *rows, dq_ref, q_smem, dout_smem, k_smem, v_smem = refs[:-6]
         q_ready, dout_ready, k_ready, v_ready, k_free, v_free = refs[-6:]
-        head, batch, wg = (lax.axis_index(name) for name in ("heads", "batch", "wg"))
-        index = num_tiles - 1 - lax.axis_index("tiles")
-        limits = _range(call, table, batch, index)
 
-        def compute() -> None:
-            start = index * tile.query + wg * ROWS
-            mine = (batch, pl.ds(start, ROWS), head)
-            plgpu.copy_gmem_to_smem(q_ref.at[mine], q_smem.at[wg], q_ready.at[wg])
-            plgpu.copy_gmem_to_smem(dout_ref.at[mine], dout_smem.at[wg], dout_ready.at[wg])
-            mask = _Rows(call, rows, batch, 0)
-            queries = mask.queries(start, ROWS)
+        def compute(place: _Place) -> None:
+            wg = place.wg
+            plgpu.copy_gmem_to_smem(q_ref.at[place.rows], q_smem.at[wg], q_ready.at[wg])
+            plgpu.copy_gmem_to_smem(dout_ref.at[place.rows], dout_smem.at[wg], dout_ready.at[wg])
+            mask = _Mask(call, rows, place.batch, place.start, of_keys=False)
             lse2, delta = (
-                plgpu.load(
-                    ref.at[batch, head, pl.ds(start, ROWS)], (), layout=_along(0), optimized=False
-                )
+                _vector(ref.at[place.batch, place.head, pl.ds(place.start, ROWS)], 0)
                 for ref in (lse_ref, delta_ref)
             )
             plgpu.barrier_wait(q_ready.at[wg])
@@ -429,15 +461,12 @@ def backward_queries(call: Call, rows, q, k, v, dout, lse2, delta) -> jax.Array:
 
             def step(block: Any, carry: Any, masked: bool) -> Any:
                 dq, lse2, delta = carry
-                slot = lax.rem(block - limits[FIRST], jnp.int32(tile.stages))
-                keys = mask.keys(block * tile.key, tile.key) if masked else []
+                slot = lax.rem(block - place.limits[FIRST], jnp.int32(tile.stages))
+                others = mask.others(block) if masked else None
                 plgpu.barrier_wait(k_ready.at[slot])
                 x = _product(q_smem.at[wg], _transposed(k_smem.at[slot]), shape)
-
-                def hide(x: jax.Array) -> jax.Array:
-                    return mask.hide(x, start, block * tile.key, queries, keys)
-
-                weights, bend = _weights(call, x, hide if masked else None, _spread(lse2, shape, 0))
+                hide = functools.partial(mask.hide, block=block, others=others)
+                weights, bend = _weights(call, x, hide, _spread(lse2, shape, 0))
                 plgpu.barrier_wait(v_ready.at[slot])
                 dweights = _product(dout_smem.at[wg], _transposed(v_smem.at[slot]), shape)
                 plgpu.barrier_arrive(v_free.at[slot])
@@ -447,37 +476,20 @@ def backward_queries(call: Call, rows, q, k, v, dout, lse2, delta) -> jax.Array:
                 return dq, lse2, delta
 
             carry = (_filled((ROWS, h), 0.0, plgpu.Layout.WGMMA), lse2, delta)
-            dq, _, _ = _phases(call, limits, step, carry)
-            q_smem.at[wg][...] = (dq * call.scores.scale).astype(q_ref.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[mine])
+            dq, _, _ = _phases(call, place.limits, step, carry)
+            _write(dq * call.scores.scale, q_smem.at[wg], dq_ref.at[place.rows])
             plgpu.wait_smem_to_gmem(0)
 
-        def copy() -> None:
-            kv_head = lax.div(head, jnp.int32(H // K))
-            source = _keys_and_values(tile, limits, k_ref, v_ref, batch, kv_head)
-            buffers = ((k_smem, k_ready, k_free), (v_smem, v_ready, v_free))
-            _ring(limits[END] - limits[FIRST], tile.stages, buffers, source)
+        rings = (k_smem, k_ready, k_free), (v_smem, v_ready, v_free)
+        source = functools.partial(_keys_and_values, tile.key, H // k.shape[2], k_ref, v_ref)
+        _program(call, table, T, compute, source, rings)
 
-        _specialized(tile, wg, compute, copy)
-
-    one, _, free = _rings(tile)
-    mine = _buffer((tile.warpgroups, ROWS, h), q.dtype)
-    ring = _buffer((tile.stages, tile.key, h), q.dtype)
-    here = plgpu.Barrier(num_barriers=tile.warpgroups)
+    mine, ring, here, free = _scratch(tile, tile.key, h, q.dtype)
+    one = _ready(tile)
     scratch = [mine, mine, ring, ring, here, here, one, one, free, free]
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    run = _launch(call, flash_attention_backward_queries, (H, num_tiles, B), out, scratch)
+    run = _launch(call, flash_attention_backward_queries, (H, T // tile.query, B), out, scratch)
     return run(call.ranges.table, q, k, v, dout, lse2, delta, *rows)
-
-
-def _scratch_of_keys(tile: Tile, h: int, dtype: Any) -> list[Any]:
-    _, two, free = _rings(tile)
-    mine = _buffer((tile.warpgroups, ROWS, h), dtype)
-    ring = _buffer((tile.stages, tile.query, h), dtype)
-    vectors = plgpu.SMEM((tile.stages, tile.query), jnp.float32)
-    here = plgpu.Barrier(num_barriers=tile.warpgroups)
-    return [mine, mine, ring, ring, vectors, vectors, here, here, two, two, free, free]
 
 
 def backward_keys(
@@ -493,90 +505,70 @@ def backward_keys(
       wanted: "dk", "dv" or both.
     """
     (B, _, H, h), (S, K), tile = q.shape, k.shape[1:3], call.tile
-    shape = (ROWS, tile.query)
-    num_tiles, group = S // tile.key, H // K
-    need_v = "dk" in wanted
+    shape, group = (ROWS, tile.query), H // K
 
     def flash_attention_backward_keys(table, q_ref, k_ref, v_ref, dout_ref, *refs):
-        lse_ref, delta_ref, *refs = refs
-        *refs, k_ready, v_ready, q_ready, dout_ready, q_free, dout_free = refs
+        lse_ref, delta_ref, *refs, k_ready, v_ready, q_ready, dout_ready, q_free, dout_free = refs
         *refs, k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem = refs
         rows, out_refs = refs[: -len(wanted)], refs[-len(wanted) :]
-        kv_head, index, batch, wg = map(lax.axis_index, ("heads", "tiles", "batch", "wg"))
-        limits = _range(call, table, batch, index)
-        count = limits[END] - limits[FIRST]
+        own = [(k_ref, k_smem, k_ready), (v_ref, v_smem, v_ready)][: 1 + ("dk" in wanted)]
 
-        def compute() -> None:
-            start = index * tile.key + wg * ROWS
-            mine = (batch, pl.ds(start, ROWS), kv_head)
-            plgpu.copy_gmem_to_smem(k_ref.at[mine], k_smem.at[wg], k_ready.at[wg])
-            if need_v:
-                plgpu.copy_gmem_to_smem(v_ref.at[mine], v_smem.at[wg], v_ready.at[wg])
-            mask = _Rows(call, rows, batch, 1)
-            keys = mask.keys(start, ROWS)
-            plgpu.barrier_wait(k_ready.at[wg])
-            if need_v:
-                plgpu.barrier_wait(v_ready.at[wg])
+        def compute(place: _Place) -> None:
+            wg, limits = place.wg, place.limits
+            for ref, buffer, ready in own:
+                plgpu.copy_gmem_to_smem(ref.at[place.rows], buffer.at[wg], ready.at[wg])
+            mask = _Mask(call, rows, place.batch, place.start, of_keys=True)
+            for _, _, ready in own:
+                plgpu.barrier_wait(ready.at[wg])
 
             def step(head: Any, block: Any, sums: dict[str, Any], masked: bool) -> dict[str, Any]:
-                slot = lax.rem(head * count + block - limits[FIRST], jnp.int32(tile.stages))
-                queries = mask.queries(block * tile.query, tile.query) if masked else []
+                slot = lax.rem(head * place.count + block - limits[FIRST], jnp.int32(tile.stages))
+                others = mask.others(block) if masked else None
                 plgpu.barrier_wait(q_ready.at[slot])
                 x = _product(k_smem.at[wg], _transposed(q_smem.at[slot]), shape)
-                lse2 = plgpu.load(lse_smem.at[slot], (), layout=_along(1), optimized=False)
-
-                def hide(x: jax.Array) -> jax.Array:
-                    return mask.hide(x, block * tile.query, start, queries, keys)
-
-                weights, bend = _weights(call, x, hide if masked else None, _spread(lse2, shape, 1))
+                lse2 = _vector(lse_smem.at[slot], 1)
+                hide = functools.partial(mask.hide, block=block, others=others)
+                weights, bend = _weights(call, x, hide, _spread(lse2, shape, 1))
                 plgpu.barrier_wait(dout_ready.at[slot])
-                sums = dict(sums)
+                dout, sums, dx = dout_smem.at[slot], dict(sums), None
                 if "dv" in wanted:
-                    sums["dv"] = _added(
-                        sums["dv"], weights.astype(dout_ref.dtype), dout_smem.at[slot]
-                    )
+                    sums["dv"] = _added(sums["dv"], weights.astype(dout_ref.dtype), dout)
                 if "dk" in wanted:
-                    dweights = _product(v_smem.at[wg], _transposed(dout_smem.at[slot]), shape)
-                    delta = plgpu.load(delta_smem.at[slot], (), layout=_along(1), optimized=False)
+                    dweights = _product(v_smem.at[wg], _transposed(dout), shape)
+                    delta = _vector(delta_smem.at[slot], 1)
                     dx = _dproducts(weights, dweights, _spread(delta, shape, 1), bend)
-                    plgpu.barrier_arrive(dout_free.at[slot])
+                plgpu.barrier_arrive(dout_free.at[slot])
+                if dx is not None:
                     sums["dk"] = _added(sums["dk"], dx.astype(q_ref.dtype), q_smem.at[slot])
-                else:
-                    plgpu.barrier_arrive(dout_free.at[slot])
                 plgpu.barrier_arrive(q_free.at[slot])
                 return sums
 
-            def of_head(head: Any, sums: dict[str, Any]) -> dict[str, Any]:
-                return _phases(
-                    call, limits, lambda block, sums, masked: step(head, block, sums, masked), sums
-                )
-
             zeros = {name: _filled((ROWS, h), 0.0, plgpu.Layout.WGMMA) for name in wanted}
-            sums = lax.fori_loop(0, group, of_head, zeros)
+            meet = functools.partial(_phases, call, limits)
+            sums = lax.fori_loop(
+                0, group, lambda head, sums: meet(functools.partial(step, head), sums), zeros
+            )
             for name, out_ref in zip(wanted, out_refs, strict=True):
-                buffer = {"dk": k_smem, "dv": v_smem}[name].at[wg]
-                scale = call.scores.scale if name == "dk" else 1.0
-                buffer[...] = (sums[name] * scale).astype(k_ref.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(buffer, out_ref.at[mine])
+                buffer, scale = {"dk": (k_smem, call.scores.scale), "dv": (v_smem, 1.0)}[name]
+                _write(sums[name] * scale, buffer.at[wg], out_ref.at[place.rows])
             plgpu.wait_smem_to_gmem(0)
 
-        def copy() -> None:
-            def source(i: Any) -> tuple[Any, ...]:
-                head = kv_head * group + lax.div(i, count)
-                tokens = pl.ds((limits[FIRST] + lax.rem(i, count)) * tile.query, tile.query)
-                at, vector = (batch, tokens, head), (batch, head, tokens)
-                return q_ref.at[at], lse_ref.at[vector], dout_ref.at[at], delta_ref.at[vector]
+        def source(place: _Place, i: Any) -> tuple[Any, ...]:
+            head = place.head * group + lax.div(i, place.count)
+            start = (place.limits[FIRST] + lax.rem(i, place.count)) * tile.query
+            at = (place.batch, pl.ds(start, tile.query), head)
+            vector = (place.batch, head, pl.ds(start, tile.query))
+            return q_ref.at[at], lse_ref.at[vector], dout_ref.at[at], delta_ref.at[vector]
 
-            buffers = (
-                (q_smem, q_ready, q_free), (lse_smem, q_ready, None),
-                (dout_smem, dout_ready, dout_free), (delta_smem, dout_ready, None),
-            )  # fmt: skip
-            _ring(group * count, tile.stages, buffers, source)
+        rings = (
+            (q_smem, q_ready, q_free), (lse_smem, q_ready, None),
+            (dout_smem, dout_ready, dout_free), (delta_smem, dout_ready, None),
+        )  # fmt: skip
+        _program(call, table, S, compute, source, rings, heads=group)
 
-        _specialized(tile, wg, compute, copy)
-
-    scratch = _scratch_of_keys(tile, h, q.dtype)
+    mine, ring, here, free = _scratch(tile, tile.query, h, q.dtype)
+    vectors, two = plgpu.SMEM((tile.stages, tile.query), jnp.float32), _ready(tile, copies=2)
+    scratch = [mine, mine, ring, ring, vectors, vectors, here, here, two, two, free, free]
     out = [jax.ShapeDtypeStruct(k.shape, k.dtype) for _ in wanted]
-    run = _launch(call, flash_attention_backward_keys, (K, num_tiles, B), out, scratch)
+    run = _launch(call, flash_attention_backward_keys, (K, S // tile.key, B), out, scratch)
     return tuple(run(call.ranges.table, q, k, v, dout, lse2, delta, *rows))

@@ -22,24 +22,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lm.kernels.attention.common import LOG2_E, MASK, NONE_SEEN
 from lm.kernels.attention.reference import NEGATIVE
-from lm.kernels.attention.schedule import FIRST, LAST, MASKED, RUN, Rows, key_block, query_block
+from lm.kernels.attention.schedule import (
+    FIRST,
+    LAST,
+    MASKED,
+    RUN,
+    Schedule,
+    key_block,
+    query_block,
+)
 from lm.kernels.attention.scores import Scores
 
-LOG2_E = math.log2(math.e)
 UNIT = 256
 # Units written out at a time: of the forward kernel's unmasked blocks (its two products leave the
 # compiler the most to overlap), and of all else.
 FORWARD_UNROLLED, UNROLLED = 8, 4
-# A score that no query sees, and the maximum before any was seen: so far apart that the weight of
-# the one under the other is 0, though exp(MASK - MASK) would be 1.
-MASK, NONE_SEEN = -1e37, -1e30
-
-
-def stack_rows(positions: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """int32 [B, 1 or 2, T]: what the kernels read of a View."""
-    rows = (positions,) if segments is None else (positions, segments)
-    return jnp.stack(rows, axis=1)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -68,8 +67,8 @@ def _each_part(key: int, num_heads: int, unrolled: int, work: Any) -> None:
     jax.lax.fori_loop(0, key // (parts * size), step, 0)
 
 
-def _seen(query_rows: Any, key_rows: Any, keys: Any, scores: Scores, segments: bool):
-    """bool [s, t] from int32 refs [1, n, t] and [1, n, s], for some of the keys."""
+def _seen(query_rows: Any, key_rows: Any, keys: Any, scores: Scores):
+    """bool [s, t] from int32 refs [1, n, t] and [1, n, s], for some of the keys; n is 1 or 2."""
 
     def column(i: int) -> jax.Array:
         row = key_rows[0, i : i + 1, keys]
@@ -84,7 +83,7 @@ def _seen(query_rows: Any, key_rows: Any, keys: Any, scores: Scores, segments: b
         seen = near if seen is None else seen & near
         if not scores.causal:
             seen &= distance > -scores.window
-    if segments:
+    if key_rows.shape[1] == 2:
         same = query_rows[0, 1:2, :] == column(1)
         seen = same if seen is None else seen & same
     return jnp.ones(distance.shape, bool) if seen is None else seen
@@ -92,7 +91,7 @@ def _seen(query_rows: Any, key_rows: Any, keys: Any, scores: Scores, segments: b
 
 def _forward_kernel(
     visits, query_rows, key_rows, q_ref, k_ref, v_ref, out_ref, lse_ref, top, total, sums,
-    *, scores: Scores, segments: bool, visit_of,
+    *, scores: Scores, visit_of,
 ):  # fmt: skip
     """top, total: f32 [g, 1, t]; sums: f32 [g, d, t]."""
     visit = visit_of(visits)
@@ -118,7 +117,7 @@ def _forward_kernel(
             if i + 1 < len(units):
                 following = products(*units[i + 1])
             if masked:
-                x = jnp.where(_seen(query_rows, key_rows, keys, scores, segments), x, MASK)
+                x = jnp.where(_seen(query_rows, key_rows, keys, scores), x, MASK)
             old = top[head]
             new = jnp.maximum(old, jnp.max(x, axis=0, keepdims=True))
             weights = jnp.exp2(x * slope - new * slope)
@@ -153,7 +152,7 @@ def _when_run(visit: Any, key: int, num_heads: int, unrolled: int, part: Any) ->
 
 def _backward_kernel(
     visits, query_rows, key_rows, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs,
-    scores: Scores, segments: bool, visit_of, key: int,
+    scores: Scores, visit_of, key: int,
 ):  # fmt: skip
     """refs: perhaps what dq is added to, dq, dk, dv, and a sum f32 [g, h, t].
 
@@ -193,7 +192,7 @@ def _backward_kernel(
                 following = products(*units[i + 1])
             x = capped = scores.capped(x)
             if masked:
-                x = jnp.where(_seen(query_rows, key_rows, keys, scores, segments), x, MASK)
+                x = jnp.where(_seen(query_rows, key_rows, keys, scores), x, MASK)
             weights = jnp.exp2(x * slope - lse_ref[0, 0, 0, head : head + 1, :])
             dx = weights * (dweights - delta_ref[0, 0, 0, head : head + 1, :])
             if scores.softcap is not None:
@@ -220,7 +219,6 @@ class Call(NamedTuple):
     """One call of either kernel, but for its arrays."""
 
     scores: Scores
-    segments: bool
     query: int  # tokens of a block
     key: int
     vmem: int  # bytes the kernel may use
@@ -261,131 +259,101 @@ def _specs(call: Call, visits: Any, num_rows: int):
     return visit_of, of_queries, of_keys, [query_rows, key_rows]
 
 
-def _rows(rows: Rows) -> tuple[jax.Array, jax.Array]:
-    return (
-        stack_rows(rows.query_positions, rows.query_segments),
-        stack_rows(rows.key_positions, rows.key_segments),
-    )
-
-
-def forward(call: Call, visits, count, rows: Rows, q, k, v) -> tuple[jax.Array, jax.Array]:
+def forward(call: Call, plan: Schedule, rows, q, k, v) -> tuple[jax.Array, jax.Array]:
     """(out [B, K, N, g, T, d] of q's dtype, lse float32 [B, K, N, g, T]).
 
     Args:
       call: sizes and mask.
-      visits, count: a `Schedule`.
-      rows: positions and segments.
+      plan: the visits.
+      rows: positions and segments, see `common.mask_rows`.
       q: [B, K, N, g, T, h]; T a multiple of the block.
       k, v: [B, K, S, h] and [B, K, S, d].
     """
-    B, K, N, g, T, h = q.shape
-    d = v.shape[3]
-    row_arrays = _rows(rows)
-    visit_of, of_queries, of_keys, row_specs = _specs(call, visits, row_arrays[0].shape[1])
-    kernel = functools.partial(
-        _forward_kernel, scores=call.scores, segments=call.segments, visit_of=visit_of
-    )
-    call_on = functools.partial(
-        pl.pallas_call,
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(B, K, N, count),
-            in_specs=[*row_specs, of_queries(g, call.query, h), of_keys(h), of_keys(d)],
-            out_specs=[of_queries(g, call.query, d), of_queries(g, call.query)],
-            scratch_shapes=[
-                pltpu.VMEM((g, 1, call.query), jnp.float32),
-                pltpu.VMEM((g, 1, call.query), jnp.float32),
-                pltpu.VMEM((g, d, call.query), jnp.float32),
-            ],
-        ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B, K, N, g, T, d), q.dtype),
-            jax.ShapeDtypeStruct((B, K, N, g, T), jnp.float32),
-        ],
-        **_options(call, True, "flash_attention_forward"),
-    )
-    return _launch(call, call_on, jnp.asarray(visits).reshape(-1), *row_arrays, q, k, v)
+    g, h, d = q.shape[3], q.shape[5], v.shape[3]
+    visit_of, of_queries, of_keys, row_specs = _specs(call, plan.visits, rows[0].shape[1])
+    return _launch(
+        call, plan, "flash_attention_forward",
+        functools.partial(_forward_kernel, scores=call.scores, visit_of=visit_of),
+        (*rows, q, k, v),
+        [*row_specs, of_queries(g, call.query, h), of_keys(h), of_keys(d)],
+        [of_queries(g, call.query, d), of_queries(g, call.query)],
+        [((*q.shape[:5], d), q.dtype), (q.shape[:5], jnp.float32)],
+        [(g, 1, call.query), (g, 1, call.query), (g, d, call.query)],
+        groups="parallel",
+    )  # fmt: skip
 
 
 def backward(
-    call: Call, visits, count, rows: Rows, q, k, v, dout, lse2, delta, dq_dtype, before=None
+    call: Call, plan: Schedule, rows, q, k, v, dout, lse2, delta, dq_dtype, before=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq [B, K, N, g, T, h], dk [B, K, S, h] / scale, dv [B, K, S, d]); the latter two float32.
 
     Args:
-      call, visits, count, rows, q, k, v: as `forward`.
+      call, plan, rows, q, k, v: as `forward`.
       dout: [B, K, N, g, T, d].
-      lse2: float32 [B, K, N, g, T], log-sum-exp in powers of two; 1e30 where every weight is 0.
-      delta: float32 [B, K, N, g, T], the sum of dout * out less the gradient of the log-sum-exp.
+      lse2, delta: float32 [B, K, N, g, T], see `common.Kernel`.
       dq_dtype: of dq.
       before: what dq is added to, in its place; None for zeros.
     """
-    B, K, N, g, T, h = q.shape
+    g, h = q.shape[3], q.shape[5]
     S, d = v.shape[2:]
-    row_arrays = _rows(rows)
-    visit_of, of_queries, of_keys, row_specs = _specs(call, visits, row_arrays[0].shape[1])
-    kernel = functools.partial(
-        _backward_kernel,
-        scores=call.scores,
-        segments=call.segments,
-        visit_of=visit_of,
-        key=call.key,
-    )
-
-    arrays = (jnp.asarray(visits).reshape(-1), *row_arrays, q, k, v, dout, lse2, delta)
-    more_specs = [] if before is None else [of_queries(g, call.query, h)]
+    visit_of, of_queries, of_keys, row_specs = _specs(call, plan.visits, rows[0].shape[1])
+    of_q, of_row = of_queries(g, call.query, h), of_queries(g, call.query)
 
     def resident(size: int):
         return pl.BlockSpec((1, 1, S, size), lambda b, k, n, p, flat: (b, k, 0, 0))
 
+    arrays = (*rows, q, k, v, dout, lse2, delta)
+    specs = [*row_specs, of_q, of_keys(h), of_keys(d), of_queries(g, call.query, d), of_row, of_row]
+    more = () if before is None else (before,)
+    return _launch(
+        call, plan, "flash_attention_backward",
+        functools.partial(
+            _backward_kernel, scores=call.scores, visit_of=visit_of, key=call.key
+        ),
+        (*arrays, *more),
+        [*specs, *[of_q] * len(more)],
+        [of_q, resident(h), resident(d)],
+        [(q.shape, dq_dtype), (k.shape, jnp.float32), (v.shape, jnp.float32)],
+        [(g, h, call.query)],
+        groups="arbitrary",
+        input_output_aliases={1 + len(arrays) + i: i for i in range(len(more))},
+    )  # fmt: skip
+
+
+def _launch(
+    call: Call, plan: Schedule, name: str, kernel: Any, arrays: Any, in_specs: Any, out_specs: Any,
+    out: Any, scratch: Any, *, groups: Any, **options: Any,
+) -> Any:  # fmt: skip
+    """The results of a kernel over all visits.
+
+    Args:
+      out: (shape, dtype) of each result.
+      scratch: shapes of its float32 scratch.
+      groups: "parallel" or "arbitrary": whether groups of heads may run apart.
+      options: of `pl.pallas_call`.
+    """
+    B, K, N = arrays[2].shape[:3]
     call_on = functools.partial(
         pl.pallas_call,
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, K, N, count),
-            in_specs=[
-                *row_specs,
-                of_queries(g, call.query, h),
-                of_keys(h),
-                of_keys(d),
-                of_queries(g, call.query, d),
-                of_queries(g, call.query),
-                of_queries(g, call.query),
-                *more_specs,
-            ],
-            out_specs=[of_queries(g, call.query, h), resident(h), resident(d)],
-            scratch_shapes=[pltpu.VMEM((g, h, call.query), jnp.float32)],
+            grid=(B, K, N, plan.count),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B, K, N, g, T, h), dq_dtype),
-            jax.ShapeDtypeStruct((B, K, S, h), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, S, d), jnp.float32),
-        ],
-        input_output_aliases={} if before is None else {len(arrays): 0},
-        **_options(call, False, "flash_attention_backward"),
-    )
-    return _launch(call, call_on, *arrays, *([] if before is None else [before]))
-
-
-def _options(call: Call, groups_apart: bool, name: str) -> dict[str, Any]:
-    return {
-        "compiler_params": pltpu.CompilerParams(
-            dimension_semantics=(
-                "parallel",
-                "parallel",
-                "parallel" if groups_apart else "arbitrary",
-                "arbitrary",
-            ),
+        out_shape=[jax.ShapeDtypeStruct(*one) for one in out],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", groups, "arbitrary"),
             vmem_limit_bytes=call.vmem,
         ),
-        "cost_estimate": call.cost,
-        "name": name,
-    }
-
-
-def _launch(call: Call, call_on: Any, *arrays: jax.Array) -> Any:
+        cost_estimate=call.cost,
+        name=name,
+        **options,
+    )
+    arrays = (jnp.asarray(plan.visits).reshape(-1), *arrays)
     if call.interpret is not None:
         return call_on(interpret=call.interpret)(*arrays)
     return jax.lax.platform_dependent(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.kernels.attention.reference import View
 from lm.kernels.attention.scores import Scores
 
 RUN, MASKED, FIRST, LAST = 1, 2, 4, 8  # flags: FIRST and LAST of a block of queries
@@ -49,55 +50,43 @@ def key_block(visit: Any) -> Any:
     return (visit >> FLAG_BITS) & (MAX_BLOCKS - 1)
 
 
-class Rows(NamedTuple):
-    """Positions and segments, padded to whole blocks; segments are None where all are one."""
-
-    query_positions: Any  # int32 [B, T]
-    key_positions: Any  # int32 [B, S]
-    query_segments: Any
-    key_segments: Any
-
-
-def schedule(rows: Rows, query: int, key: int, scores: Scores, in_order: bool) -> Schedule:
+def schedule(view: View, query: int, key: int, scores: Scores) -> Schedule:
     """The visits of attention with blocks of `query` and `key` tokens.
 
     Args:
-      rows: their lengths are multiples of the blocks.
+      view: of lengths that are multiples of the blocks. In order without segments, the list is
+        known at trace time, and is a NumPy array.
       query, key: tokens of a block.
       scores: of which `causal` and `window` count here.
-      in_order: queries and keys are the same tokens in order; if there are no segments either, the
-        list is known at trace time, and is a NumPy array.
 
     Raises:
       ValueError: there are more blocks than the list can hold.
     """
-    B, T = rows.query_positions.shape
-    num_queries, num_keys = T // query, rows.key_positions.shape[1] // key
+    B, T = view.query_positions.shape
+    num_queries, num_keys = T // query, view.key_positions.shape[1] // key
     if num_queries > MAX_BLOCKS or num_keys > MAX_BLOCKS:
-        raise ValueError(_too_long(T, rows.key_positions.shape[1]))
-    possible, whole = pairs(rows, query, key, scores, in_order)
-    if in_order and rows.query_segments is None:
+        raise ValueError(_too_long(T, view.key_positions.shape[1]))
+    possible, whole = pairs(view, query, key, scores)
+    if view.in_order and view.query_segments is None:
         visits, count = _listed(np, possible, whole)
         return Schedule(visits[:, : int(count)], int(count))
     if B * num_queries * num_keys > MAX_VISITS:
         possible, whole = possible.any(0, keepdims=True), whole.all(0, keepdims=True)
         if num_queries * num_keys > MAX_VISITS:
-            raise ValueError(_too_long(T, rows.key_positions.shape[1]))
+            raise ValueError(_too_long(T, view.key_positions.shape[1]))
     return Schedule(*_listed(jnp, possible, whole))
 
 
-def pairs(rows: Rows, query: int, key: int, scores: Scores, in_order: bool) -> tuple[Any, Any]:
+def pairs(view: View, query: int, key: int, scores: Scores) -> tuple[Any, Any]:
     """bool [B or 1, num_queries, num_keys] twice: may a query see a key; do all see all.
 
     NumPy arrays where in order without segments, else JAX ones. Arguments as `schedule`.
     """
-    num_queries, num_keys = (
-        rows.query_positions.shape[1] // query, rows.key_positions.shape[1] // key
-    )  # fmt: skip
-    possible, whole = _by_index(num_queries, num_keys, query, key, scores, in_order)
-    if in_order and rows.query_segments is None:
+    T, S = view.query_positions.shape[1], view.key_positions.shape[1]
+    possible, whole = _by_index(T // query, S // key, query, key, scores, view.in_order)
+    if view.in_order and view.query_segments is None:
         return possible[None], whole[None]
-    dynamic_possible, dynamic_whole = _by_value(rows, query, key, scores)
+    dynamic_possible, dynamic_whole = _by_value(view, query, key, scores)
     return dynamic_possible & possible, dynamic_whole
 
 
@@ -127,19 +116,19 @@ def _bounded(q_min, q_max, k_min, k_max, scores: Scores):
     return possible, whole
 
 
-def _by_value(rows: Rows, query: int, key: int, scores: Scores):
+def _by_value(view: View, query: int, key: int, scores: Scores):
     """As `_by_index`, bool [B, num_queries, num_keys], by the least and largest of each block."""
 
     def ends(x: jax.Array, block: int, axis: int) -> tuple[jax.Array, jax.Array]:
         blocks = x.reshape(x.shape[0], -1, block)
         return tuple(jnp.expand_dims(f(blocks, axis=2), axis) for f in (jnp.min, jnp.max))  # type: ignore
 
-    q_min, q_max = ends(rows.query_positions, query, 2)
-    k_min, k_max = ends(rows.key_positions, key, 1)
+    q_min, q_max = ends(view.query_positions, query, 2)
+    k_min, k_max = ends(view.key_positions, key, 1)
     possible, whole = _bounded(q_min, q_max, k_min, k_max, scores)
-    if rows.query_segments is not None:
-        q_min, q_max = ends(rows.query_segments, query, 2)
-        k_min, k_max = ends(rows.key_segments, key, 1)
+    if view.query_segments is not None:
+        q_min, q_max = ends(view.query_segments, query, 2)
+        k_min, k_max = ends(view.key_segments, key, 1)
         possible &= (q_max >= k_min) & (k_max >= q_min)
         whole &= (q_min == q_max) & (k_min == k_max) & (q_min == k_min)
     return possible, whole

@@ -38,10 +38,17 @@ def on_tpu() -> bool:
     return device is not None and device.platform == "tpu"
 
 
-def sharded_flash(q, k, v, view: View, scores: Scores, **options: Any) -> Any:
-    """`flash_attention` of each device's part. Errors as `lm.kernels.attention.attention`."""
-    kernel = functools.partial(flash_attention, **_where())
-    return _on_each_device(kernel, q, k, v, view, scores, **options)
+def sharded_flash(
+    q, k, v, view: View, scores: Scores, *, sinks: Any, return_lse: bool, kernel: Any = None
+) -> Any:
+    """`flash_attention`, or another kernel, of each device's part."""
+    kernel = kernel or functools.partial(flash_attention, **_where())
+
+    def run(q, k, v, view: View, sinks: Any) -> Any:
+        return kernel(q, k, v, view, scores, sinks=sinks, return_lse=return_lse)
+
+    outputs = ("queries", "by_head") if return_lse else "queries"
+    return _on_each_device(run, outputs, q, k, v, view, heads=sinks)
 
 
 def sharded_flash_gpu(q, k, v, view: View, scores: Scores, **options: Any) -> Any:
@@ -56,43 +63,42 @@ def sharded_flash_gpu(q, k, v, view: View, scores: Scores, **options: Any) -> An
             f"mosaic_gpu attention is for Hopper GPUs ({', '.join(HOPPER)}), the mesh is of "
             f"{device.device_kind} devices; use implementation='flash' on TPUs, else 'blocked'"
         )
-    return _on_each_device(flash_attention_gpu, q, k, v, view, scores, **options)
-
-
-def _on_each_device(
-    kernel: Any, q, k, v, view: View, scores: Scores, *, sinks, return_lse: bool
-) -> Any:
-    layout = current_layout()
-    kernel = functools.partial(kernel, scores=scores, return_lse=return_lse)
-    if layout is None or is_local(layout.mesh):
-        return kernel(q, k, v, view, sinks=sinks)
-    queries, keys, rows, lse = _specs(layout, q, k)
-    return map_devices(
-        lambda q, k, v, view, sinks: kernel(q, k, v, view, sinks=sinks),
-        (queries, keys, keys, rows, PartitionSpec(queries[2])),
-        (queries, lse) if return_lse else queries,
-        layout.mesh,
-    )(q, k, v, view, sinks)
+    return sharded_flash(q, k, v, view, scores, **options, kernel=flash_attention_gpu)
 
 
 def sharded_flash_backward(q, k, v, view: View, scores: Scores, out, lse, dout, *, dlse) -> Any:
     """`flash_attention_backward` of each device's part."""
-    layout = current_layout()
     kernel = functools.partial(flash_attention_backward, **_where())
-    if layout is None or is_local(layout.mesh):
+
+    def run(q, k, v, view: View, queries: Any, by_head: Any) -> Any:
+        (out, dout), (lse, dlse) = queries, by_head
         return kernel(q, k, v, view, scores, out, lse, dout, dlse=dlse)
-    queries, keys, rows, by_head = _specs(layout, q, k)
-    return map_devices(
-        lambda *arrays: kernel(*arrays[:4], scores, *arrays[4:-1], dlse=arrays[-1]),
-        (queries, keys, keys, rows, queries, by_head, queries, by_head),
-        (queries, keys, keys),
-        layout.mesh,
-    )(q, k, v, view, out, lse, dout, dlse)
+
+    outputs = ("queries", "keys", "keys")
+    return _on_each_device(run, outputs, q, k, v, view, queries=(out, dout), by_head=(lse, dlse))
+
+
+def _on_each_device(kernel: Any, outputs: Any, q, k, v, view: View, **more: Any) -> Any:
+    """`kernel(q, k, v, view, *more)` of each device's part.
+
+    Args:
+      outputs: names of `_specs`, as a tree of the results.
+      more: further arguments, each by the name of its spec.
+
+    Raises:
+      ValueError: see `_specs`.
+    """
+    layout = current_layout()
+    if layout is None or is_local(layout.mesh):
+        return kernel(q, k, v, view, *more.values())
+    specs = _specs(layout, q, k)
+    given = [specs[name] for name in ("queries", "keys", "keys", "rows", *more)]
+    results = jax.tree.map(specs.__getitem__, outputs)
+    return map_devices(kernel, tuple(given), results, layout.mesh)(q, k, v, view, *more.values())
 
 
 def sharded_splash(q, k, v, view: View, scores: Scores) -> jax.Array:
     """JAX's own splash attention; what it cannot do is refused by `attention`."""
-    layout = current_layout()
     T, S = q.shape[1], k.shape[1]
     if T % 128 or S % 128:
         raise ValueError(
@@ -117,20 +123,14 @@ def sharded_splash(q, k, v, view: View, scores: Scores) -> jax.Array:
         if view.query_segments is not None:
             segments = splash.SegmentIds(view.query_segments, view.key_segments)
         heads_first = (x.swapaxes(1, 2) for x in (q * scores.scale, k, v))
-        counted = q.shape[0] * q.shape[2] * num_scores(T, S, scores)
+        counted = q.shape[0] * q.shape[2] * num_scores(T, S, scores), q.shape[3], v.shape[3]
         kernels = {"fwd": "forward", "dq": "dq", "dkv": "dkv"}
-        flops = {
-            name: kernel_flops(kernel, counted, q.shape[3], v.shape[3])
-            for name, kernel in kernels.items()
-        }
+        flops = {name: kernel_flops(kernel, *counted) for name, kernel in kernels.items()}
         with declared(**flops):
             out: Any = jax.vmap(attend)(*heads_first, segments)
         return out.swapaxes(1, 2)
 
-    if layout is None or is_local(layout.mesh):
-        return kernel(q, k, v, view)
-    queries, keys, rows, _ = _specs(layout, q, k)
-    return map_devices(kernel, (queries, keys, keys, rows), queries, layout.mesh)(q, k, v, view)
+    return _on_each_device(kernel, "queries", q, k, v, view)
 
 
 def _where() -> dict[str, Any]:
@@ -151,8 +151,8 @@ def _where() -> dict[str, Any]:
     return {"chip": chip.name if chip else None, "interpret": device.platform == "cpu"}
 
 
-def _specs(layout: Layout, q, k) -> tuple[PartitionSpec, ...]:
-    """PartitionSpecs of queries, keys, positions and log-sum-exp.
+def _specs(layout: Layout, q, k) -> dict[str, PartitionSpec]:
+    """PartitionSpecs of queries, keys, positions, log-sum-exp and sinks.
 
     Raises:
       ValueError: the mesh does not divide batch or heads, splits the sequence, or splits queries
@@ -172,4 +172,7 @@ def _specs(layout: Layout, q, k) -> tuple[PartitionSpec, ...]:
             "they must be split alike"
         )
     batch, _, heads, _ = queries
-    return queries, keys, PartitionSpec(batch, None), PartitionSpec(batch, None, heads)
+    return {
+        "queries": queries, "keys": keys, "rows": PartitionSpec(batch, None),
+        "by_head": PartitionSpec(batch, None, heads), "heads": PartitionSpec(heads),
+    }  # fmt: skip
