@@ -14,8 +14,6 @@ from lm.kernels.paged_attention.pages import (
     make_pages,
     quantize,
 )
-from lm.kernels.paged_attention.reference import reference_paged_attention
-from lm.kernels.paged_attention.tpu import tpu_paged_attention
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -27,7 +25,5 @@ __all__ = [
     "make_pages",
     "paged_attention",
     "quantize",
-    "reference_paged_attention",
-    "tpu_paged_attention",
     "write_pages",
 ]

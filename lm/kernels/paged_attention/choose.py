@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,19 +65,28 @@ def paged_attention(
     if not scores.causal:
         raise ValueError("paged attention is causal; give Scores with causal=True")
     chip = _chip()
-    tensors = (q, pages, batch.page_table, batch.kv_lens, batch.starts, batch.lens, sinks)
 
-    common: Any = {"scores": scores, "max_len": batch.max_q_len}
+    def reference(q, pages, batch, sinks):
+        return reference_paged_attention(q, pages, batch, scores, sinks)
 
-    def reference(*tensors):
-        return reference_paged_attention(*tensors[:-1], sinks=tensors[-1], **common)
+    def tpu(q, pages, batch, sinks):
+        options: Any = {"cores": 2 if chip in MEGACORE else 1} | blocks
+        return tpu_paged_attention(
+            q, pages, batch, scores, sinks, chip=chip, interpret=interpret, **options
+        )
 
-    def tpu(*tensors):
-        cores = {"cores": 2 if chip in MEGACORE else 1}
-        options: Any = common | {"chip": chip, "interpret": interpret} | cores | blocks
-        return tpu_paged_attention(*tensors[:-1], sinks=tensors[-1], **options)
+    def specs(layout: Layout):
+        K = pages.data.shape[1]
+        axes = kv_axes = kv_head_axes(layout, K)
+        if K == 1:
+            table = layout.rules.activations
+            axes = tuple(a for a in table.get("heads", ()) if layout.mesh.shape[a] > 1)
+            check_divides(layout.mesh, axes, "num_heads", q.shape[1])
+        heads = PartitionSpec(None, axes or None)
+        of_sinks = None if sinks is None else PartitionSpec(axes or None)
+        return (heads, _page_specs(pages, kv_axes), PartitionSpec(), of_sinks), heads
 
-    return _dispatch(implementation, tensors, reference, tpu, _sharded_attention)
+    return _dispatch(implementation, reference, tpu, specs, q, pages, batch, sinks)
 
 
 def write_pages(
@@ -104,12 +112,14 @@ def write_pages(
       those whose table entry is negative are written nowhere.
     """
     batch.check()
-    tensors = (pages, keys, values, batch.page_table, batch.kv_lens, batch.starts, batch.lens)
-    reference = functools.partial(reference_write_pages, max_len=batch.max_q_len)
-    tpu = functools.partial(
-        tpu_write_pages, max_len=batch.max_q_len, chip=_chip(), interpret=interpret
-    )
-    return _dispatch(implementation, tensors, reference, tpu, _sharded_write)
+    tpu = functools.partial(tpu_write_pages, chip=_chip(), interpret=interpret)
+
+    def specs(layout: Layout):
+        axes = kv_head_axes(layout, pages.data.shape[1])
+        heads, of_pages = PartitionSpec(None, axes or None), _page_specs(pages, axes)
+        return (of_pages, heads, None if values is None else heads, PartitionSpec()), of_pages
+
+    return _dispatch(implementation, reference_write_pages, tpu, specs, pages, keys, values, batch)
 
 
 def _chip() -> str | None:
@@ -119,20 +129,21 @@ def _chip() -> str | None:
     return None if chip is None else chip.name
 
 
-def _dispatch(
-    implementation: str | None,
-    tensors: tuple[Any, ...],
-    reference: Callable[..., Any],
-    tpu: Callable[..., Any],
-    sharded: Callable[..., Any],
-) -> Any:
+def _dispatch(implementation: str | None, reference, tpu, specs, *arguments: Any) -> Any:
+    """The result of the implementation; of `tpu` on each device, by `specs` of a layout.
+
+    A Mosaic call cannot be partitioned by the compiler: each device runs it on the heads it has.
+    """
     if implementation is None:
         implementation = "tpu" if on_tpu() else "reference"
     if implementation == "reference":
-        return reference(*tensors)
+        return reference(*arguments)
     if implementation == "tpu":
         layout = current_layout()
-        return tpu(*tensors) if layout is None else sharded(tpu, layout, *tensors)
+        if layout is None:
+            return tpu(*arguments)
+        given, result = specs(layout)
+        return map_devices(tpu, given, result, layout.mesh)(*arguments)
     raise ValueError(
         f"paged attention implementation {implementation!r} is unknown; use "
         f"{', '.join(IMPLEMENTATIONS)}"
@@ -169,31 +180,3 @@ def _page_specs(pages: Pages, axes: tuple[str, ...]) -> Pages:
         data=PartitionSpec(None, axes or None),
         scales=None if pages.scales is None else PartitionSpec(None, None, axes or None),
     )
-
-
-# A Mosaic call cannot be partitioned by the compiler: each device runs it on the heads it has.
-def _sharded_attention(kernel: Callable[..., Any], layout: Layout, *tensors: Any) -> jax.Array:
-    q, pages, *tables, sinks = tensors
-    mesh, K = layout.mesh, pages.data.shape[1]
-    axes = kv_axes = kv_head_axes(layout, K)
-    if K == 1:
-        table = layout.rules.activations
-        axes = tuple(a for a in table.get("heads", ()) if mesh.shape[a] > 1)
-        if axes:
-            check_divides(mesh, axes, "num_heads", q.shape[1])
-    heads, whole = PartitionSpec(None, axes or None), PartitionSpec()
-    specs = (
-        heads, _page_specs(pages, kv_axes), *[whole] * len(tables),
-        None if sinks is None else PartitionSpec(axes or None),
-    )  # fmt: skip
-    return map_devices(kernel, specs, heads, mesh)(q, pages, *tables, sinks)
-
-
-def _sharded_write(kernel: Callable[..., Any], layout: Layout, *tensors: Any) -> Pages:
-    pages, keys, values, *tables = tensors
-    axes = kv_head_axes(layout, pages.data.shape[1])
-    heads, page_specs = PartitionSpec(None, axes or None), _page_specs(pages, axes)
-    specs = (
-        page_specs, heads, None if values is None else heads, *[PartitionSpec()] * len(tables),
-    )  # fmt: skip
-    return map_devices(kernel, specs, page_specs, layout.mesh)(pages, keys, values, *tables)

@@ -13,30 +13,23 @@ import jax.numpy as jnp
 
 from lm.kernels.attention.reference import NEGATIVE
 from lm.kernels.attention.scores import Scores
-from lm.kernels.paged_attention.pages import Pages, new_rows
+from lm.kernels.paged_attention.pages import PageBatch, Pages, new_rows
 
 
 def reference_write_pages(
-    pages: Pages,
-    keys: jax.Array,
-    values: jax.Array | None,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    starts: jax.Array,
-    lens: jax.Array,
-    max_len: int | None = None,
+    pages: Pages, keys: jax.Array, values: jax.Array | None, batch: PageBatch
 ) -> Pages:
     """See `lm.kernels.paged_attention.write_pages`."""
-    del max_len
     P, _, p, _ = pages.data.shape
-    B, M = page_table.shape
+    B, M = batch.page_table.shape
+    starts, lens = batch.starts, batch.lens
     new, scales = new_rows(pages, keys, values)
     token = jnp.arange(len(new), dtype=jnp.int32)
     row = jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1
     row = jnp.clip(row, 0, B - 1)
     offset = token - starts[row]
-    position = (kv_lens - lens)[row] + offset
-    page = page_table[row, jnp.clip(position // p, 0, M - 1)]
+    position = (batch.kv_lens - lens)[row] + offset
+    page = batch.page_table[row, jnp.clip(position // p, 0, M - 1)]
     known = (offset >= 0) & (offset < lens[row]) & (position >= 0) & (position < M * p)
     page, slot = jnp.where(known & (page >= 0), page, P), position % p
     data = pages.data.at[page, :, slot].set(new, mode="drop")
@@ -60,25 +53,17 @@ def gather_pages(pages: Pages, page_table: jax.Array, dtype: jax.typing.DTypeLik
 
 
 def reference_paged_attention(
-    q: jax.Array,
-    pages: Pages,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    starts: jax.Array,
-    lens: jax.Array,
-    scores: Scores,
-    *,
-    max_len: int | None = None,
-    sinks: jax.Array | None = None,
+    q: jax.Array, pages: Pages, batch: PageBatch, scores: Scores, sinks: jax.Array | None = None
 ) -> jax.Array:
-    """See `lm.kernels.paged_attention.paged_attention`; tokens of a sequence from starts[b]."""
+    """See `lm.kernels.paged_attention.paged_attention`."""
     N, H, _ = q.shape
-    K, T = pages.data.shape[1], N if max_len is None else max_len
+    K, T = pages.data.shape[1], N if batch.max_q_len is None else batch.max_q_len
+    starts, lens, kv_lens = batch.starts, batch.lens, batch.kv_lens
     offsets = jnp.arange(T, dtype=jnp.int32)
     live = offsets < lens[:, None]
     tokens = jnp.where(live, starts[:, None] + offsets, N)
     q_BTKGh = q.at[tokens].get(mode="fill", fill_value=0).reshape(len(starts), T, K, H // K, -1)
-    rows = gather_pages(pages, page_table, q.dtype)
+    rows = gather_pages(pages, batch.page_table, q.dtype)
     key_positions = jnp.arange(rows.shape[2], dtype=jnp.int32)
     # Slots after a sequence's end may hold anything, and zero times NaN is NaN.
     rows = jnp.where((key_positions < kv_lens[:, None])[:, None, :, None], rows, 0)

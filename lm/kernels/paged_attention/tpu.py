@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lm.kernels.attention.reference import NEGATIVE
 from lm.kernels.attention.scores import Scores
-from lm.kernels.paged_attention.pages import LANES, Pages
+from lm.kernels.paged_attention.pages import LANES, PageBatch, Pages
 from lm.kernels.paged_attention.tpu_blocks import (
     Shape,
     check_sizes,
@@ -54,16 +54,9 @@ class Items(NamedTuple):
     tokens: jax.Array
 
 
-def make_items(
-    starts: jax.Array,
-    lens: jax.Array,
-    kv_lens: jax.Array,
-    num_tokens: int,
-    block_q: int,
-    capacity: int,
-    cores: int,
-) -> Items:
+def make_items(batch: PageBatch, num_tokens: int, block_q: int, capacity: int, cores: int) -> Items:
     """Items of sequences with one new token where `block_q` is 1, else of those with more."""
+    starts, lens, kv_lens = batch.starts, batch.lens, batch.kv_lens
     B = len(lens)
     if block_q == 1:
         rows, blocks = jnp.arange(B, dtype=jnp.int32), jnp.zeros(B, jnp.int32)
@@ -98,45 +91,33 @@ class Static(NamedTuple):
     """What is known at trace time.
 
     Attributes:
-      scores: see `Scores`.
-      group: query heads of a key/value head.
-      key_dim, split, latent: see `Pages`.
-      value_lanes: lanes of a row that are read as the value.
-      page_size, pages_per_block, table_width: p, and p x pages_per_block = C, and M.
-      quantized, sinks: whether there are scales, sinks.
+      scores, shape: see `Scores` and `Shape`.
+      split, latent: see `Pages`.
+      pages_per_block, table_width: page_size x pages_per_block = C, and M.
     """
 
     scores: Scores
-    group: int
-    key_dim: int
+    shape: Shape
     split: int
     latent: bool
-    value_lanes: slice
-    page_size: int
     pages_per_block: int
     table_width: int
-    quantized: bool
-    sinks: bool
 
 
 def tpu_paged_attention(
     q: jax.Array,
     pages: Pages,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    starts: jax.Array,
-    lens: jax.Array,
+    batch: PageBatch,
     scores: Scores,
-    *,
-    max_len: int | None = None,
     sinks: jax.Array | None = None,
+    *,
     block_q: int | None = None,
     block_kv: int | None = None,
     chip: str | None = None,
     cores: int = 1,
     interpret: Any = False,
 ) -> jax.Array:
-    """See `lm.kernels.paged_attention.paged_attention`; tokens of a sequence from starts[b].
+    """See `lm.kernels.paged_attention.paged_attention`.
 
     `chip` is the TPU's name in `lm.hardware.chips`, for blocks that fit it; None for any. `cores`
     of one device share the items: two on TPUs v4 and v5p. `interpret` is what `pl.pallas_call`
@@ -145,7 +126,8 @@ def tpu_paged_attention(
     Raises:
       ValueError: the page size, the table, a page or a block is one the kernel cannot hold.
     """
-    N, B = len(q), len(lens)
+    page_table, max_len = batch.page_table, batch.max_q_len
+    N, B = len(q), len(page_table)
     check_sizes(pages, page_table, chip)
     shape = shape_of(pages, q, sinks is not None)
     run = functools.partial(
@@ -160,9 +142,7 @@ def tpu_paged_attention(
         # Whole tiles of the matrix unit, but no more than sequences are likely to fill.
         likely = most if max_len is not None else max(8, N // B)
         chosen.append(blocks(likely=likely, block_q=None if block_q is None else max(2, block_q)))
-    passes = [
-        make_items(starts, lens, kv_lens, N, block_q, capacity, cores) for block_q, _ in chosen
-    ]
+    passes = [make_items(batch, N, block_q, capacity, cores) for block_q, _ in chosen]
     rows = [run(items, num_pages) for items, (_, num_pages) in zip(passes, chosen, strict=True)]
     # Rows of the passes' results, by token of the batch.
     tokens = jnp.concatenate([items.tokens.reshape(-1) for items in passes])
@@ -191,23 +171,20 @@ def _run(
     _, H, h = q.shape
     num, block_q = items.tokens.shape
     group, R = shape.group, shape.rows(block_q)
-    static = Static(
-        scores, group, shape.key_lanes, pages.split, pages.latent,
-        shape.value_lanes, p, num_pages, page_table.shape[1], shape.quantized, shape.sinks,
-    )  # fmt: skip
-    V = static.value_lanes.stop - static.value_lanes.start
+    static = Static(scores, shape, pages.split, pages.latent, num_pages, page_table.shape[1])
+    V = shape.value_lanes.stop - shape.value_lanes.start
     x = q.at[items.tokens].get(mode="fill", fill_value=0)
     x = x.reshape(num, block_q, K, group, h).transpose(0, 2, 1, 3, 4)
     x = x.reshape(num, K, block_q * group, h)
-    x = jnp.pad(x, [(0, 0), (0, 0), (0, R - block_q * group), (0, static.key_dim - h)])
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, R - block_q * group), (0, shape.key_lanes - h)])
 
     operands = [x, pages.data]
-    specs = [_item_spec(K, R, static.key_dim, cores), pl.BlockSpec(memory_space=pl.ANY)]
-    scratch = [pltpu.VMEM((2, static.pages_per_block, K, p, W), pages.data.dtype)]
+    specs = [_item_spec(K, R, shape.key_lanes, cores), pl.BlockSpec(memory_space=pl.ANY)]
+    scratch = [pltpu.VMEM((2, num_pages, K, p, W), pages.data.dtype)]
     if pages.scales is not None:
         operands.append(pages.scales)
         specs.append(pl.BlockSpec(memory_space=pl.ANY))
-        scratch.append(pltpu.VMEM((2, static.pages_per_block, 2, K, p), jnp.float32))
+        scratch.append(pltpu.VMEM((2, num_pages, 2, K, p), jnp.float32))
     if sinks is not None:
         by_row = jnp.tile(sinks.astype(jnp.float32).reshape(K, group), (1, -(-R // group)))[:, :R]
         operands.append(jnp.broadcast_to(by_row[:, :, None], (K, R, LANES)))
@@ -217,7 +194,7 @@ def _run(
         pltpu.VMEM((K, R, LANES), jnp.float32),  # sum
         pltpu.VMEM((K, R, V), jnp.float32),  # output
         pltpu.SMEM((2,), jnp.int32),  # the buffer in turn, and whether it was asked for
-        pltpu.SemaphoreType.DMA((2, 1 + static.quantized)),
+        pltpu.SemaphoreType.DMA((2, 1 + shape.quantized)),
     ]
     scalars = (page_table.reshape(-1), items.rows, items.firsts, items.ends, items.nexts)
     out = pl.pallas_call(
@@ -283,8 +260,8 @@ class _Copies:
         s = self.static
         first = 0
         if s.scores.window is not None:
-            first = jnp.maximum(self.firsts[item] - s.scores.window + 1, 0) // s.page_size
-        return first, pl.cdiv(self.ends[item], s.page_size)
+            first = jnp.maximum(self.firsts[item] - s.scores.window + 1, 0) // s.shape.page_size
+        return first, pl.cdiv(self.ends[item], s.shape.page_size)
 
     def blocks(self, item: Any) -> tuple[Any, Any]:
         """(first block, one past the last)."""
@@ -338,23 +315,25 @@ class _Copies:
         s = self.static
         end = self.ends[item]
 
-        @pl.when(end % s.page_size != 0)
+        @pl.when(end % s.shape.page_size != 0)
         def _() -> None:
-            j = (end // s.page_size) % s.pages_per_block
+            j = (end // s.shape.page_size) % s.pages_per_block
             for i, (_, buffers) in enumerate(self.pages):
                 if jnp.issubdtype(buffers.dtype, jnp.integer):
                     continue
                 page = buffers[slot, j].astype(jnp.float32)
                 dim = page.ndim - (2 if i == 0 else 1)
-                inside = jax.lax.broadcasted_iota(jnp.int32, page.shape, dim) < end % s.page_size
+                inside = (
+                    jax.lax.broadcasted_iota(jnp.int32, page.shape, dim) < end % s.shape.page_size
+                )
                 buffers[slot, j] = jnp.where(inside, page, 0.0).astype(buffers.dtype)
 
 
 def _kernel(static: Static, table, rows, firsts, ends, nexts, q_ref, *refs) -> None:
     refs = list(refs)
-    num = 1 + static.quantized
+    num = 1 + static.shape.quantized
     hbm = [refs.pop(0) for _ in range(num)]
-    sinks_ref = refs.pop(0) if static.sinks else None
+    sinks_ref = refs.pop(0) if static.shape.sinks else None
     out_ref = refs.pop(0)
     buffers = [refs.pop(0) for _ in range(num)]
     top_ref, total_ref, acc_ref, turn, semaphores = refs
@@ -413,8 +392,8 @@ def _kernel(static: Static, table, rows, firsts, ends, nexts, q_ref, *refs) -> N
 def _attend(static, q_ref, buffers, slot, block, first, top_ref, total_ref, acc_ref) -> None:
     """One block of pages into the running softmax of all heads."""
     K, R = q_ref.shape[1:3]
-    C = static.pages_per_block * static.page_size
-    queries = first + jax.lax.broadcasted_iota(jnp.int32, (R, C), 0) // static.group
+    C = static.pages_per_block * static.shape.page_size
+    queries = first + jax.lax.broadcasted_iota(jnp.int32, (R, C), 0) // static.shape.group
     distance = queries - (block * C + jax.lax.broadcasted_iota(jnp.int32, (R, C), 1))
     seen = distance >= 0
     if static.scores.window is not None:
@@ -431,9 +410,9 @@ def _attend(static, q_ref, buffers, slot, block, first, top_ref, total_ref, acc_
         total = kept * total_ref[head][:, :1] + jnp.sum(weights, axis=1, keepdims=True)
         top_ref[head] = jnp.broadcast_to(top, (R, LANES))
         total_ref[head] = jnp.broadcast_to(total, (R, LANES))
-        if static.quantized:
+        if static.shape.quantized:
             weights *= _scale_row(buffers[1], slot, 0 if static.latent else 1, head)
-        values = _read(buffers[0], slot, head, static.value_lanes, q_ref.dtype)
+        values = _read(buffers[0], slot, head, static.shape.value_lanes, q_ref.dtype)
         acc_ref[head] = kept * acc_ref[head] + _dot(weights.astype(q_ref.dtype), values, False)
 
     if K <= UNROLL:
@@ -451,8 +430,8 @@ def _attend(static, q_ref, buffers, slot, block, first, top_ref, total_ref, acc_
 
 def _scores(static: Static, q: jax.Array, buffers: Any, slot: Any, head: Any) -> jax.Array:
     """float32 [R, C], not yet multiplied by the scale."""
-    keys = _read(buffers[0], slot, head, slice(0, static.key_dim), q.dtype)
-    if not static.quantized:
+    keys = _read(buffers[0], slot, head, slice(0, static.shape.key_lanes), q.dtype)
+    if not static.shape.quantized:
         return _dot(q, keys, True)
     first = _scale_row(buffers[1], slot, 0, head)
     if not static.latent:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lm.kernels.paged_attention.pages import LANES, Pages, new_rows
+from lm.kernels.paged_attention.pages import LANES, PageBatch, Pages, new_rows
 from lm.kernels.paged_attention.tpu_blocks import check_sizes
 
 
@@ -41,22 +41,14 @@ class Tiles(NamedTuple):
     tokens: jax.Array
 
 
-def make_tiles(
-    pages: Pages,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    starts: jax.Array,
-    lens: jax.Array,
-    num_tokens: int,
-    max_len: int | None,
-    size: int,
-) -> Tiles:
+def make_tiles(pages: Pages, batch: PageBatch, num_tokens: int, size: int) -> Tiles:
     """The tiles of `size` rows that the new tokens touch."""
     P, _, p, _ = pages.data.shape
-    B, M = page_table.shape
+    B, M = batch.page_table.shape
+    kv_lens, starts, lens = batch.kv_lens, batch.starts, batch.lens
     firsts = kv_lens - lens
     counts = jnp.where(lens > 0, (kv_lens - 1) // size - firsts // size + 1, 0)
-    if max_len == 1:
+    if batch.max_q_len == 1:
         rows, index = jnp.arange(B, dtype=jnp.int32), jnp.zeros(B, jnp.int32)
         live = lens > 0
     else:
@@ -67,7 +59,7 @@ def make_tiles(
         rows = jnp.minimum(rows, B - 1).astype(jnp.int32)
         index, live = i - (stops - counts)[rows], i < stops[-1]
     begin = (firsts[rows] // size + index) * size  # position of the tile's first row
-    page = page_table[rows, jnp.clip(begin // p, 0, M - 1)]
+    page = batch.page_table[rows, jnp.clip(begin // p, 0, M - 1)]
     live &= (begin >= 0) & (begin < M * p) & (page >= 0) & (page < P)
     begins = jnp.maximum(firsts[rows] - begin, 0)
     ends = jnp.where(live, jnp.minimum(kv_lens[rows] - begin, size), 0)
@@ -77,7 +69,7 @@ def make_tiles(
     page, place = jnp.clip(page, 0, P - 1)[source], (begin % p // size)[source]
     same = (page[1:] == page[:-1]) & (place[1:] == place[:-1])
     fresh = jnp.concatenate([jnp.ones(1, jnp.int32), 1 - same.astype(jnp.int32)])
-    if max_len == 1:
+    if batch.max_q_len == 1:
         tokens = starts[:, None]
     else:
         offsets = begin[:, None] + jnp.arange(size, dtype=jnp.int32) - firsts[rows][:, None]
@@ -87,23 +79,14 @@ def make_tiles(
 
 
 def tpu_write_pages(
-    pages: Pages,
-    keys: jax.Array,
-    values: jax.Array | None,
-    page_table: jax.Array,
-    kv_lens: jax.Array,
-    starts: jax.Array,
-    lens: jax.Array,
-    *,
-    max_len: int | None = None,
-    chip: str | None = None,
-    interpret: Any = False,
-) -> Pages:
-    """See `lm.kernels.paged_attention.write_pages`; tokens of a sequence from starts[b]."""
-    check_sizes(pages, page_table, chip)
+    pages: Pages, keys: jax.Array, values: jax.Array | None, batch: PageBatch,
+    *, chip: str | None = None, interpret: Any = False,
+) -> Pages:  # fmt: skip
+    """See `lm.kernels.paged_attention.write_pages`."""
+    check_sizes(pages, batch.page_table, chip)
     _, K, _, W = pages.data.shape
     size = 32 // pages.data.dtype.itemsize if pages.scales is None else LANES
-    tiles = make_tiles(pages, page_table, kv_lens, starts, lens, len(keys), max_len, size)
+    tiles = make_tiles(pages, batch, len(keys), size)
     new, new_scales = new_rows(pages, keys, values)
     t = tiles.tokens.shape[1]
 
