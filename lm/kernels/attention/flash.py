@@ -28,14 +28,13 @@ from lm.kernels.attention.common import (
 )
 from lm.kernels.attention.flash_blocks import (
     LANES,
-    SMALLEST,
-    VMEM,
     Blocks,
     backward_vmem,
     blocks_for,
     even,
     forward_vmem,
     grown,
+    vmem_limit,
 )
 from lm.kernels.attention.reference import View
 from lm.kernels.attention.schedule import schedule
@@ -123,9 +122,7 @@ class Flash(NamedTuple):
         return dq, dk, dv
 
     def _call(self, query: int, key: int, vmem: int, cost: pl.CostEstimate) -> kernels.Call:
-        """The call of blocks that need `vmem` bytes: half as many again are asked for, to spill."""
-        most = VMEM.get(self.chip or "", SMALLEST) * 15 // 16
-        vmem = min(max(vmem * 3 // 2, SMALLEST), most)
+        vmem = vmem_limit(vmem, self.chip)
         return kernels.Call(self.scores, query, key, vmem, self.interpret, cost)
 
 

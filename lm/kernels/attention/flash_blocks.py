@@ -16,6 +16,16 @@ VMEM = {
 SMALLEST = 16 * MIB
 
 
+def vmem_of(chip: str | None) -> int:
+    """Bytes of a core's VMEM that a kernel may ask for, by the name in `lm.hardware.chips`."""
+    return VMEM.get(chip or "", SMALLEST) * 15 // 16
+
+
+def vmem_limit(estimate: int, chip: str | None) -> int:
+    """Bytes to ask for: half as much again as the estimate, for what the compiler spills."""
+    return min(max(estimate * 3 // 2, SMALLEST), vmem_of(chip))
+
+
 class Blocks(NamedTuple):
     """Tokens of a block, and the heads and keys one kernel call holds.
 

@@ -94,21 +94,12 @@ def _kernel(q, k, v, scores: Scores, tiles: Tiles | None) -> FlashGpu:
     return FlashGpu(scores, tiles)
 
 
-def forward_shared_memory(tile: Tile, head_dim: int) -> int:
-    """Bytes of shared memory per program of the forward kernel, without its barriers."""
-    return 2 * head_dim * (tile.query + 2 * tile.stages * tile.key) + 4 * tile.query
-
-
-def dq_shared_memory(tile: Tile, head_dim: int) -> int:
-    """As `forward_shared_memory`, for the gradient of the queries."""
-    return 2 * head_dim * (2 * tile.query + 2 * tile.stages * tile.key)
-
-
-def dkv_shared_memory(tile: Tile, head_dim: int) -> int:
-    """As `forward_shared_memory`, for the gradients of keys and values."""
-    return 2 * head_dim * (2 * tile.key + 2 * tile.stages * tile.query) + (
-        2 * tile.stages * tile.query * 4
-    )
+def shared_memory(kernel: str, tile: Tile, head_dim: int) -> int:
+    """Bytes of shared memory per program of a kernel of `Tiles`, without its barriers."""
+    own, block = (tile.key, tile.query) if kernel == "dkv" else (tile.query, tile.key)
+    held = 1 if kernel == "forward" else 2
+    vectors = {"forward": own, "dq": 0, "dkv": 2 * tile.stages * block}[kernel]
+    return 2 * head_dim * (held * own + 2 * tile.stages * block) + 4 * vectors
 
 
 def _tiles(head_dim: int) -> Tiles:
@@ -132,19 +123,16 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles) -> None:
             f"mosaic_gpu attention has one head size, got keys {k.shape[3]} and values "
             f"{v.shape[3]}; use implementation='reference'"
         )
-    for name, need, rows, other in (
-        ("forward", forward_shared_memory, "query", "key"),
-        ("dq", dq_shared_memory, "query", "key"),
-        ("dkv", dkv_shared_memory, "key", "query"),
-    ):
+    for name in ("forward", "dq", "dkv"):
         tile = getattr(tiles, name)
+        rows, other = ("key", "query") if name == "dkv" else ("query", "key")
         given = getattr(tile, rows)
         if given != kernels.ROWS * tile.warpgroups or getattr(tile, other) % kernels.ROWS:
             raise ValueError(
                 f"{name} tile {tile}: {rows} must be {kernels.ROWS} for each warpgroup, {other} a "
                 f"multiple of {kernels.ROWS}"
             )
-        bytes_needed = need(tile, q.shape[3])
+        bytes_needed = shared_memory(name, tile, q.shape[3])
         if bytes_needed > SHARED_MEMORY:
             raise ValueError(
                 f"{name} tile {tile} of head size {q.shape[3]} needs {bytes_needed:,} bytes of "

@@ -2,7 +2,6 @@
 
 from lm.kernels.paged_attention.choose import (
     IMPLEMENTATIONS,
-    kv_head_axes,
     paged_attention,
     write_pages,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "PageBatch",
     "Pages",
     "check_tables",
-    "kv_head_axes",
     "make_pages",
     "paged_attention",
     "quantize",

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lm.kernels.attention.flash_blocks import vmem_limit
 from lm.kernels.attention.reference import NEGATIVE
 from lm.kernels.attention.scores import Scores
 from lm.kernels.paged_attention.pages import LANES, PageBatch, Pages
@@ -30,7 +31,6 @@ from lm.kernels.paged_attention.tpu_blocks import (
     check_sizes,
     choose_blocks,
     shape_of,
-    vmem_limit,
 )
 
 UNROLL = 8  # heads written out; more go round a loop
@@ -209,7 +209,7 @@ def _run(
         out_shape=jax.ShapeDtypeStruct((num, K, R, V), q.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_limit(shape, chip, block_q, num_pages),
+            vmem_limit_bytes=vmem_limit(shape.vmem(block_q, num_pages), chip),
         ),
         cost_estimate=_cost(x, pages, page_table, V, scores.window),
         interpret=interpret,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from lm.kernels.attention.flash_blocks import LANES, MIB, SMALLEST, VMEM
+from lm.kernels.attention.flash_blocks import LANES, MIB, SMALLEST, VMEM, vmem_of
 from lm.kernels.paged_attention.pages import Pages
 
 # A core has 1 MiB of scalar memory; the compiler wants some of it. Both passes hold the table.
@@ -81,11 +81,6 @@ def shape_of(pages: Pages, q: jax.Array, sinks: bool) -> Shape:
     )  # fmt: skip
 
 
-def vmem_of(chip: str | None) -> int:
-    """Bytes of a core's VMEM that a kernel may ask for, by the name in `lm.hardware.chips`."""
-    return VMEM.get(chip or "", SMALLEST) * 15 // 16
-
-
 def choose_blocks(
     shape: Shape,
     chip: str | None,
@@ -133,11 +128,6 @@ def choose_blocks(
                 f"{budget / MIB:.0f}: use smaller blocks or pages, or split the heads"
             )
     return query, num_pages
-
-
-def vmem_limit(shape: Shape, chip: str | None, block_q: int, num_pages: int) -> int:
-    """Bytes to ask for: half as much again as the estimate, for what the compiler spills."""
-    return min(max(shape.vmem(block_q, num_pages) * 3 // 2, SMALLEST), vmem_of(chip))
 
 
 def check_sizes(pages: Pages, page_table: jax.Array, chip: str | None) -> None:
