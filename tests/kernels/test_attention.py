@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lm.kernels.attention import Scores, View, default_implementation, mask
 from tests.kernels.calls import attention, attention_backward
+from tests.refuses import refuses
 
 B, T, S, H, h = 2, 5, 9, 4, 8
 FLAGS = ("scale", "causal", "window", "softcap", "return_lse", "implementation")
@@ -93,7 +94,7 @@ def test_equals_a_loop(
     defined = np.ones(visible.shape, bool) if with_sinks else visible > 0
     np.testing.assert_allclose(out[defined], expected[defined], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(lse[defined], expected_lse[defined], rtol=1e-5, atol=1e-5)
-    assert np.all(lse[~defined] < -1e37)
+    assert not np.any(out[~defined]) and np.all(lse[~defined] < -1e37)
     seen = np.asarray(mask(view, Scores(1.0, causal, window))).sum(-1)
     np.testing.assert_array_equal(seen, visible[:, :, 0])
 
@@ -184,6 +185,49 @@ def test_parts_combine_by_lse(window):
     np.testing.assert_allclose(out, whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("window", "softcap", "with_sinks"), [(None, None, True), (6, 3.0, False)])
+def test_parts_add_up(causal, window, softcap, with_sinks):
+    """Positions are drawn, so that queries see all, some and no keys of a part, or of any."""
+    rng = np.random.default_rng(0)
+    B, T, S, H, K, h, hv = 2, 7, 12, 4, 2, 8, 6
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(0, 1.5, shape), jnp.float32)
+
+    q, k, v = draw(B, T, H, h), draw(B, S, K, h), draw(B, S, K, hv)
+    sinks = draw(H) if with_sinks else None
+    view = View(
+        rng.integers(0, 12, (B, T)), rng.integers(1, 12, (B, S)),
+        rng.integers(1, 3, (B, T)), rng.integers(1, 3, (B, S)),
+    )  # fmt: skip
+    options = {"scale": 0.4, "causal": causal, "window": window, "softcap": softcap}
+    dout, dlse = draw(B, T, H, hv), draw(B, T, H)
+
+    def whole(q, k, v):
+        return attention(q, k, v, view, sinks=sinks, return_lse=True, **options)
+
+    (out, lse), pull = jax.vjp(whole, q, k, v)
+    blind = lse < -1e37
+    assert blind.any() == (causal and not with_sinks)
+    assert not out[blind].any()
+    dlse = jnp.where(blind, 0, dlse)
+    expected = pull((dout, dlse))
+    dq, dks, dvs = jnp.zeros_like(q), [], []
+    for keys in (slice(0, 5), slice(5, 12)):
+        part = View(
+            view.query_positions, view.key_positions[:, keys],
+            view.query_segments, view.key_segments[:, keys],
+        )  # fmt: skip
+        dq_part, dk, dv = attention_backward(
+            q, k[:, keys], v[:, keys], part, out, lse, dout, dlse=dlse, **options
+        )
+        dq, dks, dvs = dq + dq_part, [*dks, dk], [*dvs, dv]
+    actual = (dq, jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1))
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
 def test_values_may_have_another_size():
     q, k, v = drawn_arrays(1, 1)
     view = View(np.full((B, T), S), np.broadcast_to(np.arange(S), (B, S)))
@@ -201,68 +245,54 @@ def test_bfloat16_stays_close():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "words"),
     [
-        ({"window": 0}, "window=0; use 1 or more, or None"),
-        ({"window": -3}, "window=-3; use 1 or more"),
-        ({"softcap": 0.0}, r"softcap=0\.0; use more than 0, or None"),
-        ({"softcap": math.nan}, "softcap=nan; use more than 0"),
-        ({"kv_heads": 3}, "num_kv_heads=3 of k does not divide num_heads=4 of q"),
-        ({"kv_heads": 0}, "num_kv_heads=0 of k does not divide"),
-        ({"view": {"query_segments": np.ones((B, T), int)}}, "key_segments, both or neither"),
-        ({"view": {"key_segments": np.ones((B, S), int)}}, "key_segments, both or neither"),
-        ({"view": {"key_positions": np.zeros((B, T), int)}}, r"key_positions .* give \[2, 9\]"),
-        ({"q": np.zeros((B, T, H))}, r"give \[B, T, H, h\], \[B, S, K, h\] and"),
-        ({"q": np.zeros((B, T, H, h + 1))}, r"k \(2, 9, 2, 8\) .* give k \[2, S, K, 9\]"),
-        (
-            {"v": np.zeros((B, T, 2, h))},
-            r"v \(2, 5, 2, 8\) do not go with q .* the same B, S and K",
-        ),
-        ({"sinks": np.zeros(2)}, r"sinks has shape \(2,\); give one per query head, \[4\]"),
+        ({"window": 0}, ["window=0; use 1 or more, or None"]),
+        ({"softcap": 0.0}, ["softcap=0.0; use more than 0, or None"]),
+        ({"softcap": math.nan}, ["softcap=nan; use more than 0"]),
+        ({"kv_heads": 3}, ["num_kv_heads=3 of k does not divide num_heads=4 of q"]),
+        ({"kv_heads": 0}, ["num_kv_heads=0 of k does not divide"]),
+        ({"view": {"query_segments": np.ones((B, T), int)}}, ["key_segments, both or neither"]),
+        ({"view": {"key_positions": np.zeros((B, T), int)}}, ["key_positions", "give [2, 9]"]),
+        ({"q": np.zeros((B, T, H))}, ["give [B, T, H, h], [B, S, K, h] and"]),
+        ({"q": np.zeros((B, T, H, h + 1))}, ["k (2, 9, 2, 8)", "give k [2, S, K, 9]"]),
+        ({"v": np.zeros((B, T, 2, h))}, ["v (2, 5, 2, 8) do not go with q", "same B, S and K"]),
+        ({"sinks": np.zeros(2)}, ["sinks has shape (2,); give one per query head, [4]"]),
     ],
 )
-def test_bad_arguments_are_refused(change, message):
+def test_bad_arguments_are_refused(change, words):
     change = dict(change)
     q, k, v = drawn_arrays(0, change.pop("kv_heads", 2))
     positions = {"query_positions": np.zeros((B, T), int), "key_positions": np.zeros((B, S), int)}
     view = View(**positions | change.pop("view", {}))
-    arrays = {name: change.pop(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    with pytest.raises(ValueError, match=message):
-        attention(*arrays.values(), view, scale=1.0, **change)
+    arrays = [change.pop(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
+    refuses(lambda: attention(*arrays, view, **change), *words)
     if "sinks" not in change:
         rest = (np.zeros((B, T, H, h)), np.zeros((B, T, H)), np.zeros((B, T, H, h)))
-        with pytest.raises(ValueError, match=message):
-            attention_backward(*arrays.values(), view, *rest, scale=1.0, **change)
+        refuses(lambda: attention_backward(*arrays, view, *rest, **change), *words)
 
 
-def test_errors():
+@pytest.mark.parametrize(
+    ("implementation", "positions", "options", "words"),
+    [
+        ("quick", "any", {}, "attention implementation 'quick' is unknown; use reference, "),
+        ("blocked", "any", {}, "cannot do arbitrary positions; use implementation='reference'"),
+        ("blocked", "in order", {"causal": False}, "cannot do causal=False; use"),
+        ("blocked", "in order", {"sinks": np.zeros(H)}, "cannot do sinks; use"),
+        ("blocked", "in order", {"return_lse": True}, "cannot do log-sum-exp (return_lse); use"),
+        ("cudnn", "any", {}, "cannot do arbitrary positions; use implementation='reference'"),
+        ("cudnn", "any", {"sinks": np.zeros(H)}, "cannot do sinks; use"),
+        ("cudnn", "any", {"return_lse": True}, "cannot do log-sum-exp (return_lse); use"),
+        ("cudnn", "in order", {"softcap": 2.0}, "cannot do softcap; use"),
+        ("cudnn", "packed", {}, "cannot do packed segments; use"),
+    ],
+)
+def test_what_an_implementation_cannot_do_is_refused(implementation, positions, options, words):
     q, k, v = drawn_arrays(0, 2)
-    plain = View(np.zeros((B, T), int), np.zeros((B, S), int))
-    positions = plain.query_positions, plain.key_positions
-    packed = View(*positions[:1] * 2, *positions[:1] * 2, in_order=True)
-    with pytest.raises(ValueError, match="implementation 'quick' is unknown; use reference, "):
-        attention(q, k, v, plain, scale=1.0, implementation="quick")
-    in_order = View(plain.query_positions, plain.query_positions, in_order=True)
-    for view, options in [
-        (plain, {}),
-        (in_order, {"causal": False}),
-        (in_order, {"sinks": jnp.zeros(H)}),
-        (in_order, {"return_lse": True}),
-    ]:
-        keys, values = (x[:, : view.key_positions.shape[1]] for x in (k, v))
-        with pytest.raises(ValueError, match=r"blocked attention cannot do .*; use impl"):
-            attention(q, keys, values, view, scale=1.0, implementation="blocked", **options)
-    refused = {
-        "packed segments": (packed, {}),
-        "softcap": (in_order, {"softcap": 2.0}),
-        "sinks": (plain, {"sinks": jnp.zeros(H)}),
-        r"log-sum-exp \(return_lse\)": (plain, {"return_lse": True}),
-        "arbitrary positions": (plain, {}),
-    }
-    for name, (view, options) in refused.items():
-        keys, values = (x[:, : view.key_positions.shape[1]] for x in (k, v))
-        with pytest.raises(ValueError, match=f"cannot do {name}; use implementation='reference'"):
-            attention(q, keys, values, view, scale=1.0, implementation="cudnn", **options)
+    rows = [np.zeros((B, T), int)] * (4 if positions == "packed" else 2)
+    view = View(*rows, in_order=positions != "any")
+    call = functools.partial(attention, q, k[:, :T], v[:, :T], view, **options)
+    refuses(lambda: call(implementation=implementation), implementation, words)
 
 
 def test_the_default_by_platform():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -13,6 +14,7 @@ from lm.kernels.cross_entropy import fused_token_logprobs, token_logprobs
 from lm.model import Head, ModelConfig
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
 from lm.weights import Int4
+from tests.refuses import refuses
 
 B, T, D, V, VOCAB = 4, 8, 8, 48, 43
 
@@ -27,28 +29,29 @@ def make_inputs(batch=B, length=T, transposed=False, dtype=jnp.float32, scale=0.
     return hidden, weight, targets, cotangents
 
 
-def value_and_gradients(hidden, weight, targets, cotangents, layout=None, **options):
+def value_and_gradients(
+    hidden, weight, targets, cotangents, layout=None, rests=True, transposed=False, **options
+):
     """Outputs, and gradients through both, under jit; arrays laid out as they would rest."""
+    options |= {"transposed": transposed, "vocab_size": VOCAB}
 
     def run(hidden, weight, targets, cotangents):
         with use_layout(layout):
             outputs, pull = jax.vjp(
-                lambda h, w: token_logprobs(h, w, targets, vocab_size=VOCAB, **options),
-                hidden,
-                weight,
+                lambda h, w: token_logprobs(h, w, targets, **options), hidden, weight
             )
             return outputs, pull(cotangents)
 
-    if layout is not None:
+    if layout is not None and rests:
         mesh, rules = layout.mesh, layout.rules
-        axes = ("vocab", "embed") if options["transposed"] else ("embed", "vocab")
+        axes = ("vocab", "embed") if transposed else ("embed", "vocab")
         residual = named_sharding(mesh, rules.activations, ("batch", "residual_sequence", None))
         hidden = jax.device_put(hidden, residual)
         weight = jax.device_put(weight, named_sharding(mesh, rules.weights, axes))
     return jax.jit(run)(hidden, weight, targets, cotangents)
 
 
-def numpy_value_and_gradients(hidden, weight, targets, cotangents, transposed, softcap=None):
+def numpy_value_and_gradients(hidden, weight, targets, cotangents, transposed=False, softcap=None):
     """The same in float64, from the definition of softmax and its Jacobian."""
     h, w, t = np.asarray(hidden, np.float64), np.asarray(weight, np.float64), np.asarray(targets)
     w = w.T if transposed else w
@@ -152,16 +155,14 @@ def test_a_quantized_output_matrix_is_not_decoded_whole(tied):
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 5, 20, 21, 1000])
 def test_any_chunk_gives_the_same(chunk_tokens):
     inputs = make_inputs(3, 7)
-    found = value_and_gradients(
-        *inputs, transposed=False, implementation="fused", chunk_tokens=chunk_tokens
-    )
-    assert_close(found, numpy_value_and_gradients(*inputs, False))
+    found = value_and_gradients(*inputs, implementation="fused", chunk_tokens=chunk_tokens)
+    assert_close(found, numpy_value_and_gradients(*inputs))
 
 
 def test_the_chunk_of_the_platform_gives_the_same():
     inputs = make_inputs(3, 257)  # more than one chunk, the last of them filled up
-    found = value_and_gradients(*inputs, transposed=False, implementation="fused")
-    assert_close(found, numpy_value_and_gradients(*inputs, False), atol=1e-4)
+    found = value_and_gradients(*inputs, implementation="fused")
+    assert_close(found, numpy_value_and_gradients(*inputs), atol=1e-4)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -170,11 +171,10 @@ def test_padding_columns_take_no_part(implementation, transposed):
     hidden, weight, targets, cotangents = make_inputs(transposed=transposed)
     padding = (slice(VOCAB, None), slice(None)) if transposed else (slice(None), slice(VOCAB, None))
     options = {"transposed": transposed, "implementation": implementation, "chunk_tokens": 5}
-    (before, (_, d_weight)) = value_and_gradients(hidden, weight, targets, cotangents, **options)
+    before, (_, d_weight) = value_and_gradients(hidden, weight, targets, cotangents, **options)
     assert not np.any(d_weight[padding])
-    after, _ = value_and_gradients(
-        hidden, weight.at[padding].set(100.0), targets, cotangents, **options
-    )
+    weight = weight.at[padding].set(100.0)
+    after, _ = value_and_gradients(hidden, weight, targets, cotangents, **options)
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_array_equal(before[1], after[1])
 
@@ -183,9 +183,7 @@ def test_padding_columns_take_no_part(implementation, transposed):
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_extreme_logits_are_finite(implementation, softcap):
     inputs = make_inputs(scale=1e4)
-    found = value_and_gradients(
-        *inputs, transposed=False, softcap=softcap, implementation=implementation
-    )
+    found = value_and_gradients(*inputs, softcap=softcap, implementation=implementation)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
     wanted = numpy_value_and_gradients(*inputs, False, softcap)
     np.testing.assert_allclose(found[0][1], wanted[0][1], rtol=1e-5)
@@ -195,12 +193,11 @@ def test_extreme_logits_are_finite(implementation, softcap):
 def test_bfloat16_keeps_float32_logits_and_the_dtypes_of_its_inputs(implementation):
     hidden, weight, targets, cotangents = make_inputs(dtype=jnp.bfloat16)
     weight = weight.astype(jnp.bfloat16).astype(jnp.float32)  # nothing lost by the cast inside
-    outputs, gradients = value_and_gradients(
-        hidden, weight, targets, cotangents, transposed=False, implementation=implementation
-    )
+    inputs = hidden, weight, targets, cotangents
+    outputs, gradients = value_and_gradients(*inputs, implementation=implementation)
     assert [x.dtype for x in outputs] == [jnp.float32] * 2
     assert [x.dtype for x in gradients] == [jnp.bfloat16, jnp.float32]
-    wanted = numpy_value_and_gradients(hidden, weight, targets, cotangents, False)
+    wanted = numpy_value_and_gradients(*inputs)
     for found, true in zip(outputs, wanted[0], strict=True):
         np.testing.assert_allclose(found, true, atol=1e-5)
     for found, true in zip(gradients, wanted[1], strict=True):
@@ -235,24 +232,16 @@ def make_layout(name):
 @pytest.mark.parametrize("name", MESHES)
 def test_fused_on_a_mesh_equals_float64(name, transposed):
     inputs = make_inputs(transposed=transposed)
-    found = value_and_gradients(
-        *inputs,
-        layout=make_layout(name),
-        transposed=transposed,
-        softcap=2.0,
-        implementation="fused",
-        chunk_tokens=3,
-    )
+    options = {"softcap": 2.0, "implementation": "fused", "chunk_tokens": 3}
+    found = value_and_gradients(*inputs, make_layout(name), transposed=transposed, **options)
     assert_close(found, numpy_value_and_gradients(*inputs, transposed, 2.0))
 
 
 @pytest.mark.parametrize("name", ["fsdp=4 zero=2", "fsdp=2 tensor=4 sequence"])
 def test_reference_on_a_mesh_equals_float64(name):
     inputs = make_inputs()
-    found = value_and_gradients(
-        *inputs, layout=make_layout(name), transposed=False, implementation="reference"
-    )
-    assert_close(found, numpy_value_and_gradients(*inputs, False))
+    found = value_and_gradients(*inputs, make_layout(name), implementation="reference")
+    assert_close(found, numpy_value_and_gradients(*inputs))
 
 
 def test_a_device_of_padding_columns_alone():
@@ -268,83 +257,48 @@ def test_a_device_of_padding_columns_alone():
 
 
 def test_a_sequence_that_sequence_parallelism_does_not_divide():
-    hidden, weight, targets, cotangents = make_inputs(4, 7)
-    layout = make_layout("fsdp=2 tensor=4 sequence")
-
-    def run(hidden, weight):
-        with use_layout(layout):
-            return jax.vjp(
-                lambda h, w: fused_token_logprobs(
-                    h, w, targets, transposed=False, vocab_size=VOCAB
-                ),
-                hidden,
-                weight,
-            )[1](cotangents)
-
-    wanted = numpy_value_and_gradients(hidden, weight, targets, cotangents, False)[1]
-    for found, true in zip(jax.jit(run)(hidden, weight), wanted, strict=True):
-        np.testing.assert_allclose(found, true, atol=2e-5)
+    inputs, layout = make_inputs(4, 7), make_layout("fsdp=2 tensor=4 sequence")
+    found = value_and_gradients(*inputs, layout, rests=False, implementation="fused")
+    assert_close(found, numpy_value_and_gradients(*inputs))
 
 
 @pytest.mark.parametrize("name", ["fsdp=4 zero=3", "data=2 fsdp=2 tensor=2"])
 def test_flat_tokens_on_a_mesh(name):
     hidden, weight, targets, cotangents = make_inputs()
-    layout = make_layout(name)
-
-    def run(hidden, weight):
-        with use_layout(layout):
-            outputs, pull = jax.vjp(
-                lambda h, w: fused_token_logprobs(
-                    h, w, targets.reshape(-1), transposed=False, vocab_size=VOCAB, chunk_tokens=3
-                ),
-                hidden,
-                weight,
-            )
-            return outputs, pull(tuple(c.reshape(-1) for c in cotangents))
-
-    outputs, (d_hidden, d_weight) = jax.jit(run)(hidden.reshape(-1, D), weight)
-    found = (
-        tuple(x.reshape(B, T) for x in outputs),
-        (d_hidden.reshape(B, T, D), d_weight),
+    flat = [hidden.reshape(-1, D), weight, targets.reshape(-1)]
+    flat.append(tuple(c.reshape(-1) for c in cotangents))
+    outputs, (d_hidden, d_weight) = value_and_gradients(
+        *flat, make_layout(name), rests=False, implementation="fused", chunk_tokens=3
     )
-    assert_close(found, numpy_value_and_gradients(hidden, weight, targets, cotangents, False))
+    found = [x.reshape(B, T) for x in outputs], (d_hidden.reshape(B, T, D), d_weight)
+    assert_close(found, numpy_value_and_gradients(hidden, weight, targets, cotangents))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "fused"])
 def test_the_weights_gradient_is_left_as_the_gradients_table_says(implementation):
     inputs = make_inputs()
     layout = make_layout("data=2 fsdp=2 tensor=2")
-    _, (_, d_weight) = value_and_gradients(
-        *inputs, layout=layout, transposed=False, implementation=implementation
-    )
+    _, (_, d_weight) = value_and_gradients(*inputs, layout, implementation=implementation)
     wanted = named_sharding(layout.mesh, layout.rules.gradients, ("embed", "vocab"))
     assert d_weight.sharding.is_equivalent_to(wanted, 2)
 
 
-def compiled_text(name, shape=(B, T), **options):
-    layout = make_layout(name)
-    hidden, weight, targets, cotangents = make_inputs(*shape)
+def test_zero_3_scatters_the_gradient_and_sums_nothing_of_its_size_twice():
+    layout, (hidden, weight, targets, cotangents) = make_layout("fsdp=4 zero=3"), make_inputs()
 
     def run(hidden, weight):
         with use_layout(layout):
-            return jax.vjp(
-                lambda h, w: fused_token_logprobs(
-                    h, w, targets, transposed=False, vocab_size=VOCAB, **options
-                ),
-                hidden,
-                weight,
-            )[1](cotangents)
+            function = functools.partial(
+                fused_token_logprobs, targets=targets, transposed=False, vocab_size=VOCAB
+            )
+            return jax.vjp(function, hidden, weight)[1](cotangents)
 
     mesh, rules = layout.mesh, layout.rules
     shardings = (
         named_sharding(mesh, rules.activations, ("batch", "residual_sequence", None)),
         named_sharding(mesh, rules.weights, ("embed", "vocab")),
     )
-    return jax.jit(run, in_shardings=shardings).lower(hidden, weight).compile().as_text()
-
-
-def test_zero_3_scatters_the_gradient_and_sums_nothing_of_its_size_twice():
-    text = compiled_text("fsdp=4 zero=3")
+    text = jax.jit(run, in_shardings=shardings).lower(hidden, weight).compile().as_text()
     assert len(re.findall(r" reduce-scatter\(", text)) == 1
     assert " all-reduce(" not in text
 
@@ -413,9 +367,8 @@ def test_the_size_of_the_logits_chooses():
                     max_logit_bytes=max_logit_bytes,
                 )  # fmt: skip
 
-        return "custom_vjp_call" in str(jax.make_jaxpr(run)(hidden, weight)) and "scan" in str(
-            jax.make_jaxpr(run)(hidden, weight)
-        )
+        text = str(jax.make_jaxpr(run)(hidden, weight))
+        return "custom_vjp_call" in text and "scan" in text
 
     whole = 4 * B * T * V
     assert not chunked(whole)
@@ -426,33 +379,22 @@ def test_the_size_of_the_logits_chooses():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "words"),
     [
-        ({"implementation": "fast"}, "'fast' is unknown; use reference, fused"),
-        ({"transposed": True}, r"hidden size 8 does not match .*\[D, V\], transposed=False"),
-        ({"vocab_size": V + 1}, r"vocab_size=49 is outside 1..48"),
-        ({"softcap": 0.0}, "softcap=0.0; use a positive number"),
-        ({"chunk_tokens": 0}, "chunk_tokens=0; use a positive number"),
+        ({"implementation": "fast"}, ["'fast' is unknown; use reference, fused"]),
+        ({"transposed": True}, ["hidden size 8 does not match", "[D, V], transposed=False"]),
+        ({"vocab_size": V + 1}, ["vocab_size=49 is outside 1..48"]),
+        ({"softcap": 0.0}, ["softcap=0.0; use a positive number"]),
+        ({"chunk_tokens": 0}, ["chunk_tokens=0; use a positive number"]),
+        ({"targets": np.zeros((4, 7), int)}, ["targets [4, 7] do not match", "[4, 8, 8]"]),
+        ({"mesh": 5}, ["'tensor'=5 does not divide vocab=48; use 1, 2, 3, 4"]),
     ],
 )
-def test_bad_options_are_named(changes, message):
+def test_bad_options_and_shapes_are_named(changes, words):
     hidden, weight, targets, _ = make_inputs()
-    options = {"transposed": False, "vocab_size": VOCAB} | changes
-    with pytest.raises(ValueError, match=message):
-        token_logprobs(hidden, weight, targets, **options)
-
-
-def test_bad_shapes_are_named():
-    hidden, weight, targets, _ = make_inputs()
-    with pytest.raises(
-        ValueError, match=r"targets \[4, 7\] do not match hidden states \[4, 8, 8\]"
-    ):
-        token_logprobs(hidden, weight, targets[:, 1:], transposed=False, vocab_size=VOCAB)
-    with (
-        use_layout(Layout(make_mesh(MeshShape(tensor=5)), make_rules())),
-        pytest.raises(ValueError, match=r"'tensor'=5 does not divide vocab=48; use 1, 2, 3, 4"),
-    ):
-        token_logprobs(hidden, weight, targets, transposed=False, vocab_size=VOCAB)
+    options = {"targets": targets, "transposed": False, "vocab_size": VOCAB} | changes
+    with use_layout(Layout(make_mesh(MeshShape(tensor=options.pop("mesh", 1))), make_rules())):
+        refuses(lambda: token_logprobs(hidden, weight, **options), *words)
 
 
 @pytest.mark.oracle

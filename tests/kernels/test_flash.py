@@ -17,6 +17,7 @@ from lm.kernels.attention.flash import flash_attention, flash_attention_backward
 from lm.kernels.attention.flash_blocks import TABLE, Blocks, blocks_for
 from lm.kernels.attention.schedule import FIRST, LAST, RUN, key_block, query_block, schedule
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
+from tests.refuses import refuses
 
 BLOCKS = Blocks(forward=(16, 32), backward=(32, 16), heads=2, resident=48)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -288,37 +289,28 @@ def test_zigzag_skips_what_no_query_sees():
 
 
 def test_blocks_are_found_for_every_head_size():
-    chips = {chip for chip, _ in TABLE}
-    for chip in chips:
-        for head_dim in (64, 80, 128, 192, 256, 576):
-            assert blocks_for(chip, head_dim)
-    with pytest.raises(ValueError, match="largest head size is 640, got 700"):
-        blocks_for(None, 700)
+    for chip in {chip for chip, _ in TABLE}:
+        assert all(blocks_for(chip, head_dim) for head_dim in (64, 80, 128, 192, 256, 576))
+    refuses(lambda: blocks_for(None, 700), "largest head size is 640, got 700")
 
 
-def test_refusals():
-    case = Case(T=16, S=16, B=4)
+@pytest.mark.parametrize(
+    ("implementation", "mesh", "options", "words"),
+    [
+        ("flash", {"fsdp": 4, "context": 2}, {}, ["context", "context-parallel attention"]),
+        ("flash", {"fsdp": 2, "tensor": 4}, {}, ["'tensor'=4 does not divide kv_heads=2; use 1"]),
+        ("flash", {"fsdp": 8}, {}, ["'fsdp'=8 does not divide batch=4"]),
+        ("splash", {}, {"in_order": False}, ["cannot do arbitrary positions; use", "'flash'"]),
+        ("splash", {}, {"sinks": True}, ["cannot do sinks; use", "'flash'"]),
+        ("splash", {}, {"return_lse": True}, ["cannot do log-sum-exp (return_lse); use"]),
+        ("splash", {}, {}, ["needs lengths that 128 divides, got 16"]),
+    ],
+)
+def test_refusals(implementation, mesh, options, words):
+    case = Case(T=16, S=16, B=4, in_order=options.get("in_order", True))
     rng = np.random.default_rng(0)
     (q, k, v, sinks, *_), view = arrays(case, rng), case.view(rng)
-
-    def run(view=view, shape=None, implementation="flash", **options):
-        shape = shape or MeshShape(fsdp=4, tensor=2)
-        with use_layout(Layout(make_mesh(shape), make_rules())):
-            kernels.attention(q, k, v, view, Scores(1.0), implementation=implementation, **options)
-
-    with pytest.raises(ValueError, match=r"context.*context-parallel attention"):
-        run(shape=MeshShape(fsdp=4, context=2))
-    with pytest.raises(ValueError, match="'tensor'=4 does not divide kv_heads=2; use 1 or 2"):
-        run(shape=MeshShape(fsdp=2, tensor=4))
-    with pytest.raises(ValueError, match="'fsdp'=8 does not divide batch=4"):
-        run(shape=MeshShape(fsdp=8))
-    anywhere = case._replace(in_order=False).view(rng)
-    for name, other, options in [
-        ("arbitrary positions", anywhere, {}),
-        ("sinks", view, {"sinks": sinks}),
-        (r"log-sum-exp \(return_lse\)", view, {"return_lse": True}),
-    ]:
-        with pytest.raises(ValueError, match=f"splash attention cannot do {name}; use .*'flash'"):
-            run(other, implementation="splash", **options)
-    with pytest.raises(ValueError, match="needs lengths that 128 divides, got 16"):
-        run(implementation="splash")
+    given = {"sinks": sinks} if "sinks" in options else {}
+    given |= {"return_lse": "return_lse" in options, "implementation": implementation}
+    with use_layout(Layout(make_mesh(MeshShape(**mesh or {"fsdp": 4, "tensor": 2})), make_rules())):
+        refuses(lambda: kernels.attention(q, k, v, view, case.scores, **given), *words)

@@ -21,6 +21,7 @@ from lm.kernels.attention.reference import mask
 from lm.kernels.attention.schedule import pairs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 from tests.kernels.calls import attention
+from tests.refuses import refuses
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -118,27 +119,27 @@ def test_compiles_arbitrary_positions_of_any_length_not_causal_split_over_a_mesh
 
 
 def given(h=128, dtype=jnp.bfloat16, value_dim=None):
-    rows = np.tile(np.arange(128, dtype=np.int32), (1, 1))
-    shape = (1, 128, 2, h)
-    q = k = jnp.zeros(shape, dtype)
-    return q, k, jnp.zeros((*shape[:3], value_dim or h), dtype), View(rows, rows, in_order=True)
+    rows = np.arange(128, dtype=np.int32)[None]
+    q = jnp.zeros((1, 128, 2, h), dtype)
+    return q, q, jnp.zeros((1, 128, 2, value_dim or h), dtype), View(rows, rows, in_order=True)
 
 
-def test_refuses_what_does_not_fit_or_is_not_there():
-    attend = functools.partial(flash_attention_gpu, scores=Scores(1.0))
-    with pytest.raises(ValueError, match=r"needs .* bytes of shared memory, a program has 232,448"):
-        attend(*given(), tiles=TABLE[128]._replace(forward=Tile(128, 256, 2, 2)))
-    with pytest.raises(ValueError, match="a multiple of 64"):
-        attend(*given(), tiles=TABLE[128]._replace(dq=Tile(128, 96, 2, 2)))
-    with pytest.raises(ValueError, match="head sizes 64, 128, 256, got 96"):
-        attend(*given(h=96))
-    with pytest.raises(ValueError, match="bfloat16 or float16"):
-        attend(*given(dtype=jnp.float32))
-    with pytest.raises(ValueError, match="one head size, got keys 128 and values 64"):
-        attend(*given(value_dim=64))
+@pytest.mark.parametrize(
+    ("arrays", "tiles", "words"),
+    [
+        ({}, {"forward": Tile(128, 256, 2, 2)}, ["bytes of shared memory, a program has 232,448"]),
+        ({}, {"dq": Tile(128, 96, 2, 2)}, ["a multiple of 64"]),
+        ({"h": 96}, None, ["head sizes 64, 128, 256, got 96"]),
+        ({"dtype": jnp.float32}, None, ["bfloat16 or float16"]),
+        ({"value_dim": 64}, None, ["one head size, got keys 128 and values 64"]),
+    ],
+)
+def test_refuses_what_does_not_fit_or_is_not_there(arrays, tiles, words):
+    tiles = None if tiles is None else TABLE[128]._replace(**tiles)
+    refuses(lambda: flash_attention_gpu(*given(**arrays), Scores(1.0), tiles=tiles), *words)
 
 
 def test_refuses_another_device():
-    layout = Layout(make_mesh(MeshShape(), jax.devices()[:1]), make_rules())
-    with use_layout(layout), pytest.raises(ValueError, match=r"for Hopper GPUs .* 'blocked'"):
-        attention(*given(), scale=1.0, implementation="mosaic_gpu")
+    with use_layout(Layout(make_mesh(MeshShape(), jax.devices()[:1]), make_rules())):
+        call = functools.partial(attention, *given(), implementation="mosaic_gpu")
+        refuses(call, "for Hopper GPUs", "'blocked'")

@@ -10,15 +10,11 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from lm.infer.cache.contiguous import Slots
-from lm.kernels.paged_attention import (
-    Pages,
-    check_tables,
-    make_pages,
-    quantize,
-)
+from lm.kernels.paged_attention import Pages, check_tables, make_pages, quantize
 from lm.kernels.paged_attention.reference import gather_pages
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, use_layout
 from tests.kernels.calls import paged_attention, write_pages
+from tests.refuses import refuses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,15 +269,9 @@ def test_no_copy_races_with_another(name, capfd):
         d.pages(False), *d.new(), *d.tables, implementation="tpu", interpret=simulate
     )
     out = paged_attention(
-        d.q,
-        pages,
-        *d.tables,
-        scale=d.case.scale,
-        implementation="tpu",
-        interpret=simulate,
-        block_kv=d.case.block_kv,
-        block_q=8,
-    )
+        d.q, pages, *d.tables, scale=d.case.scale, implementation="tpu", interpret=simulate,
+        block_kv=d.case.block_kv, block_q=8,
+    )  # fmt: skip
     expected = attend(d.case, "reference", d.q, pages, *d.tables, d.sinks)
     np.testing.assert_allclose(out, expected, rtol=3e-6, atol=3e-6)
     assert "RACE DETECTED" not in capfd.readouterr().out
@@ -334,11 +324,9 @@ def test_sharded_heads_equal_one_device(name):
 def test_heads_that_the_mesh_does_not_divide_are_refused():
     d = drawn(Case(num_kv_heads=6, group=1))
     layout = Layout(make_mesh(MeshShape(tensor=4), jax.devices()[:4]), make_rules())
-    with (
-        use_layout(layout),
-        pytest.raises(ValueError, match=r"'tensor'=4 does not divide num_kv_heads=6; use 1, 2, 3"),
-    ):
-        paged_attention(d.q, d.empty, *d.tables, scale=1.0, implementation="tpu", interpret=True)
+    call = functools.partial(paged_attention, d.q, d.empty, *d.tables, implementation="tpu")
+    with use_layout(layout):
+        refuses(call, "'tensor'=4 does not divide num_kv_heads=6; use 1, 2, 3")
 
 
 def test_quantization_error_is_half_a_step():
@@ -377,85 +365,70 @@ def test_dequantized_values_are_rounded_once(kind, dtype):
     assert np.all(np.abs(read - exact) <= 1.0001 * half)
 
 
-def test_hostile_tables_are_refused():
-    table, lens = np.array([[0, 1, 2], [3, 9, 9]]), np.array([48, 16])
-    check_tables(table, lens, 4, 16)
-    with pytest.raises(ValueError, match=r"page_table\[1, 1\]=9 is not a page; there are 0..3"):
-        check_tables(table, lens + 1 - np.array([1, 0]), 4, 16)
-    with pytest.raises(ValueError, match=r"page_table\[0, 2\]=-1 is not a page"):
-        check_tables(table - (table == 2) * 3, lens, 4, 16)
-    with pytest.raises(ValueError, match=r"kv_lens\[0\]=49 is outside 0..48, what 3 pages of 16"):
-        check_tables(table, lens + 1, 4, 16)
-    with pytest.raises(ValueError, match=r"kv_lens\[1\]=-1 is outside"):
-        check_tables(table, np.array([1, -1]), 4, 16)
-    with pytest.raises(ValueError, match=r"give \[B, M\] and \[B\]"):
-        check_tables(table[0], lens, 4, 16)
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("table", "lens", "words"),
     [
-        ({"q": jnp.zeros((4, 4, 32))}, r"q is \[tokens, heads, 64\]"),
-        ({"q": jnp.zeros((4, 5, 64))}, "num_kv_heads=2 of the pages does not divide num_heads=5"),
-        ({"causal": False}, "paged attention is causal; give Scores with causal=True"),
-        ({"sinks": jnp.zeros(2)}, r"sinks has shape \(2,\); give one per query head, \[4\]"),
-        ({"implementation": "paged"}, "'paged' is unknown; use reference, tpu"),
-        ({"pages": make_pages(4, 8, 2, 64)}, "page_size=8 of bfloat16 pages; .* multiple of 16"),
-        ({"pages": make_pages(4, 64, 2, 64, dtype="int8")}, "page_size=64 of int8 .* of 128"),
-        ({"pages": make_pages(1, 32768, 2, 64)}, "use pages of 8192"),
-        ({"table": jnp.zeros((2, 100_001), jnp.int32)}, "scalar memory holds .* pages of 32"),
-    ],
-)  # fmt: skip
-def test_bad_arguments_are_refused(change, message):
-    given = {
-        "q": jnp.zeros((4, 4, 64)), "pages": make_pages(4, 16, 2, 64),
-        "table": jnp.zeros((2, 3), jnp.int32), "lens": jnp.zeros(2, jnp.int32),
-        "implementation": "tpu",
-    } | change  # fmt: skip
-    q, pages, table, lens = (given.pop(name) for name in ("q", "pages", "table", "lens"))
-    with pytest.raises(ValueError, match=message):
-        paged_attention(q, pages, table, lens, jnp.zeros(3, jnp.int32), scale=1.0, **given)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"page_table": jnp.zeros((2, 3))}, "page_table is float32; give int32"),
-        ({"page_table": jnp.zeros(2, jnp.int32)}, r"page_table \(2,\), .* give \[B, M\]"),
-        ({"kv_lens": jnp.zeros((2, 1), jnp.int32)}, r"kv_lens \(2, 1\), .* give \[B, M\], \[B\]"),
-        ({"kv_lens": jnp.zeros(2)}, "kv_lens is float32; give int32"),
-        ({"cu_q_lens": jnp.zeros(2, jnp.int32)}, r"cu_q_lens \(2,\); give .* \[B \+ 1\] of one B"),
-        (
-            {"q_lens": jnp.zeros(3, jnp.int32)},
-            r"q_lens has shape \(3,\); give one per sequence, \[2\]",
-        ),
-        ({"q_lens": jnp.zeros(2)}, "q_lens is float32; give int32"),
+        ([[0, 1, 2], [3, 9, 9]], [48, 17], "page_table[1, 1]=9 is not a page; there are 0..3"),
+        ([[0, 1, -1], [3, 9, 9]], [48, 16], "page_table[0, 2]=-1 is not a page"),
+        ([[0, 1, 2], [3, 9, 9]], [49, 17], "kv_lens[0]=49 is outside 0..48, what 3 pages of 16"),
+        ([[0, 1, 2], [3, 9, 9]], [1, -1], "kv_lens[1]=-1 is outside"),
+        ([0, 1, 2], [48, 16], "give [B, M] and [B]"),
     ],
 )
-def test_sequences_that_disagree_are_refused(change, message):
-    tables = {
-        "page_table": jnp.zeros((2, 3), jnp.int32), "kv_lens": jnp.zeros(2, jnp.int32),
-        "cu_q_lens": jnp.zeros(3, jnp.int32),
+def test_hostile_tables_are_refused(table, lens, words):
+    check_tables(np.array([[0, 1, 2], [3, 9, 9]]), np.array([48, 16]), 4, 16)
+    refuses(lambda: check_tables(np.array(table), np.array(lens), 4, 16), words)
+
+
+def call(name: str, **change):
+    """`write_pages` or `paged_attention` of two sequences, some arguments changed."""
+    given = {
+        "x": jnp.zeros((4, 4 if name == "attend" else 2, 64)), "values": jnp.zeros((4, 2, 64)),
+        "pages": make_pages(4, 16, 2, 64), "page_table": int32(np.zeros((2, 3))),
+        "kv_lens": int32([0, 0]), "cu_q_lens": int32([0, 0, 0]), "implementation": "tpu",
     } | change  # fmt: skip
-    x, pages = jnp.zeros((4, 2, 64)), make_pages(4, 16, 2, 64)
-    for call in (functools.partial(write_pages, pages, x), functools.partial(paged_attention, x)):
-        given = (x,) if call.func is write_pages else (pages,)
-        with pytest.raises(ValueError, match=message):
-            call(*given, **tables)
+    x, values, pages = (given.pop(key) for key in ("x", "values", "pages"))
+    if name == "attend":
+        return paged_attention(x, pages, **given)
+    return write_pages(pages, x, values, **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": jnp.zeros((4, 4, 32))}, ["q is [tokens, heads, 64]"]),
+        ({"x": jnp.zeros((4, 5, 64))}, ["num_kv_heads=2 of the pages does not divide num_heads=5"]),
+        ({"causal": False}, ["paged attention is causal; give Scores with causal=True"]),
+        ({"sinks": jnp.zeros(2)}, ["sinks has shape (2,); give one per query head, [4]"]),
+        ({"implementation": "paged"}, ["'paged' is unknown; use reference, tpu"]),
+        ({"pages": make_pages(4, 8, 2, 64)}, ["page_size=8 of bfloat16", "multiple of 16"]),
+        ({"pages": make_pages(4, 64, 2, 64, dtype="int8")}, ["page_size=64 of int8", "of 128"]),
+        ({"pages": make_pages(1, 32768, 2, 64)}, ["use pages of 8192"]),
+        ({"page_table": int32(np.zeros((2, 100_001)))}, ["scalar memory holds", "pages of 32"]),
+    ],
+)
+def test_bad_arguments_are_refused(change, words):
+    refuses(lambda: call("attend", **change), *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"page_table": int32([0, 0])}, ["page_table (2,), ", "give [B, M]"]),
+        ({"kv_lens": int32([[0], [0]])}, ["kv_lens (2, 1), ", "give [B, M], [B]"]),
+        ({"kv_lens": jnp.zeros(2)}, ["kv_lens is float32; give int32"]),
+        ({"cu_q_lens": int32([0, 0])}, ["cu_q_lens (2,); give", "[B + 1] of one B"]),
+        ({"q_lens": int32([0, 0, 0])}, ["q_lens has shape (3,); give one per sequence, [2]"]),
+    ],
+)
+def test_sequences_that_disagree_are_refused(change, words):
+    for name in ("attend", "write"):
+        refuses(lambda name=name: call(name, **change), *words)
 
 
 def test_bad_pages_are_refused():
-    with pytest.raises(ValueError, match="page_size=0; use 1 or more"):
-        make_pages(4, 0, 2, 64)
-    with pytest.raises(ValueError, match="latent attention has one head"):
-        make_pages(4, 16, 2, 64, 32, latent=True)
-    with pytest.raises(ValueError, match=r"are \[tokens, 2, 128\] for these pages"):
-        write_pages(
-            make_pages(4, 16, 2, 64), jnp.zeros((4, 2, 64)), None, jnp.zeros((2, 3), jnp.int32),
-            jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32), implementation="reference",
-        )  # fmt: skip
-    with pytest.raises(ValueError, match=r"keys \(4, 2, 64\) and values \(3, 2, 64\); give"):
-        write_pages(
-            make_pages(4, 16, 2, 64), jnp.zeros((4, 2, 64)), jnp.zeros((3, 2, 64)),
-            jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32),
-        )  # fmt: skip
+    refuses(lambda: make_pages(4, 0, 2, 64), "page_size=0; use 1 or more")
+    refuses(lambda: make_pages(4, 16, 2, 64, 32, latent=True), "latent attention has one head")
+    refuses(lambda: call("write", values=None), "are [tokens, 2, 128] for these pages")
+    wrong = jnp.zeros((3, 2, 64))
+    refuses(lambda: call("write", values=wrong), "keys (4, 2, 64) and values (3, 2, 64); give")
