@@ -177,7 +177,7 @@ def test_chat_templates_stay_in_the_folder(source, tmp_path):
     templates = [{"name": "default", "template": "a"}, {"name": "../../b", "template": "b"}]
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
     (tmp_path / "m").mkdir()
-    with pytest.raises(ValueError, match=r"chat template '\.\./\.\./b' has a name that no file"):
+    with pytest.raises(ValueError, match=r"chat template '\.\./\.\./b' has an invalid file name"):
         save_tokenizer(load_pretrained(source).tokenizer, tmp_path / "m")
     assert not any((tmp_path / "m").iterdir())
 
