@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from lm.run.parts import Run
 from lm.sharding import Layout
 from lm.tokenizers import Tokenizer
 from lm.train.accumulation import Accumulation
+from lm.train.batch import rows_multiple
 from lm.train.objective import NextToken
 from lm.train.optimizers import make_optimizer
 from lm.train.schedules import BatchRamp, BatchStage, linear_ramp
@@ -77,11 +77,10 @@ def make_ramp(config: Config, layout: Layout) -> BatchRamp:
     t = config.train
     if t.ramp is None:
         return BatchRamp((BatchStage(0, t.batch_size),))
-    shards = math.prod(layout.mesh.shape[axis] for axis in layout.rules.activations["batch"])
+    multiple = rows_multiple(NextToken(), layout, t.num_micro_batches)
     return linear_ramp(
-        t.ramp.first, t.batch_size, t.ramp.num_stages, t.ramp.num_steps,
-        divisor=shards * t.num_micro_batches,
-    )  # fmt: skip
+        t.ramp.first, t.batch_size, t.ramp.num_stages, t.ramp.num_steps, divisor=multiple
+    )
 
 
 def make_run(

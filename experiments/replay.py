@@ -14,7 +14,6 @@ the initial weights before the first, or of `--checkpoint=PATH`.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,19 +21,9 @@ from absl import flags
 
 from experiments.pretrain import open_run
 from lm.config import program
+from lm.run.metrics import to_json
 from lm.run.parts import Run
 from lm.run.replay import replay, text_of
-
-
-def to_json(found: Any) -> Any:
-    """The same in JSON's types: numbers that are none as `metrics.jsonl` has them, "NaN"."""
-    if isinstance(found, dict):
-        return {name: to_json(value) for name, value in found.items()}
-    if isinstance(found, list):
-        return [to_json(value) for value in found]
-    if isinstance(found, float) and not math.isfinite(found):
-        return json.dumps(found)
-    return found
 
 
 def to_text(found: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ they read one dataset. Each run is a subprocess in a folder named after what it 
 command skips finished runs and resumes others. The workdir receives `sweep.json`, the runs ranked,
 and the folders, each with `sweep.log`, what the run printed.
 
-In Python, `lm.run.sweep` has the same as functions.
+In Python, `lm.config.sweep` has the same as functions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from absl import app, flags
 from lm.config import codec, program
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
-from lm.run.sweep import Edits, Sweep, named_runs, parse
+from lm.config.sweep import Edits, Sweep, named_runs, parse
 
 
 @dataclasses.dataclass

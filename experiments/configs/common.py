@@ -10,7 +10,13 @@ from typing import Literal
 
 from data_pipelines.documents import DataSource, ValidationSet
 from lm.config.changes import may_change
+from lm.run.loop import Intervals, Rewind
+from lm.run.saving import Checkpointing
+from lm.sharding import MeshShape, Sharding
+from lm.train.ema import Ema
+from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
 from lm.train.schedules import Schedule
+from lm.train.stability import Stability
 
 NEW_SCHEDULE = "the learning-rate schedule changes with it, from the step that follows"
 
@@ -118,6 +124,22 @@ class Train:
     max_grad_norm: float = 1.0
     peak_tflops: float = may_change(0.0)
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every training program's configuration has."""
+
+    mesh: MeshShape = may_change(MeshShape(fsdp=-1))
+    sharding: Sharding = may_change(Sharding())
+    optimizer: AdamW | Muon | Adafactor | Lion | Soap = AdamW()
+    learning_rate: LearningRate = LearningRate()
+    train: Train = Train()
+    stability: Stability | None = Stability()
+    rewind: Rewind | None = may_change(Rewind())
+    ema: Ema | None = None
+    checkpoints: Checkpointing = may_change(Checkpointing())
+    intervals: Intervals = may_change(Intervals())
 
 
 @dataclasses.dataclass(frozen=True)

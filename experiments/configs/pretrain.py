@@ -7,33 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.configs.common import Data, LearningRate, Sampling, Train
+from experiments.configs.common import Data, LearningRate, Sampling, Train, Training
 from lm.config.changes import may_change
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Norm, Rope, Stack
-from lm.run.loop import Intervals, Rewind
-from lm.run.saving import Checkpointing
-from lm.sharding import MeshShape, Sharding
+from lm.run.loop import Intervals
 from lm.train.ema import Ema
-from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
-from lm.train.stability import Stability
+from lm.train.optimizers import Muon
 
 
-@dataclasses.dataclass(frozen=True)
-class Pretrain:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrain(Training):
     """A pre-training run."""
 
     model: ModelConfig
     data: Data = Data()
-    mesh: MeshShape = may_change(MeshShape(fsdp=-1))
-    sharding: Sharding = may_change(Sharding())
-    optimizer: AdamW | Muon | Adafactor | Lion | Soap = AdamW()
-    learning_rate: LearningRate = LearningRate()
-    train: Train = Train()
-    stability: Stability | None = Stability()
-    rewind: Rewind | None = may_change(Rewind())
-    ema: Ema | None = None
-    checkpoints: Checkpointing = may_change(Checkpointing())
-    intervals: Intervals = may_change(Intervals())
     sampling: Sampling = may_change(Sampling())
 
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.configs.common import LearningRate, Train
+from experiments.configs.common import LearningRate, Train, Training
 from experiments.configs.pretrain import llama
-from lm.config.changes import may_change
 from lm.model import ModelConfig
 from lm.run.finetune import Lora
-from lm.run.loop import Intervals, Rewind
-from lm.run.saving import Checkpointing
-from lm.sharding import MeshShape, Sharding
-from lm.train.ema import Ema
-from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
-from lm.train.stability import Stability
+from lm.run.loop import Intervals
+from lm.train.optimizers import Muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +33,8 @@ class Conversations:
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Sft:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft(Training):
     """Supervised fine-tuning.
 
     Attributes:
@@ -51,16 +46,6 @@ class Sft:
     model: str | ModelConfig
     data: Conversations = Conversations()
     lora: Lora | None = None
-    mesh: MeshShape = may_change(MeshShape(fsdp=-1))
-    sharding: Sharding = may_change(Sharding())
-    optimizer: AdamW | Muon | Adafactor | Lion | Soap = AdamW()
-    learning_rate: LearningRate = LearningRate()
-    train: Train = Train()
-    stability: Stability | None = Stability()
-    rewind: Rewind | None = may_change(Rewind())
-    ema: Ema | None = None
-    checkpoints: Checkpointing = may_change(Checkpointing())
-    intervals: Intervals = may_change(Intervals())
 
 
 def quicktest() -> Sft:

@@ -200,7 +200,7 @@ def difference(old: Any, new: Any) -> list[str]:
 
     Each is a dataclass or its `to_dict`.
     """
-    a, b = (_flatten(to_dict(c) if dataclasses.is_dataclass(c) else c, "") for c in (old, new))
+    a, b = (flatten(to_dict(c) if dataclasses.is_dataclass(c) else c) for c in (old, new))
     return [
         f"{path}: {show(a.get(path, 'absent'))} -> {show(b.get(path, 'absent'))}"
         for path in a | b
@@ -208,12 +208,13 @@ def difference(old: Any, new: Any) -> list[str]:
     ]
 
 
-def _flatten(node: Any, path: str) -> dict[str, Any]:
+def flatten(node: Any, path: str = "") -> dict[str, Any]:
+    """The values of JSON's types by dotted path; lists are values unless they hold objects."""
     if isinstance(node, list) and any(isinstance(item, dict) for item in node):
         node = {str(i): item for i, item in enumerate(node)}
     if not isinstance(node, dict):
         return {path: node}
     found = {}
     for key, child in node.items():
-        found |= _flatten(child, f"{path}.{key}" if path else key)
+        found |= flatten(child, f"{path}.{key}" if path else key)
     return found

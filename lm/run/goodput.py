@@ -150,12 +150,11 @@ class Goodput:
         self._marks.append(at)
         return lost
 
-    def resume(self, rows: Sequence[Mapping[str, Any]], step: int) -> int:
+    def resume(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Goes on with the account of the processes before, from the rows of their metrics file.
 
         Call it before `MetricsWriter.truncate_after(step)`. Steps beyond `step`, to be taken again,
-        are lost, and their number is returned; their time, and that of a process that was killed,
-        is known up to its last row.
+        are lost; their time, and that of a process that was killed, is known up to its last row.
         """
         accounts = [i for i, row in enumerate(rows) if row.get("event") == "goodput"]
         before = dict.fromkeys(KINDS, 0.0)
@@ -177,7 +176,6 @@ class Goodput:
         self._marks = array("d", (points[s] for s in self._steps))
         if self._steps[-1] >= step:
             self.rewind(step)
-        return max(max((row["step"] for row in rows if "event" not in row), default=0) - step, 0)
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -141,11 +141,6 @@ def strongest(*kinds: Kind | None) -> Kind | None:
     return "durable" if "durable" in kinds else "local" if "local" in kinds else None
 
 
-def is_ready(value: Any) -> bool:
-    """Whether an array has been computed."""
-    return value.is_ready()
-
-
 def _num_tokens(values: Values) -> int:
     """Of a step; none where bad data has made even their count something else than a number."""
     return int(values["tokens"]) if np.isfinite(values["tokens"]) else 0
@@ -212,7 +207,7 @@ def train(
     late: Kind | None = None  # a checkpoint that steps skipped in a row have held up
 
     def is_busy() -> bool:
-        return pending is not None and not is_ready(pending[1]["total_loss"])
+        return pending is not None and not pending[1]["total_loss"].is_ready()
 
     for batch in goodput.waiting(batches, busy=is_busy):
         values = None

@@ -20,9 +20,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from lm.config.codec import NON_FINITE
 from lm.run.goodput import Hardware, clock_time
-
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsWriter:
@@ -147,14 +146,13 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append({key: _from_json(value) for key, value in row.items()})
+            rows.append({
+                key: NON_FINITE.get(value, value) if isinstance(value, str) else value
+                for key, value in row.items()
+            })  # fmt: skip
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}") from error
     return rows
-
-
-def _from_json(value: Any) -> Any:
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _number(name: str, value: Any) -> int | float:
@@ -171,14 +169,18 @@ def _number(name: str, value: Any) -> int | float:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    row = {key: _to_json(value) for key, value in row.items()}
-    return json.dumps(row, allow_nan=False) + "\n"
+    return json.dumps(to_json(row), allow_nan=False) + "\n"
 
 
-def _to_json(value: Any) -> Any:
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+def to_json(value: Any) -> Any:
+    """The same in JSON's types: numbers that strict JSON lacks as "NaN", "Infinity" and so on."""
+    if isinstance(value, Mapping):
+        return {name: to_json(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [to_json(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    return value
 
 
 def _cut_torn_line(path: pathlib.Path) -> None:
@@ -214,11 +216,11 @@ def memory(devices: Iterable[Any]) -> dict[str, int]:
       reports them (GPU, TPU); else `host_memory_bytes`, the process's resident set, or
       `host_memory_peak_bytes` where the system reports no more.
     """
-    known = [stats for device in devices if (stats := device.memory_stats())]
-    if known:
-        names = {"device_memory_bytes": "bytes_in_use"}
-        names["device_memory_peak_bytes"] = "peak_bytes_in_use"
-        return {name: max(int(stats.get(key, 0)) for stats in known) for name, key in names.items()}
+    if known := [stats for device in devices if (stats := device.memory_stats())]:
+        return {
+            f"device_memory_{name}": max(int(stats.get(key, 0)) for stats in known)
+            for name, key in (("bytes", "bytes_in_use"), ("peak_bytes", "peak_bytes_in_use"))
+        }
     try:
         resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])  # proc(5), in pages
     except OSError:
@@ -255,7 +257,7 @@ class Progress:
         enabled: bool = True,
         stream: TextIO | None = None,
     ):
-        self.num_steps, self.step = num_steps, start
+        self.num_steps = num_steps
         self._enabled, self._stream, self._clock = enabled, stream or sys.stderr, clock
         self._hardware = hardware or Hardware()
         self._last_line = -math.inf
@@ -282,7 +284,6 @@ class Progress:
         now = self._clock()
         self._tokens += num_tokens
         self._values |= values
-        self.step = step
         self._marks.append((now, step, self._tokens))
         if self._bar is not None:
             self._bar.ncols = self._columns()
@@ -304,9 +305,10 @@ class Progress:
             parts.append((2, f"grad {values['grad_norm']:.3g}"))
         if "learning_rate" in values:
             parts.append((3, f"lr {values['learning_rate']:.2e}".replace("e-0", "e-")))
-        if (tokens_per_second := self._rate(2)) is not None:
-            rates = self._hardware.rates(tokens_per_second)
-            parts.append((0, f"{_shown(tokens_per_second)} tok/s"))
+        (start, first, before), (now, last, after) = self._marks[0], self._marks[-1]
+        if seconds := len(self._marks) > 1 and max(now - start, 1e-9):
+            rates = self._hardware.rates((after - before) / seconds)
+            parts.append((0, f"{_shown(rates['tokens_per_second'])} tok/s"))
             if self._hardware.num_devices > 1:
                 parts.append((5, f"{_shown(rates['tokens_per_second_per_device'])}/device"))
             if "mfu" in rates:
@@ -315,17 +317,10 @@ class Progress:
             parts.append((4, f"{_MEMORY[memory[0]]}{values[memory[0]] / 1e9:.3g} GB"))
         if values.get("skipped_steps"):
             parts.append((0, f"{values['skipped_steps']:.0f} skipped"))
-        if (steps_per_second := self._rate(1)) is not None:
-            left = (self.num_steps - self.step) / steps_per_second
+        if seconds:
+            left = (self.num_steps - last) * seconds / (last - first)
             parts.append((0, f"{clock_time(left)} left"))
         return parts
-
-    def _rate(self, column: int) -> float | None:
-        """Steps (1) or tokens (2) per second over the last updates; None before the second."""
-        if len(self._marks) < 2:
-            return None
-        first, last = self._marks[0], self._marks[-1]
-        return (last[column] - first[column]) / max(last[0] - first[0], 1e-9)
 
     def _columns(self) -> int:
         try:

@@ -37,6 +37,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
+from lm.config.codec import flatten
 from lm.run import figures
 from lm.run import metrics as metrics_lib
 from lm.run.figures import Line, Points, quantity, short, words
@@ -91,6 +92,10 @@ class Run:
         rows = (row for row in self.rows if "event" not in row and name in row)
         return sorted({row["step"]: row[name] for row in rows}.items())
 
+    def count(self, event: str) -> int:
+        """How often it happened."""
+        return sum(row.get("event") == event for row in self.rows)
+
     def finite(self, name: str) -> Points:
         """The finite values of `series`."""
         return [(step, value) for step, value in self.series(name) if math.isfinite(value)]
@@ -138,19 +143,12 @@ def load(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
 
 def run_names(paths: Sequence[pathlib.Path]) -> list[str]:
     """The paths without the folders that all share, at either end."""
-    parts = [path.parts for path in paths]
-    if len(parts) == 1:
-        return [parts[0][-1]]
-    start = min(_num_shared(parts), min(map(len, parts)) - 1)
-    end = _num_shared([part[start:][::-1] for part in parts])
-    end = min(end, min(map(len, parts)) - start - 1)
-    return ["/".join(part[start : len(part) - end]) for part in parts]
-
-
-def _num_shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many first items all have."""
-    columns = itertools.takewhile(lambda items: len(set(items)) == 1, zip(*parts, strict=False))
-    return sum(1 for _ in columns)
+    names = [list(path.parts) for path in paths]
+    for end in (0, -1):
+        while min(map(len, names)) > 1 and len({name[end] for name in names}) == 1:
+            for name in names:
+                del name[end]
+    return ["/".join(name) for name in names]
 
 
 def write_from_workdir(workdir: str | os.PathLike) -> pathlib.Path:
@@ -330,10 +328,6 @@ def curve(
 
 def final_figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Rows of the final figures: title, a cell per run, and which cells are the best of several."""
-    counts = {
-        words(event): lambda run, event=event: sum(row.get("event") == event for row in run.rows)
-        for event in figures.MARKS
-    }
     bits = held_out_sets((k for run in runs for k in run.metrics), "held_out_bits_per_byte")
     table: list[tuple[str, Callable[[Run], Any], Callable[[Any], str], Any]] = [
         ("parameters", lambda r: (r.summary.get("model") or {}).get("num_parameters"), short, None),
@@ -341,15 +335,15 @@ def final_figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
         ("tokens", lambda run: run.num_tokens, short, None),
         ("training loss", lambda run: _of(statistics.fmean, run.finite("loss")[-10:]),
          "{:.4f}".format, min),
-        *((f"{label}, bits per byte", lambda run, key=key: _of(list, run.series(key)[-1:]),
+        *((f"{label}, bits per byte", lambda run, key=key: _of(max, run.series(key)[-1:]),
            "{:.4f}".format, min) for label, key in bits.items()),
         ("tokens/s", lambda run: _of(statistics.median, run.finite("tokens_per_second")), short,
          max),
         ("MFU", lambda run: _of(statistics.median, run.finite("mfu")), "{:.1%}".format, max),
         ("goodput", lambda run: run.goodput.get("share"), "{:.1%}".format, max),
         ("time", lambda run: sum(run.goodput.get("seconds", {}).values()) or None, duration, None),
-        *((title, lambda run, count=count: count(run) or None, "{:,}".format, None)
-          for title, count in counts.items()),
+        *((words(event), lambda run, event=event: run.count(event) or None, "{:,}".format, None)
+          for event in figures.MARKS),
     ]  # fmt: skip
     rows = []
     for title, value, form, best in table:
@@ -368,30 +362,18 @@ def final_figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _of(reduce: Callable[[list[float]], Any], points: Points) -> float | None:
     """A figure of the values; None without any."""
-    found = reduce([value for _, value in points]) if points else None
-    return found[0] if isinstance(found, list) else found
+    return reduce([value for _, value in points]) if points else None
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(key, value in each run) of the settings that are not the same in all."""
-    flat = [_flatten(run.config) for run in runs]
+    flat = [
+        {key: value if isinstance(value, str) else json.dumps(value) for key, value in each.items()}
+        for each in (flatten(run.config) for run in runs)
+    ]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     table = [(key, [settings.get(key, "–") for settings in flat]) for key in keys]
     return [(key, values) for key, values in table if len(set(values)) > 1]
-
-
-def _flatten(config: Any, path: str = "") -> dict[str, str]:
-    """Every setting by its path: "model.stacks.0.num_repeats" -> "4"."""
-    if isinstance(config, Mapping):
-        items = list(config.items())
-    elif isinstance(config, list) and any(isinstance(item, Mapping) for item in config):
-        items = list(enumerate(config))
-    else:
-        return {path: json.dumps(config) if not isinstance(config, str) else config}
-    found = {}
-    for key, value in items:
-        found |= _flatten(value, f"{path}.{key}" if path else str(key))
-    return found
 
 
 def described(index: int, run: Run) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.replay import row_to_text, to_json, to_text
+from experiments.replay import row_to_text, to_text
 from lm.config.command_line import ConfigError
 from lm.data.corpus import open_corpus
+from lm.run.metrics import to_json
 from lm.run.replay import attempts, replay
 from tests.experiments.conftest import FIRST_BAD, NUM_BAD, Spiked
 from tests.experiments.survival import ROOT

@@ -13,11 +13,15 @@ from experiments.configs import pretrain
 from lm.config import codec
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
-from lm.run.sweep import chain, configurations, param, product, zipped
+from lm.config.sweep import chain, named_runs, param, product, zipped
 from lm.train.optimizers import AdamW
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASE = pretrain.quicktest()
+
+
+def configurations(base, sweep):
+    return {name: config for name, (config, _) in named_runs(base, sweep).items()}
 
 
 def test_product_zip_and_chain_compose():
@@ -64,24 +68,24 @@ def test_bad_texts(text, message):
 
 def test_configurations_are_the_base_with_typed_edits():
     sweep = product(param("train.num_steps", "1e2", 200), param("optimizer.weight_decay", 0))
-    found = dict(configurations(BASE, sweep))
+    found = configurations(BASE, sweep)
     assert list(found) == [f"optimizer.weight_decay=0.0,train.num_steps={n}" for n in (100, 200)]
     for (_, config), n in zip(found.items(), (100, 200), strict=True):
         assert config.train == dataclasses.replace(BASE.train, num_steps=n)
         assert type(config.optimizer.weight_decay) is float
         assert config.model == BASE.model
     with pytest.raises(ConfigError, match=r"did you mean config\.train\.num_steps"):
-        dict(configurations(BASE, param("train.num_stesp", 1)))
+        configurations(BASE, param("train.num_stesp", 1))
 
 
 def test_names_depend_on_keys_and_values_alone():
     def name(*parts):
-        ((only, _),) = configurations(BASE, product(*parts))
+        (only,) = configurations(BASE, product(*parts))
         return only
 
     a, b = param("train.num_steps", 100), param("optimizer.weight_decay", "0.10")
     assert name(a, b) == name(param("optimizer.weight_decay", 0.1), param("train.num_steps", "1e2"))
-    assert len(dict(configurations(BASE, chain(a, param("train.num_steps", "1_00"))))) == 1
+    assert len(configurations(BASE, chain(a, param("train.num_steps", "1_00")))) == 1
     # A name is one folder, whatever the value.
     odd = [name(param("data.files", f)) for f in ("a/../b*", "a/..?b*", "x" * 300, "x" * 301)]
     assert len(set(odd)) == 4
@@ -90,7 +94,7 @@ def test_names_depend_on_keys_and_values_alone():
 
 
 def test_index_keys_reach_into_tuples():
-    ((name, config),) = configurations(BASE, param("model.stacks.0.num_repeats", 2))
+    ((name, config),) = configurations(BASE, param("model.stacks.0.num_repeats", 2)).items()
     assert name == "model.stacks.0.num_repeats=2" and config.model.num_layers == 2
 
 
@@ -167,7 +171,7 @@ def test_a_dry_run_prints_commands_that_pretrain_reads_as_the_sweep_does(tmp_pat
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "sweep").exists()
     base = config_lib.override(BASE, {"train.batch_size": "8"})
-    expected = list(configurations(base, sweep_lib.parse(sweep)))
+    expected = configurations(base, sweep_lib.parse(sweep)).items()
     for line, (name, config) in zip(done.stdout.splitlines(), expected, strict=True):
         (argv,) = [sweep_lib.shlex.split(line)]
         assert argv[:3] == [sys.executable, "-m", "experiments.pretrain"]
@@ -194,7 +198,7 @@ def test_bad_flags(arguments, message):
 def test_an_optimizer_of_another_class_has_no_such_key():
     base = dataclasses.replace(BASE, optimizer=AdamW())
     with pytest.raises(ConfigError, match=r"config\.optimizer\.momentum"):
-        dict(configurations(base, param("optimizer.momentum", 0.9)))
+        configurations(base, param("optimizer.momentum", 0.9))
 
 
 @pytest.mark.slow

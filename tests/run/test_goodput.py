@@ -2,20 +2,19 @@
 
 import contextlib
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
 from lm.formats.known import known_model
-from lm.hardware.chips import CHIPS, chip_of, peak_flops
+from lm.hardware.chips import peak_flops
 from lm.model import train_flops
 from lm.run.goodput import KINDS, Goodput, Hardware, Throughput, duration, process_age, table
 from lm.run.metrics import MetricsWriter, read
+from tests.refuses import refuses
 
 
 class Clock:
@@ -56,35 +55,20 @@ def test_every_moment_belongs_to_the_innermost_span(tree, already):
     assert sum(goodput.seconds.values()) == pytest.approx(clock.now - 1000.0 + already)
 
 
-def test_time_is_known_while_it_is_being_spent():
+def test_time_is_known_while_it_is_being_spent_and_a_span_ends_when_its_block_raises():
     clock = Clock()
     goodput = Goodput(clock=clock)
     clock.now += 1.0
-    with goodput.timed("step"):
+    with contextlib.suppress(KeyError), goodput.timed("step"):
         clock.now += 3.0
         with goodput.timed("evaluation"):
             clock.now += 4.0
             assert goodput.share == pytest.approx(3 / 8)
             assert goodput.row() == {"seconds": 8.0, "step_seconds": 3.0}
-
-
-def test_a_span_ends_when_its_block_raises():
-    clock = Clock()
-    goodput = Goodput(clock=clock)
-    with contextlib.suppress(KeyError), goodput.timed("step"), goodput.timed("checkpoint"):
-        clock.now += 2.0
-        raise KeyError
+            raise KeyError
     clock.now += 5.0
-    assert goodput.seconds["checkpoint"] == 2.0
-    assert goodput.seconds["other"] == 5.0
-
-
-def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with (
-        pytest.raises(ValueError, match=r"'eval' is unknown; use .*evaluation"),
-        Goodput().timed("eval"),
-    ):
-        pass
+    assert goodput.seconds["evaluation"] == 4.0 and goodput.seconds["other"] == 5.0
+    refuses(lambda: goodput.timed("eval").__enter__(), "'eval' is unknown; use ", "evaluation")
 
 
 def test_waiting_for_data_costs_only_an_idle_device():
@@ -176,9 +160,8 @@ def process(workdir, clock, start, stop, *, save=None, killed=False):
     clock.now += 1000.0  # nothing ran in between
     goodput = Goodput(clock=clock)
     clock.now += 3.0
-    redone = 0
     with MetricsWriter(workdir, tensorboard=False) as writer:
-        redone = goodput.resume(read(writer.path), start)
+        goodput.resume(read(writer.path), start)
         writer.truncate_after(start)
         writer.event("goodput", start, **goodput.event())
         with goodput.timed("step"):
@@ -192,17 +175,15 @@ def process(workdir, clock, start, stop, *, save=None, killed=False):
                     writer.event("goodput", step, **goodput.event())
         if not killed:
             writer.event("goodput", stop, **goodput.event())
-    return goodput, redone
+    return goodput
 
 
 def test_the_account_goes_on_over_kills(tmp_path):
     clock = Clock()
     process(tmp_path, clock, 0, 7, save=4, killed=True)
-    goodput, redone = process(tmp_path, clock, 4, 9, save=8, killed=True)
-    assert redone == 3
+    goodput = process(tmp_path, clock, 4, 9, save=8, killed=True)
     assert goodput.seconds["lost"] == pytest.approx(3 * 2.0)
-    goodput, redone = process(tmp_path, clock, 8, 10)
-    assert redone == 1
+    goodput = process(tmp_path, clock, 8, 10)
     found = goodput.seconds
     assert found["step"] == pytest.approx(10 * 2.0)
     assert found["lost"] == pytest.approx(4 * 2.0)
@@ -214,8 +195,7 @@ def test_the_account_goes_on_over_kills(tmp_path):
     assert last["seconds"] == pytest.approx(found)
     assert last["share"] == pytest.approx(20 / 39, abs=1e-4)
     # A run that had ended goes on; then it is rewound to before this process began.
-    goodput, redone = process(tmp_path, clock, 10, 12)
-    assert redone == 0
+    goodput = process(tmp_path, clock, 10, 12)
     assert goodput.seconds["step"] == pytest.approx(24.0)
     assert goodput.rewind(5) == pytest.approx(14.0)
 
@@ -223,15 +203,14 @@ def test_the_account_goes_on_over_kills(tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_has_lost_all_its_steps(tmp_path):
     clock = Clock()
     process(tmp_path, clock, 0, 5, killed=True)
-    goodput, redone = process(tmp_path, clock, 0, 5)
-    assert redone == 5
+    goodput = process(tmp_path, clock, 0, 5)
     assert goodput.seconds["lost"] == pytest.approx(10.0)
     assert goodput.seconds["step"] == pytest.approx(10.0)
 
 
 def test_files_without_times_are_no_account():
     goodput = Goodput(clock=Clock())
-    assert goodput.resume([{"step": 10, "loss": 1.0}, {"event": "resumed", "step": 5}], 8) == 2
+    goodput.resume([{"step": 10, "loss": 1.0}, {"event": "resumed", "step": 5}], 8)
     assert sum(goodput.seconds.values()) == 0.0
 
 
@@ -268,32 +247,5 @@ def test_mfu_as_published(model, length, tflops, tokens_per_second):
 
 
 def test_no_peak_no_mfu():
-    assert peak_flops("cpu") is None
-    assert "mfu" not in Hardware(1, 1e9, peak_flops("cpu")).rates(10.0)
+    assert "mfu" not in Hardware(1, 1e9, None).rates(10.0)
     assert Hardware(2, 1e9, 1e12).rates(10.0)["mfu"] == pytest.approx(0.005)
-
-
-@pytest.mark.parametrize(
-    ("kind", "chip"),
-    [
-        ("TPU v4", "TPU v4"), ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"),
-        ("TPU v6 lite", "TPU v6e"), ("TPU7x", "TPU7x"), ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H200", "H200"), ("NVIDIA L4", "L4"),
-        ("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA A100 80GB PCIe", "A100"),
-        ("TPU v4 lite", None), ("NVIDIA L40S", None), ("NVIDIA GH200 480GB", None), ("cpu", None),
-    ],
-)  # fmt: skip
-def test_chips_by_device_kind(kind, chip):
-    found = chip_of(kind)
-    assert (found and found.name) == chip
-
-
-@pytest.mark.parametrize("chip", [chip for chip in CHIPS if chip.name.startswith("TPU")])
-def test_tpus_against_the_table_pallas_keeps(chip):
-    """They agree within rounding, v3 aside: 123e12 where it is sold, 140e12 in Pallas."""
-    version = pltpu.ChipVersion(chip.name.removeprefix("TPU").strip())
-    info = pltpu.get_tpu_info_for_chip(version, 1)
-    cores = version.num_physical_tensor_cores_per_chip
-    assert chip.flops == pytest.approx(info.bf16_ops_per_second * cores, rel=0.13)
-    assert chip.num_devices == (cores if chip.name in ("TPU v2", "TPU v3", "TPU7x") else 1)
-    assert math.isclose(peak_flops(chip.kinds[0]), chip.flops / chip.num_devices)

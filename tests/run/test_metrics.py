@@ -45,27 +45,18 @@ def test_rows_are_strict_json_with_the_rule_for_other_numbers(tmp_path):
     assert json.loads(lines(tmp_path)[1])["event"] == "resumed"
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (np.float32(0.1), 0.10000000149011612),
-        (jnp.float32(0.1), 0.10000000149011612),
-        (jnp.bfloat16(1.5), 1.5),
-        (np.int64(7), 7),
-        (jnp.int32(7), 7),
-        (np.array(2.5), 2.5),
-        (True, 1),
-    ],
-)
-def test_scalars_of_any_library(tmp_path, value, expected):
+def test_scalars_of_any_library(tmp_path):
+    values = (np.float32(0.1), jnp.float32(0.1), jnp.bfloat16(1.5), np.int64(7), jnp.int32(7),
+              np.array(2.5), True)  # fmt: skip
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.write(1, {"x": value})
+        writer.write(1, {str(i): value for i, value in enumerate(values)})
     (row,) = read(tmp_path / "metrics.jsonl")
-    assert row["x"] == expected
-    assert type(row["x"]) is type(expected)
+    rounded = 0.10000000149011612
+    expected = {str(i): x for i, x in enumerate([rounded, rounded, 1.5, 7, 7, 2.5, 1])}
+    assert repr(row) == repr({"step": 1} | expected)  # 7 is not 7.0
 
 
-@pytest.mark.parametrize("value", [np.zeros(1), jnp.zeros((2, 2)), "text"])
+@pytest.mark.parametrize("value", [np.zeros(1), "text"])
 def test_what_is_no_scalar_is_refused_by_name(tmp_path, value):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         with pytest.raises(TypeError, match="metric 'grads' must be a scalar, not"):
@@ -189,24 +180,6 @@ def tensorboard_events(workdir):
             events.append(event)
             data = data[16 + length :]
     return events
-
-
-def test_tensorboard_holds_the_scalars_and_forgets_the_steps_done_again(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(1, {"loss": 1.5})
-        writer.write(2, {"loss": 2.5})
-    with MetricsWriter(tmp_path) as writer:
-        writer.truncate_after(1)
-        writer.write(2, {"loss": 3.5})
-    values, purged = [], []
-    for event in tensorboard_events(tmp_path):
-        if event.HasField("session_log"):
-            purged.append(event.step)
-        for value in event.summary.value:
-            assert value.tag == "loss"
-            values.append((event.step, value.simple_value))
-    assert values == [(1, 1.5), (2, 2.5), (2, 3.5)]
-    assert purged == [2]  # TensorBoard hides what an earlier file holds from this step on
 
 
 def test_metrics_load_neither_jax_nor_torch(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm.config import command_line as config_lib
@@ -68,13 +68,8 @@ def parse(text: str) -> Sweep:
     return chain(*map(combinations, text.split("|")))
 
 
-def configurations(base: Any, sweep: Sweep) -> Iterator[tuple[str, Any]]:
-    """(name, configuration) of each run, equal runs once. Errors as `config.override`."""
-    return ((name, config) for name, (config, _) in named_runs(base, sweep).items())
-
-
 def named_runs(base: Any, sweep: Sweep) -> dict[str, tuple[Any, Edits]]:
-    """(configuration, edits) of each run by its name, equal runs once."""
+    """(configuration, edits) of each run by its name, equal runs once. Errors as `override`."""
     runs: dict[str, tuple[Any, Edits]] = {}
     for edits in sweep:
         config = config_lib.override(base, edits)
