@@ -203,7 +203,7 @@ def train(
     done = int(state.step)
     if done >= num_steps:
         return Outcome(state, "finished", done)
-    pending: tuple[int, Metrics] | None = None
+    pending: tuple[int, Mapping[str, Any]] | None = None
     late: Kind | None = None  # a checkpoint that steps skipped in a row have held up
 
     def is_busy() -> bool:

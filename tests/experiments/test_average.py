@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
-import pytest
 
 from experiments.average import average, choose, table
 from lm.checkpoints import open_checkpoint
 from lm.config.command_line import ConfigError
 from lm.model import num_params
+from tests.commands import command
 from tests.experiments.conftest import Spiked
-from tests.experiments.survival import ROOT
+from tests.refuses import refuses
 
 
 def weights(path: pathlib.Path) -> list[np.ndarray]:
@@ -47,16 +45,15 @@ def test_it_is_the_mean_and_is_compared(spiked: Spiked, tmp_path: pathlib.Path) 
 
 
 def test_what_it_refuses(spiked: Spiked, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match="at least two checkpoints"):
-        average(spiked.run, [24, 24], tmp_path / "one")
     checkpoints = spiked.workdir / "checkpoints"
     before = sorted(checkpoints.rglob("*"))
-    with pytest.raises(ConfigError, match="is there already; give a new folder"):
-        average(spiked.run, [20, 24], checkpoints)
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
-        average(spiked.run, [23, 99], tmp_path / "missing")
-    assert sorted(checkpoints.rglob("*")) == before
-    assert not (tmp_path / "one").exists() and not (tmp_path / "missing").exists()
+    for steps, output, words in (
+        ([24, 24], tmp_path / "one", "at least two checkpoints"),
+        ([20, 24], checkpoints, "is there already; give a new folder"),
+        ([23, 99], tmp_path / "missing", "holds no checkpoint"),
+    ):
+        refuses(lambda s=steps, o=output: average(spiked.run, s, o), words, error=ConfigError)
+    assert sorted(checkpoints.rglob("*")) == before and not any(tmp_path.iterdir())
 
 
 def test_choose() -> None:
@@ -68,20 +65,16 @@ def test_choose() -> None:
         (2, ["10"], "give either"),
         (4, [], "--last=4 must be at least 2 and at most 3; checkpoints there are: 10, 20, 30"),
         (1, [], "--last=1 must be at least 2"),
-        (None, ["10", "15"], r"no checkpoints of steps \[15\]"),
+        (None, ["10", "15"], "no checkpoints of steps [15]"),
         (None, ["ten"], "--steps=ten must be numbers"),
     ]:
-        with pytest.raises(ConfigError, match=message):
-            choose(have, last, steps)
+        refuses(
+            lambda last=last, steps=steps: choose(have, last, steps), message, error=ConfigError
+        )
 
 
 def test_the_command(spiked: Spiked, tmp_path: pathlib.Path) -> None:
     output = tmp_path / "average"
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.average", f"--workdir={spiked.workdir}",
-         "--last=3", f"--output={output}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"average of steps 22, 23, 24: {output}/24" in done.stdout
+    out = command("average", f"--workdir={spiked.workdir}", "--last=3", f"--output={output}")
+    assert f"average of steps 22, 23, 24: {output}/24" in out
     assert len(weights(output)) > 5

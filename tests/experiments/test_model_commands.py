@@ -4,9 +4,6 @@ import errno
 import importlib
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -26,9 +23,9 @@ from lm.infer.generate import LocalSampler
 from lm.infer.score import Scorer, perplexity
 from lm.tokenizers import ChatTemplate
 from lm.tokenizers.save import save_tokenizer
+from tests.commands import ROOT
+from tests.commands import command as run
 from tests.formats.tiny_gguf import write_tiny
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +36,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(tiny):
     return load_pretrained(tiny)
-
-
-def run(command, *arguments, status=0):
-    """Standard output of a command, or standard error where it is to fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{command}", *arguments],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == status, done.stderr
-    return done.stderr if status else done.stdout
 
 
 def test_generate_prints_an_object_a_prompt(tiny, opened, tmp_path):

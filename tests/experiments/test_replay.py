@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,8 +12,8 @@ from lm.config.command_line import ConfigError
 from lm.data.corpus import open_corpus
 from lm.run.metrics import to_json
 from lm.run.replay import attempts, replay
+from tests.commands import command
 from tests.experiments.conftest import FIRST_BAD, NUM_BAD, Spiked
-from tests.experiments.survival import ROOT
 
 BAD = range(FIRST_BAD, FIRST_BAD + NUM_BAD)
 
@@ -108,11 +105,6 @@ def test_what_people_read(spiked: Spiked) -> None:
     assert len(numbered) == found["rows"][0]["num_tokens"] + len(found["rows"][0]["documents"])
 
 
-def test_numbers_that_are_none_are_valid_json() -> None:
-    found = to_json({"a": [math.nan, 1.0], "b": {"c": -math.inf}, "d": None})
-    assert found == {"a": ["NaN", 1.0], "b": {"c": "-Infinity"}, "d": None}
-
-
 def test_attempts_through_rewinds_kills_and_lost_skips() -> None:
     def rewound(step: int, from_step: int, rows: int) -> dict:
         return {"event": "rewound", "step": step, "from_step": from_step, "skipped_rows": rows}
@@ -155,21 +147,11 @@ def test_what_there_is_not(spiked: Spiked, values: dict, message: str) -> None:
 
 def test_the_command(spiked: Spiked) -> None:
     """In a process of its own, whose data is not spoiled: a step of good data is the same."""
-    command = [sys.executable, "-m", "experiments.replay", f"--workdir={spiked.workdir}"]
-
-    def call(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200
-        )
-
-    done = call("--step=20", "--format=json", "--worst=3")
-    assert done.returncode == 0, done.stderr
+    workdir = f"--workdir={spiked.workdir}"
+    found = json.loads(command("replay", workdir, "--step=20", "--format=json", "--worst=3"))
     expected = to_json(replay(spiked.run, 20, num_worst=3))
-    found = json.loads(done.stdout)
     assert found["rows"][0]["documents"][0]["text"] == expected["rows"][0]["documents"][0]["text"]
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
     assert [w["position"] for w in found["worst"]] == [w["position"] for w in expected["worst"]]
-    done = call("--step=99")
-    assert done.returncode == 2 and done.stderr.strip().endswith(
-        "error: --step=99 is none of the run's; give 1 to 24"
-    )
+    error = command("replay", workdir, "--step=99", status=2).strip()
+    assert error.endswith("error: --step=99 is none of the run's; give 1 to 24")

@@ -41,8 +41,9 @@ def test_rows_are_strict_json_with_the_rule_for_other_numbers(tmp_path):
         writer.write(3, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1})
         row = '{"step": 3, "a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.1}'
         assert lines(tmp_path) == [row]  # it has reached the file at once
-        writer.event("resumed", step=3, reason="preempted")
-    assert json.loads(lines(tmp_path)[1])["event"] == "resumed"
+        writer.event("resumed", step=3, nested={"a": [math.nan, 1.0]}, none=None)
+    found = {"event": "resumed", "step": 3, "nested": {"a": ["NaN", 1.0]}, "none": None}
+    assert json.loads(lines(tmp_path)[1]) == found
 
 
 def test_scalars_of_any_library(tmp_path):

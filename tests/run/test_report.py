@@ -6,7 +6,6 @@ import math
 import pathlib
 import random
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -18,6 +17,7 @@ from lm.run import figures, report
 from lm.run.goodput import KINDS
 from lm.run.metrics import MetricsWriter
 from lm.run.report import Run
+from tests.commands import command
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -356,21 +356,15 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_the_commands(workdirs, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
     (workdirs[1] / "report.html").unlink(missing_ok=True)
-    done = run("experiments.report", f"--workdir={workdirs[1]}")
-    assert done.stdout == f"{workdirs[1]}/report.html\n"
+    out = command("report", f"--workdir={workdirs[1]}")
+    assert out == f"{workdirs[1]}/report.html\n"
     page = Page(workdirs[1] / "report.html")
     assert "has not finished" in page.text and "num_steps 50" in page.text
     output = f"--output={tmp_path}/c.html"
-    done = run("experiments.plot", workdirs[1], workdirs[0], output, "--metric=grad_norm")
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/c.html\n"), done.stderr
+    out = command("plot", workdirs[1], workdirs[0], output, "--metric=grad_norm")
+    assert out == f"{tmp_path}/c.html\n"
     assert "grad norm" in Page(tmp_path / "c.html").text
-    for command in (("experiments.plot", tmp_path / "no", output),
-                    ("experiments.report", f"--workdir={tmp_path}/no")):  # fmt: skip
-        refused = run(*command)
-        assert refused.returncode == 2 and "no metrics.jsonl" in refused.stderr
-        assert refused.stderr.startswith("error: ") and "Traceback" not in refused.stderr
+    for wrong in (("plot", tmp_path / "no", output), ("report", f"--workdir={tmp_path}/no")):
+        error = command(*wrong, status=2)
+        assert error.startswith("error: ") and "no metrics.jsonl" in error
