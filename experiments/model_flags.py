@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
@@ -14,31 +15,25 @@ from lm.formats import Pretrained, load_peft, load_pretrained
 from lm.formats.common import malformed
 from lm.formats.open import DTYPES
 
-_COMMAND = sys.argv[0]  # whose own flags these are, so that its `--help` lists them
+# These are the command's own flags, so that its `--help` lists them.
+_OWN: dict[str, Any] = {"module_name": sys.argv[0]}
 MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    "A Hugging Face directory, a .gguf file, a checkpoint or workdir of a run, or the name of a "
-    "model that an installed package brings.",
-    module_name=_COMMAND,
-)
+    "model", None, "A Hugging Face directory, a .gguf file, a checkpoint or workdir of a run, or "
+    "the name of a model that an installed package brings.", **_OWN,
+)  # fmt: skip
 TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Where the tokenizer is, if not with --model.", module_name=_COMMAND
+    "tokenizer", None, "Where the tokenizer is, if not with --model.", **_OWN
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", DTYPES, "Of weights and compute.", module_name=_COMMAND
-)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of weights and compute.", **_OWN)
 KEEP_QUANTIZED = flags.DEFINE_bool(
     "keep_quantized", False, "Compute on the blocks of a .gguf file instead of decoding them once.",
-    module_name=_COMMAND,
+    **_OWN,
 )  # fmt: skip
 _ADAPTER = flags.DEFINE_multi_string(
-    "adapter",
-    [],
-    "A PEFT directory with a LoRA adapter, put over the model. experiments.generate takes several "
-    'as NAME=DIRECTORY, of which each row of --prompts chooses by "adapter": NAME.',
-    module_name=_COMMAND,
-)
+    "adapter", [], "A PEFT directory with a LoRA adapter, put over the model. experiments.generate "
+    "takes several as NAME=DIRECTORY, of which each row of --prompts chooses by "
+    '"adapter": NAME.', **_OWN,
+)  # fmt: skip
 
 
 def model_path() -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +70,12 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
             "vocabulary": config.model.vocab_size,
             "train_flops_per_token": train_flops(config.model, config.train.sequence_length),
         },
-        "train": training_totals(rows),
+        "train": {
+            "num_steps": last["step"],
+            "tokens_per_second": statistics.median(
+                row["tokens_per_second"] for row in rows if "tokens_per_second" in row
+            ),
+        },
         "samples": samples,
         "corpus": {k: v for k, v in corpus.summary.items() if not isinstance(v, dict)},
         "environment": environment(),
@@ -139,13 +145,6 @@ def draw_samples(config: Pretrain, params: Tree, tokenizer: Tokenizer) -> list[d
     return [
         {"prompt": prompt, "text": sample.text or sample.error or ""} for prompt, sample in pairs
     ]
-
-
-def training_totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps and the median throughput of the logged rows."""
-    rates = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
-    steps = [row["step"] for row in rows if "loss" in row]
-    return {"num_steps": steps[-1], "tokens_per_second": rates[len(rates) // 2]}
 
 
 def environment() -> dict[str, Any]:

@@ -75,7 +75,6 @@ class MetricsWriter:
         """
         if not self.enabled:
             return 0
-        self.flush()
         rows = read(self.path)
         kept = [
             row | {"undone": True} if row.get("step", 0) > step else row
@@ -96,8 +95,6 @@ class MetricsWriter:
         return len(rows) - len(kept)
 
     def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
@@ -115,8 +112,7 @@ class MetricsWriter:
 
     def _append(self, row: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(_line(row))
-        self._file.flush()
+        self._file.write(_line(row))  # line-buffered: it is in the file at once
 
     def _open_tensorboard(self) -> Any:
         # Opened at the first value, when it is known which steps TensorBoard should forget.

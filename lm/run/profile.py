@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 
-def parse_steps(text: str, num_steps: int | None = None) -> range:
+def parse_steps(text: str, num_steps: int) -> range:
     """ "10:15" -> the steps 10 to 14, counted from 0 as the trainer takes them.
 
     Raises:
@@ -30,7 +30,7 @@ def parse_steps(text: str, num_steps: int | None = None) -> range:
             f"profile_steps={text!r} holds no step; FIRST must be 0 or more and below END, such "
             f"as {max(first, 0)}:{max(first, 0) + 5}"
         )
-    if num_steps is not None and last > num_steps:
+    if last > num_steps:
         first = max(0, min(first, num_steps - 5))
         raise ValueError(
             f"profile_steps={text!r} goes beyond the run's {num_steps} steps; give for instance "

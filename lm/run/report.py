@@ -8,14 +8,14 @@ end; every key may be missing:
 
     {
       "title": "Pretraining: quicktest",
-      "held_out": {"bits_per_byte": 2.1, "ngram_bits_per_byte": 2.6, "lzma_bits_per_byte": 2.4,
+      "held_out": {"bits_per_byte": 2.1, "ngram_bits_per_byte": 2.6,
                    "loss": 4.9, "num_bytes": 500_000,       # loss in nats per token
                    "figures": [{"set": "wiki", "weights": "average", "bits_per_byte": 2.0}, ...]},
       "model": {"num_parameters": 3_500_000, ...},          # further keys are listed
       "samples": [{"prompt": "def main(", "text": "argv):\\n"}],
-      "corpus": {"documents": 1200, ..., "sources": [{"name": "stdlib", "documents": 900}, ...]},
+      "corpus": {"documents": 1200, ...},
       "environment": {"device": "TPU v5e x 8", "jax": "0.10.2", "date": "...", "command": "..."},
-      "files": ["checkpoints/300", {"path": "tokenizer.model", "what": "...", "num_bytes": 64_000}]
+      "files": [{"path": "tokenizer.model", "what": "...", "num_bytes": 64_000}]
     }
 """
 
@@ -389,21 +389,15 @@ def described(index: int, run: Run) -> dict[str, Any]:
 
 def details(run: Run) -> dict[str, Any]:
     """What the page of a single run also shows."""
-    summary = run.summary
-    held_out, corpus = summary.get("held_out") or {}, dict(summary.get("corpus") or {})
-    return {
+    parts = ("samples", "corpus", "model", "environment", "files")
+    held_out = run.summary.get("held_out") or {}
+    return {part: run.summary.get(part) or {} for part in parts} | {
         "notices": notices(run),
         "headline": headline(held_out),
         "held_out_figures": held_out.get("figures") or [],
         "goodput": goodput_bars(run),
         "events": listed_events(run),
-        "samples": summary.get("samples") or [],
-        "sources": corpus.pop("sources", None) or [],
-        "corpus": corpus,
-        "model": summary.get("model") or {},
         "config": run.config,
-        "environment": summary.get("environment") or {},
-        "files": [f if isinstance(f, Mapping) else {"path": f} for f in summary.get("files") or []],
     }
 
 
@@ -423,8 +417,7 @@ def headline(held_out: Mapping[str, Any]) -> dict[str, Any] | None:
     if bits is None:
         return None
     ngram = held_out.get("ngram_bits_per_byte")
-    named = {"this model": bits, "order-3 byte n-gram": ngram,
-             "lzma (xz)": held_out.get("lzma_bits_per_byte"), "uncompressed": 8.0}  # fmt: skip
+    named = {"this model": bits, "order-3 byte n-gram": ngram, "uncompressed": 8.0}
     finite = math.isfinite(bits)
     return {
         "bits": f"{bits:.3f}" if finite else "not finite",

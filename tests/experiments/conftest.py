@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import pretrain
-from lm.config import command_line as config_lib
 from lm.data.batches import Batches
 from lm.run import metrics as metrics_lib
 from lm.run.parts import Run
-from tests.experiments.survival import SETTINGS
+from tests.experiments import survival
 
 SEED = 7  # of this run's data alone: other runs' batches stay what they are
 CHANGES = {
@@ -49,7 +48,7 @@ class Spiked:
         return next(r for r in self.rows if r["step"] == step and "event" not in r)
 
     def events(self, name: str) -> list[dict]:
-        return [row for row in self.rows if row.get("event") == name]
+        return survival.events(self.workdir, name)
 
 
 @pytest.fixture(scope="package")
@@ -70,7 +69,7 @@ def spiked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spiked]:
             seen.append({name: x.copy() for name, x in batch.items()})
         return batch
 
-    config = config_lib.override(pretrain.configs.quicktest(), SETTINGS | CHANGES)
+    config = survival.config_of(pretrain.configs.quicktest(), survival.SETTINGS | CHANGES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "host_batch", spoiled)
         pretrain.main(config, workdir)

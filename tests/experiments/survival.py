@@ -6,19 +6,23 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from lm.checkpoints import open_checkpoint
+from lm.config import command_line as config_lib
+from lm.run import metrics as metrics_lib
+from tests.commands import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUM_STEPS = 60
 SETTINGS = {
     "data.files": f"{sysconfig.get_path('stdlib')}/email/*.py",
@@ -39,6 +43,27 @@ SETTINGS = {
     "ema.decay": "0.9",
     "sampling.max_new_tokens": "4",
 }
+
+
+def config_of(
+    base: Any, settings: dict[str, str], corpus: pathlib.Path | None = None, **changes: str
+) -> Any:
+    """The configuration with settings and changes (`train__seed="1"`), on a corpus that exists."""
+    edits = settings | {key.replace("__", "."): value for key, value in changes.items()}
+    edits |= {} if corpus is None else {"data.directory": str(corpus)}
+    return config_lib.override(base, edits)
+
+
+def interrupted(
+    finished: pathlib.Path, workdir: pathlib.Path, step: int, without: str = "data"
+) -> pathlib.Path:
+    """A copy of a run whose last checkpoint is of that step."""
+    if workdir != finished:
+        shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns(without))
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > step:
+            shutil.rmtree(path)
+    return workdir
 
 
 def start(
@@ -80,6 +105,11 @@ def stop_when(
         time.sleep(0.002)
     process.send_signal(number)
     return process.wait(timeout=60)
+
+
+def events(workdir: pathlib.Path, name: str) -> list[dict]:
+    """The metrics' events of that name."""
+    return [row for row in metrics_lib.read(workdir / "metrics.jsonl") if row.get("event") == name]
 
 
 def last_step(workdir: pathlib.Path) -> int:

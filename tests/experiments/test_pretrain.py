@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import pathlib
-import shutil
-import subprocess
-import sys
 import sysconfig
 
 import pytest
@@ -19,29 +16,13 @@ from lm.checkpoints import Checkpoints
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
 from lm.run import metrics as metrics_lib
+from tests.commands import command
+from tests.experiments import survival
+from tests.refuses import refuses
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIGS = {"quicktest": pretrain.configs.quicktest}
-SMALL = {
-    "data.files": f"{sysconfig.get_path('stdlib')}/email/*.py",
-    "data.max_megabytes": "0",
-    "data.held_out": "0.1",
-    "model.vocab_size": "512",
-    "model.stacks.0.num_repeats": "1",
-    "model.max_length": "64",
-    "train.sequence_length": "64",
-    "train.batch_size": "8",
-    "train.num_steps": "20",
-    "mesh.fsdp": "1",
-    "sampling.max_new_tokens": "4",
-}
-
-
-def small(corpus: pathlib.Path | None = None, **changes: str) -> pretrain.Pretrain:
-    edits = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
-    if corpus is not None:
-        edits["data.directory"] = str(corpus)
-    return config_lib.override(pretrain.configs.quicktest(), edits)
+SMALL = {k: v for k, v in survival.SETTINGS.items() if not k.startswith(("ema.", "intervals."))}
+SMALL |= {"train.batch_size": "8", "train.num_steps": "20"}
+small = functools.partial(survival.config_of, pretrain.configs.quicktest(), SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +60,12 @@ def test_a_run_writes_what_others_rely_on(finished: pathlib.Path) -> None:
 def test_an_interrupted_run_goes_on_bit_for_bit(
     finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    workdir = tmp_path / "resumed"
-    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("data"))
-    for path in (workdir / "checkpoints").iterdir():
-        if int(path.name) > 10:
-            shutil.rmtree(path)
-    config = small(finished / "data")
-    shutil.copy(finished / "config.json", workdir / "config.json")
+    workdir = survival.interrupted(finished, tmp_path / "resumed", 10)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "los')  # torn by a crash
-    pretrain.main(config, workdir)
+    pretrain.main(small(finished / "data"), workdir)
     assert losses(workdir) == losses(finished)
-    rows = metrics_lib.read(workdir / "metrics.jsonl")
-    assert {"event": "resumed", "step": 10} in rows
+    assert survival.events(workdir, "resumed") == [{"event": "resumed", "step": 10}]
     ours, theirs = (json.loads((w / "summary.json").read_text()) for w in (workdir, finished))
     assert ours["held_out"] == theirs["held_out"] and ours["samples"] == theirs["samples"]
 
@@ -115,11 +89,7 @@ def test_a_finished_run_trains_no_further(finished: pathlib.Path) -> None:
 def test_a_run_goes_on_with_another_mesh(
     finished: pathlib.Path, tmp_path: pathlib.Path, changes: dict[str, str]
 ) -> None:
-    workdir = tmp_path / "mesh"
-    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("data"))
-    for path in (workdir / "checkpoints").iterdir():
-        if int(path.name) > 10:
-            shutil.rmtree(path)
+    workdir = survival.interrupted(finished, tmp_path / "mesh", 10)
     pretrain.main(small(finished / "data", **changes), workdir)
     ours, theirs = losses(workdir), losses(finished)
     assert ours.keys() == theirs.keys()
@@ -154,7 +124,7 @@ def test_a_mixture_with_named_validation_sets_and_another_batch_size_later(
     changed = config_lib.override(config, {"train.num_steps": "14", "train.batch_size": "16"})
     pretrain.main(changed, workdir)
     rows = metrics_lib.read(workdir / "metrics.jsonl")
-    (event,) = (row for row in rows if row.get("event") == "changed")
+    (event,) = survival.events(workdir, "changed")
     assert event["step"] == 10 and "train.batch_size: 8 -> 16" in event["changes"]
     sigma = {row["step"]: row["loss_sigma"] for row in rows if "event" not in row}
     assert sigma[10] > 0 == sigma[11]  # statistics of another batch size begin anew
@@ -162,6 +132,10 @@ def test_a_mixture_with_named_validation_sets_and_another_batch_size_later(
     assert [(stage["first_step"], stage["batch_size"]) for stage in stages[-1:]] == [(10, 16)]
     tokens = {row["step"]: row["tokens"] for row in rows if "event" not in row}
     assert tokens[3] < 1.1 * 4 * 64 < 8 * 50 < tokens[9] < 1.1 * 8 * 64 < 16 * 50 < tokens[14]
+
+
+def refused(config: pretrain.Pretrain, workdir: pathlib.Path, *words: str) -> None:
+    refuses(lambda: pretrain.main(config, workdir), *words, error=ConfigError)
 
 
 @pytest.mark.parametrize(
@@ -180,66 +154,43 @@ def test_a_mixture_with_named_validation_sets_and_another_batch_size_later(
 def test_bad_configurations_are_refused(
     changes: dict[str, str], message: str, tmp_path: pathlib.Path
 ) -> None:
-    with pytest.raises(ConfigError) as error:
-        pretrain.main(small(**changes), tmp_path / "w")
-    assert message in str(error.value)
+    refused(small(**changes), tmp_path / "w", message)
 
 
 def test_bad_text_is_refused(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "latin1.txt").write_bytes("café ".encode("latin-1") * 1000)
-    with pytest.raises(ConfigError, match=r"latin1\.txt.*byte") as error:
-        pretrain.main(small(data__files=f"{tmp_path}/*.txt"), tmp_path / "w1")
-    assert "UTF-8" in str(error.value)
-    (tmp_path / "latin1.txt").write_bytes(b"")
-    with pytest.raises(ConfigError, match="empty"):
-        pretrain.main(small(data__files=f"{tmp_path}/*.txt"), tmp_path / "w2")
+    text = tmp_path / "latin1.txt"
+    for i, (content, words) in enumerate([(b"caf\xe9 " * 1000, ("latin1.txt", "byte", "UTF-8")),
+                                          (b"", ("empty",))]):  # fmt: skip
+        text.write_bytes(content)
+        refused(small(data__files=f"{tmp_path}/*.txt"), tmp_path / f"w{i}", *words)
 
 
-def test_a_vocabulary_that_does_not_match_is_refused(
+def test_the_workdir_or_corpus_of_another_run_is_refused(
     finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """In a workdir with checkpoints, and with a data set made for another vocabulary."""
-    with pytest.raises(ConfigError, match=r"model\.vocab_size: 512 -> 256"):
-        pretrain.main(small(model__vocab_size="256"), finished)
-    with pytest.raises(ConfigError, match="vocab_size"):
-        pretrain.main(small(finished / "data", model__vocab_size="256"), tmp_path / "w")
-
-
-def test_the_workdir_of_another_run_is_refused(finished: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"another run: .*train\.seed: 0 -> 1") as error:
-        pretrain.main(small(train__seed="1"), finished)
-    assert "--workdir" in str(error.value)
-
-
-def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.pretrain", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+    refused(small(train__seed="1"), finished, "another run: ", "train.seed: 0 -> 1", "--workdir")
+    refused(small(model__vocab_size="256"), finished, "model.vocab_size: 512 -> 256")
+    refused(small(finished / "data", model__vocab_size="256"), tmp_path / "w", "vocab_size")
 
 
 def test_a_bad_flag_is_one_message(tmp_path: pathlib.Path) -> None:
-    result = run("--config=quicktest", "--config.train.nun_steps=5", f"--workdir={tmp_path}/w")
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    for message in ("train.nun_steps", "did you mean", "num_steps"):
-        assert message in result.stderr
+    flags = ("--config=quicktest", "--config.train.nun_steps=5", f"--workdir={tmp_path}/w")
+    error = command("pretrain", *flags, status=2)
+    assert all(words in error for words in ("train.nun_steps", "did you mean", "num_steps"))
 
 
 def test_the_command_line_reshapes_the_run(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """As a user types it, and with two tensor shards on a machine with one device."""
     edits = SMALL | {"data.directory": str(finished / "data"), "mesh.tensor": "2"}
     flags = [f"--config.{key}={value}" for key, value in edits.items()]
-    result = run("--config=quicktest", f"--workdir={tmp_path}/w", *flags)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "mesh tensor=2" in result.stdout and "held-out bits per byte" in result.stdout
+    out = command("pretrain", "--config=quicktest", f"--workdir={tmp_path}/w", *flags)
+    assert "mesh tensor=2" in out and "held-out bits per byte" in out
     ours, theirs = losses(tmp_path / "w"), losses(finished)
     assert max(abs(ours[step] - theirs[step]) for step in ours) < 0.05
 
 
 @pytest.mark.slow
 def test_quicktest_beats_an_order_3_byte_ngram(tmp_path: pathlib.Path) -> None:
-    result = run("--config=quicktest", f"--workdir={tmp_path}/w", timeout=560)
-    assert result.returncode == 0, result.stderr[-2000:]
+    command("pretrain", "--config=quicktest", f"--workdir={tmp_path}/w", timeout=560)
     held_out = json.loads((tmp_path / "w" / "summary.json").read_text())["held_out"]
     assert held_out["bits_per_byte"] < held_out["ngram_bits_per_byte"]

@@ -14,29 +14,27 @@ import pytest
 from experiments import sft
 from lm.adapters import remove, trains
 from lm.checkpoints import open_checkpoint
-from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
 from lm.formats import load_pretrained
 from lm.model import stack
 from lm.run.metrics import read
 from lm.weights import path_name
+from tests.experiments import survival
 
-SMALL = {
-    "model.stacks.0.num_repeats": "1",
-    "model.max_length": "64",
+SHARED = {
     "train.sequence_length": "64",
     "train.batch_size": "8",
-    "train.num_steps": "30",
     "train.unroll": "false",
     "intervals.log": "1",
     "intervals.evaluate": "5",
     "mesh.fsdp": "1",
 }
+SMALL = {"model.stacks.0.num_repeats": "1", "model.max_length": "64", "train.num_steps": "30"}
 
 
-def run(workdir: pathlib.Path, **changes: str) -> pathlib.Path:
-    edits = {key.replace("__", "."): value for key, value in changes.items()}
-    sft.main(config_lib.override(sft.configs.quicktest(), SMALL | edits), workdir)
+def run(workdir: pathlib.Path, settings: dict[str, str] = SMALL, **changes: str) -> pathlib.Path:
+    base = sft.configs.quicktest()
+    sft.main(survival.config_of(base, SHARED | settings, **changes), workdir)
     return workdir
 
 
@@ -55,14 +53,11 @@ def lora(full: pathlib.Path, workdir: pathlib.Path, **changes: str) -> pathlib.P
     ]  # fmt: skip
     data = full.parent / "wrong.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = config_lib.override(
-        sft.configs.quicktest(),
-        {k: v for k, v in SMALL.items() if not k.startswith("model")}
-        | {"model": str(full), "data.files": str(data), "lora.rank": "4", "train.num_steps": "20"}
-        | {"data.held_out": "0.1"} | changes,
-    )  # fmt: skip
-    sft.main(config, workdir)
-    return workdir
+    adapters = {
+        "model": str(full), "data.files": str(data), "data.held_out": "0.1", "lora.rank": "4",
+        "train.num_steps": "20",
+    }  # fmt: skip
+    return run(workdir, adapters, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +100,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     full: pathlib.Path, adapted: pathlib.Path, tmp_path: pathlib.Path, kind: str
 ) -> None:
     finished = full if kind == "full" else adapted
-    workdir = tmp_path / "resumed"
-    shutil.copytree(finished, workdir)
     middle = max(rows(finished, "loss")) // 2
-    for path in (workdir / "checkpoints").iterdir():
-        if int(path.name) > middle:
-            shutil.rmtree(path)
+    workdir = survival.interrupted(finished, tmp_path / "resumed", middle, without="")
     run(workdir) if kind == "full" else lora(full, workdir)
-    assert any(row.get("event") == "resumed" for row in read(workdir / "metrics.jsonl"))
+    assert survival.events(workdir, "resumed")
     for name in ("loss", "grad_norm", "held_out_loss"):
         assert rows(workdir, name) == rows(finished, name)
     ours, theirs = weights(workdir), weights(finished)
@@ -137,7 +128,7 @@ def test_adapters_leave_the_base_as_it_is(
     before = files(adapted / "base")
     workdir = tmp_path / "further"
     shutil.copytree(adapted, workdir)
-    lora(full, workdir, **{"train.num_steps": "24"})
+    lora(full, workdir, train__num_steps="24")
     assert [*files(workdir / "base").values()] == [*before.values()]
     served = load_pretrained(workdir)
     assert stack(served.params, served.config) is not None and served.config == config
@@ -150,8 +141,8 @@ def test_a_longer_run_says_that_its_schedule_changed(
 ) -> None:  # fmt: skip
     workdir = tmp_path / "longer"
     shutil.copytree(adapted, workdir)
-    lora(full, workdir, **{"train.num_steps": "24"})
-    (event,) = (r for r in read(workdir / "metrics.jsonl") if r.get("event") == "changed")
+    lora(full, workdir, train__num_steps="24")
+    (event,) = survival.events(workdir, "changed")
     assert event["changes"] == ["train.num_steps: 20 -> 24"]
     assert "learning-rate schedule" in event["notes"][0]
     assert event["notes"][0] in capsys.readouterr().out

@@ -6,7 +6,6 @@ import json
 import math
 import pathlib
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,10 +15,8 @@ import psutil
 import pytest
 
 from experiments import pretrain
-from lm.config import command_line as config_lib
 from lm.data.batches import Batches
 from lm.distributed.preemption import PreemptionNotice
-from lm.run import metrics as metrics_lib
 from tests.experiments import survival
 from tests.experiments.survival import NUM_STEPS, SETTINGS, course, digest, last_step
 
@@ -54,7 +51,7 @@ def test_killed_while_training_and_while_saving_it_ends_the_same(
     survival.finish(workdir, ours)
     assert course(workdir) == course(finished)
     assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
-    resumed = [row["step"] for row in survival.rows(workdir) if row.get("event") == "resumed"]
+    resumed = [row["step"] for row in survival.events(workdir, "resumed")]
     assert len(resumed) == 2 and resumed == sorted(resumed)
 
 
@@ -68,7 +65,7 @@ def test_told_to_go_it_saves_at_once_and_goes_on(
     happens: Callable[[], bool] = lambda: last_step(workdir) >= 20  # noqa: E731
     code = survival.stop_when(process, happens, signal.SIGTERM)
     assert code == PreemptionNotice.EXIT, pathlib.Path(f"{workdir}.log").read_text()[-2000:]
-    (event,) = (row for row in survival.rows(workdir) if row.get("event") == "preempted")
+    (event,) = survival.events(workdir, "preempted")
     assert (workdir / "checkpoints" / str(event["step"])).is_dir()
     assert last_step(workdir) == event["step"] < NUM_STEPS
     survival.finish(workdir, ours)
@@ -90,17 +87,13 @@ def test_twenty_kills(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
             target = last_step(workdir) + rng.randrange(0, 16)
             pause = rng.uniform(0, 0.1)
 
-            def there(workdir=workdir, target=target, saves=done % 2) -> bool:
-                reached = last_step(workdir) >= target
-                return reached and (not saves or survival.is_saving(workdir))
-
-            def there_and_a_moment(there=there, pause=pause) -> bool:
-                if not there():
+            def happens(workdir=workdir, target=target, saves=done % 2, pause=pause) -> bool:
+                if last_step(workdir) < target or (saves and not survival.is_saving(workdir)):
                     return False
                 time.sleep(pause)
                 return True
 
-            code = survival.stop_when(process, there_and_a_moment)
+            code = survival.stop_when(process, happens)
             done += code == -signal.SIGKILL
             if code == 0:
                 break
@@ -144,18 +137,20 @@ def test_a_killed_host_ends_all_and_two_hosts_go_on_as_one_did(
             np.testing.assert_allclose(found[step][0], values[0], atol=0.03)
 
 
-class Poison:
-    """Bad data: what `spoil` makes of the batches whose global rows lie in `rows`."""
+Spoil = Callable[[dict[str, np.ndarray]], None]
 
-    def __init__(self, rows: range, spoil: Callable[[dict[str, np.ndarray]], None]) -> None:
-        self.rows, self.spoil = rows, spoil
-        self.read = Batches.host_batch
 
-    def __call__(self, stream: Batches, step: int, rows=None) -> dict[str, np.ndarray]:
-        batch = self.read(stream, step, rows)
-        if stream.timeline.first_row(step) in self.rows:
-            self.spoil(batch)
+def poison(monkeypatch: pytest.MonkeyPatch, bad: range, spoil: Spoil) -> None:
+    """Spoil the batches whose global rows lie in `bad`."""
+    read = Batches.host_batch
+
+    def spoiled(stream: Batches, step: int, rows=None) -> dict[str, np.ndarray]:
+        batch = read(stream, step, rows)
+        if stream.timeline.first_row(step) in bad:
+            spoil(batch)
         return batch
+
+    monkeypatch.setattr(Batches, "host_batch", spoiled)
 
 
 def not_a_number(batch: dict[str, np.ndarray]) -> None:
@@ -168,7 +163,9 @@ def noise(batch: dict[str, np.ndarray]) -> None:
 
 
 def run(finished: pathlib.Path, workdir: pathlib.Path, **changes: str) -> pathlib.Path:
-    config = config_lib.override(pretrain.configs.quicktest(), settings(finished, **changes))
+    config = survival.config_of(
+        pretrain.configs.quicktest(), SETTINGS, finished / "data", **changes
+    )
     pretrain.main(config, workdir)
     return workdir
 
@@ -176,13 +173,11 @@ def run(finished: pathlib.Path, workdir: pathlib.Path, **changes: str) -> pathli
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoiled = Poison(range(11 * 16, 12 * 16), not_a_number)
-    monkeypatch.setattr(Batches, "host_batch", lambda *a: spoiled(*a))
+    poison(monkeypatch, range(11 * 16, 12 * 16), not_a_number)
     workdir = run(
         finished, tmp_path / "nan", train__num_steps="20", learning_rate__decay="constant"
     )
-    skipped = [row for row in survival.rows(workdir) if row.get("event") == "skipped"]
-    assert [row["step"] for row in skipped] == [12]
+    assert [row["step"] for row in survival.events(workdir, "skipped")] == [12]
     by_step = {row["step"]: row for row in survival.rows(workdir) if "event" not in row}
     assert by_step[12]["loss"] == "NaN"
     assert [by_step[step]["skipped_total"] for step in (11, 12, 20)] == [0, 1, 1]
@@ -191,21 +186,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 
 @pytest.mark.parametrize("spoil", [not_a_number, noise])
 def test_three_spikes_rewind_skip_their_data_and_lower_the_rate(
-    finished: pathlib.Path,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[dict[str, np.ndarray]], None],
+    finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, spoil: Spoil
 ) -> None:
     """Bad data begins with step 30 (counted from 0) and lasts; the last checkpoint is of 28."""
-    spoiled = Poison(range(30 * 16, 36 * 16), spoil)
-    monkeypatch.setattr(Batches, "host_batch", lambda *a: spoiled(*a))
+    poison(monkeypatch, range(30 * 16, 36 * 16), spoil)
     changes = {
         "train__num_steps": "40", "learning_rate__decay": "constant", "stability__warmup": "12",
         "stability__window": "12", "rewind__learning_rate": "0.5", "rewind__recovery_steps": "4",
         "rewind__skip_steps": "4",
     }  # fmt: skip
     workdir = run(finished, tmp_path / "spikes", **changes)
-    (event,) = (row for row in survival.rows(workdir) if row.get("event") == "rewound")
+    (event,) = survival.events(workdir, "rewound")
     assert (event["step"], event["from_step"]) == (28, 33)
     assert event["skipped_rows"] == (5 + 4) * 16
     steps = {row["step"]: row for row in survival.rows(workdir) if "event" not in row}
@@ -215,11 +206,7 @@ def test_three_spikes_rewind_skip_their_data_and_lower_the_rate(
     assert not any(steps[step]["skipped"] for step in range(29, 41))
     assert all(math.isfinite(row["loss"]) for row in steps.values())
     # Started again from the checkpoint before, it comes the same way.
-    again = tmp_path / "again"
-    shutil.copytree(workdir, again)
-    for path in (again / "checkpoints").iterdir():
-        if path.name.isdigit() and int(path.name) > 24:
-            shutil.rmtree(path)
+    again = survival.interrupted(workdir, tmp_path / "again", 24)
     run(finished, again, **changes)
     assert course(again) == course(workdir)
     assert digest(again, 40) == digest(workdir, 40)
@@ -228,13 +215,10 @@ def test_three_spikes_rewind_skip_their_data_and_lower_the_rate(
 def test_it_does_not_go_back_for_ever(
     finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoiled = Poison(range(10 * 16, 10**6), not_a_number)
-    monkeypatch.setattr(Batches, "host_batch", lambda *a: spoiled(*a))
+    poison(monkeypatch, range(10 * 16, 10**6), not_a_number)
     with pytest.raises(FloatingPointError, match="gone back 2 times"):
         run(finished, tmp_path / "lost", train__num_steps="20", rewind__limit="2")
-    events = [row for row in metrics_lib.read(tmp_path / "lost" / "metrics.jsonl")
-              if row.get("event") == "rewound"]  # fmt: skip
-    assert [row["step"] for row in events] == [10, 10]
+    assert [row["step"] for row in survival.events(tmp_path / "lost", "rewound")] == [10, 10]
 
 
 def test_a_newer_checkpoint_on_the_hosts_own_disk_is_the_one_to_go_on_from(
@@ -247,11 +231,9 @@ def test_a_newer_checkpoint_on_the_hosts_own_disk_is_the_one_to_go_on_from(
     }  # fmt: skip
     run(finished, workdir, **changes)
     theirs = course(workdir), digest(workdir, 20)
-    for path in (workdir / "checkpoints").iterdir():
-        if path.name.isdigit() and int(path.name) > 10:
-            shutil.rmtree(path)
+    survival.interrupted(workdir, workdir, 10)
     run(finished, workdir, **changes)
-    (event,) = (row for row in survival.rows(workdir) if row.get("event") == "resumed")
+    (event,) = survival.events(workdir, "resumed")
     assert event["step"] == 15  # steps 12 and 18 were due on the shared disk too
     assert (course(workdir), digest(workdir, 20)) == theirs
 
@@ -259,8 +241,7 @@ def test_a_newer_checkpoint_on_the_hosts_own_disk_is_the_one_to_go_on_from(
 def test_a_damaged_checkpoint_is_passed_over(
     finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    workdir = tmp_path / "damaged"
-    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("data"))
+    workdir = survival.interrupted(finished, tmp_path / "damaged", NUM_STEPS)
     newest = workdir / "checkpoints" / str(NUM_STEPS)
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(largest.read_bytes())
@@ -268,9 +249,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     largest.write_bytes(data)
     run(finished, workdir)
     assert course(workdir) == course(finished)
-    events = {row.get("event"): row for row in survival.rows(workdir)}
-    assert largest.name in events["checkpoint_skipped"]["message"]
-    assert events["resumed"]["step"] == NUM_STEPS - 4
+    assert largest.name in survival.events(workdir, "checkpoint_skipped")[-1]["message"]
+    assert survival.events(workdir, "resumed")[-1]["step"] == NUM_STEPS - 4
     assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
 
 
@@ -290,7 +270,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
 
     monkeypatch.setattr(arrays, "start", start)
     workdir = run(finished, tmp_path / "full", train__num_steps="20")
-    failed = [row for row in survival.rows(workdir) if row.get("event") == "save_failed"]
+    failed = survival.events(workdir, "save_failed")
     assert [row["step"] for row in failed] == [6, 8]
     assert all("No space left" in row["error"] for row in failed)
     saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())

@@ -5,31 +5,24 @@ import json
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from lm.run.profile import Profiler, parse_steps
+from tests.refuses import refuses
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_ranges_are_half_open_and_hold_steps_of_the_run():
+    assert list(parse_steps("10:13", 13)) == [10, 11, 12]
+    for text, *words in (
         ("10", "not a range of steps; give FIRST:END, such as 10:15"),
         ("a:b", "not a range of steps"),
         ("1:2:3", "not a range of steps"),
-        ("5:5", "holds no step; .* such as 5:10"),
+        ("5:5", "holds no step; ", " such as 5:10"),
         ("7:3", "holds no step"),
-        ("-1:3", "holds no step; .* such as 0:5"),
+        ("-1:3", "holds no step; ", " such as 0:5"),
         ("98:103", "beyond the run's 100 steps; give for instance 95:100"),
         ("200:201", "give for instance 95:100"),
-    ],
-)
-def test_ranges_that_hold_no_step_of_the_run_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_steps(text, 100)
-
-
-def test_a_range_is_half_open():
-    assert list(parse_steps("10:13", 13)) == [10, 11, 12]
+    ):
+        refuses(lambda text=text: parse_steps(text, 100), *words)
 
 
 def run(folder, steps, first, last):
