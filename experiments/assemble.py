@@ -23,9 +23,9 @@ from lm.hardware.chips import peak_flops
 from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import ModelConfig, param_specs
 from lm.parallel import choose_strategy, context_attention, reorder_for
-from lm.run.layout import make_layout
+from lm.run.layout import check_sizes
 from lm.run.parts import Run
-from lm.sharding import Layout
+from lm.sharding import Layout, make_mesh, make_rules, pretend_cpu_devices
 from lm.tokenizers import Tokenizer
 from lm.train.accumulation import Accumulation
 from lm.train.batch import rows_multiple
@@ -45,12 +45,22 @@ def profile_steps() -> str | None:
 
 
 def layout_of(config: Config, model: ModelConfig) -> Layout:
-    """Mesh and rules; ValueError where sizes do not divide."""
-    t = config.train
-    return make_layout(
-        model, config.mesh, config.sharding, batch_size=t.batch_size,
-        num_micro_batches=t.num_micro_batches, sequence_length=t.sequence_length,
+    """Mesh and rules to train `model`.
+
+    Raises:
+      ValueError: a mesh axis or the number of micro-batches does not divide a size, the devices do
+        not make up the mesh, or rows are longer than the model allows.
+    """
+    if not jax.distributed.is_initialized():
+        pretend_cpu_devices(config.mesh)
+    t, s = config.train, config.sharding
+    rules = make_rules(s.zero, s.sequence_parallel, s.zero_axes)
+    layout = Layout(make_mesh(config.mesh), rules)
+    check_sizes(
+        model, layout, s, batch_size=t.batch_size, num_micro_batches=t.num_micro_batches,
+        sequence_length=t.sequence_length,
     )  # fmt: skip
+    return layout
 
 
 def make_stream(
@@ -59,28 +69,18 @@ def make_stream(
     layout: Layout,
     mixture: tuple[Share, ...] | None = None,
 ) -> Batches:
-    """The batches of every step: a function of the pack plans, the mixture, the seed, the step."""
-    return Batches(
-        sources,
-        [DataStage(s.batch_size, mixture, s.first_step) for s in make_ramp(config, layout).stages],
-        seed=config.data.seed,
-        num_steps=config.train.num_steps,
-    )
-
-
-def make_ramp(config: Config, layout: Layout) -> BatchRamp:
-    """The batch size as a function of the step.
+    """The batches of every step: a function of the pack plans, the mixture, the seed, the step.
 
     Raises:
-      ValueError: a size that micro-batches and the mesh do not divide.
+      ValueError: a batch size on the way that micro-batches and the mesh do not divide.
     """
-    t = config.train
-    if t.ramp is None:
-        return BatchRamp((BatchStage(0, t.batch_size),))
-    multiple = rows_multiple(NextToken(), layout, t.num_micro_batches)
-    return linear_ramp(
-        t.ramp.first, t.batch_size, t.ramp.num_stages, t.ramp.num_steps, divisor=multiple
-    )
+    t, ramp = config.train, config.train.ramp
+    sizes = BatchRamp((BatchStage(0, t.batch_size),))
+    if ramp is not None:
+        multiple = rows_multiple(NextToken(), layout, t.num_micro_batches)
+        sizes = linear_ramp(ramp.first, t.batch_size, ramp.num_stages, ramp.num_steps, multiple)
+    stages = [DataStage(s.batch_size, mixture, s.first_step) for s in sizes.stages]
+    return Batches(sources, stages, seed=config.data.seed, num_steps=t.num_steps)
 
 
 def make_run(

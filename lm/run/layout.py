@@ -1,47 +1,10 @@
-"""Mesh and rules of a run, with every size they must divide checked before anything is computed."""
+"""The sizes that a run's mesh must divide, checked before anything is computed."""
 
 from __future__ import annotations
 
-import jax
-
 from lm.model import ModelConfig, check_layout
 from lm.parallel import check_context
-from lm.sharding import (
-    Layout,
-    MeshShape,
-    Sharding,
-    check_divides,
-    make_mesh,
-    make_rules,
-    pretend_cpu_devices,
-)
-
-
-def make_layout(
-    model: ModelConfig,
-    shape: MeshShape,
-    sharding: Sharding,
-    *,
-    batch_size: int,
-    num_micro_batches: int,
-    sequence_length: int,
-) -> Layout:
-    """Mesh and rules to train `model` on batches of these sizes.
-
-    Raises:
-      ValueError: a mesh axis or the number of micro-batches does not divide a size, the devices do
-        not make up the mesh, or rows are longer than the model allows.
-    """
-    if not jax.distributed.is_initialized():
-        pretend_cpu_devices(shape)
-    mesh = make_mesh(shape)
-    rules = make_rules(sharding.zero, sharding.sequence_parallel, sharding.zero_axes)
-    layout = Layout(mesh, rules)
-    check_sizes(
-        model, layout, sharding, batch_size=batch_size, num_micro_batches=num_micro_batches,
-        sequence_length=sequence_length,
-    )  # fmt: skip
-    return layout
+from lm.sharding import Layout, Sharding, check_divides
 
 
 def check_sizes(
