@@ -47,9 +47,10 @@ def _rotated_tail(x: jax.Array, latent: Latent, table: Table) -> jax.Array:
 def queries(x: jax.Array, w: LatentAttentionWeights, a: Attention, table: Table) -> jax.Array:
     """x [B, T, D] -> [B, T, H, n + r], rotated."""
     latent = _sizes(a)
-    if latent.query_rank is None:
+    if w.query is not None:
         q = linear(x, w.query)
     else:
+        assert w.query_down is not None and w.query_up is not None
         down = linear(x, w.query_down, w.query_down_bias)
         q = linear(_normalized(down, w.query_norm, latent), w.query_up)
     q = _rotated_tail(q.reshape(*q.shape[:2], a.num_heads, a.head_dim), latent, table)

@@ -7,42 +7,44 @@ for `lax.scan`; `Unstacked` is the serving form, each layer its own arrays and l
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import flax.struct
 import jax
 
 from lm.model.config import Attention, FeedForward, Latent, Layer, ModelConfig, Norm, Stack
 from lm.sharding import Layout, check_divides
-from lm.weights import ParamSpec, is_spec, shardings
+from lm.weights import ParamSpec, Weight, is_spec, shardings
 from lm.weights.specs import map_specs
 
-Slot = Any  # a Weight; in the trees made from the specs, a ParamSpec, a shape or a sharding
+# What a tree holds in the place of each weight: the Weight itself, its ParamSpec, its shape, its
+# sharding.
+Slot = TypeVar("Slot")
 
 
 @flax.struct.dataclass
-class NormWeights:
-    scale: Any
-    bias: Any = None
+class NormWeights(Generic[Slot]):
+    scale: Slot
+    bias: Slot | None = None
 
 
 @flax.struct.dataclass
-class AttentionWeights:
+class AttentionWeights(Generic[Slot]):
     query: Slot
     key: Slot
     value: Slot
     out: Slot
-    query_bias: Any = None
-    key_bias: Any = None
-    value_bias: Any = None
-    out_bias: Any = None
-    query_norm: Any = None
-    key_norm: Any = None
-    sinks: Any = None
+    query_bias: Slot | None = None
+    key_bias: Slot | None = None
+    value_bias: Slot | None = None
+    out_bias: Slot | None = None
+    query_norm: Slot | None = None
+    key_norm: Slot | None = None
+    sinks: Slot | None = None
 
 
 @flax.struct.dataclass
-class LatentAttentionWeights:
+class LatentAttentionWeights(Generic[Slot]):
     """Of multi-head latent attention; see `Latent`. Queries: `query`, or down, norm and up.
 
     Attributes:
@@ -54,59 +56,59 @@ class LatentAttentionWeights:
     """
 
     key_value_down: Slot
-    key_value_norm: Any
+    key_value_norm: Slot
     key_value_up: Slot
     out: Slot
-    query: Slot = None
-    query_down: Slot = None
-    query_norm: Any = None
-    query_up: Slot = None
-    query_down_bias: Any = None
-    key_value_down_bias: Any = None
-    out_bias: Any = None
+    query: Slot | None = None
+    query_down: Slot | None = None
+    query_norm: Slot | None = None
+    query_up: Slot | None = None
+    query_down_bias: Slot | None = None
+    key_value_down_bias: Slot | None = None
+    out_bias: Slot | None = None
 
 
 @flax.struct.dataclass
-class FeedForwardWeights:
+class FeedForwardWeights(Generic[Slot]):
     up: Slot
     down: Slot
-    gate: Slot = None
-    up_bias: Any = None
-    down_bias: Any = None
-    gate_bias: Any = None
+    gate: Slot | None = None
+    up_bias: Slot | None = None
+    down_bias: Slot | None = None
+    gate_bias: Slot | None = None
 
 
 @flax.struct.dataclass
-class LayerWeights:
-    attention: AttentionWeights | LatentAttentionWeights
-    feed_forward: FeedForwardWeights
-    attention_norm: NormWeights | None = None
-    attention_post_norm: NormWeights | None = None
-    feed_forward_norm: NormWeights | None = None
-    feed_forward_post_norm: NormWeights | None = None
+class LayerWeights(Generic[Slot]):
+    attention: AttentionWeights[Slot] | LatentAttentionWeights[Slot]
+    feed_forward: FeedForwardWeights[Slot]
+    attention_norm: NormWeights[Slot] | None = None
+    attention_post_norm: NormWeights[Slot] | None = None
+    feed_forward_norm: NormWeights[Slot] | None = None
+    feed_forward_post_norm: NormWeights[Slot] | None = None
 
 
 @flax.struct.dataclass
-class Stacked:
+class Stacked(Generic[Slot]):
     """Weights of a Stack's pattern; every leaf has a leading dimension of repeats."""
 
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[LayerWeights[Slot], ...]
 
 
 @flax.struct.dataclass
-class Unstacked:
+class Unstacked(Generic[Slot]):
     """Weights of a Stack's layers, in order, each its own."""
 
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[LayerWeights[Slot], ...]
 
 
 @flax.struct.dataclass
-class ModelWeights:
+class ModelWeights(Generic[Slot]):
     embed: Slot
-    stacks: tuple[Stacked | Unstacked, ...]
-    norm: NormWeights
-    output: Slot = None
-    score: Slot = None
+    stacks: tuple[Stacked[Slot] | Unstacked[Slot], ...]
+    norm: NormWeights[Slot]
+    output: Slot | None = None
+    score: Slot | None = None
 
 
 def vector(size: int, axis: str | None, init: Literal["ones", "zeros"] = "zeros") -> ParamSpec:
@@ -119,12 +121,14 @@ def bias(size: int, axis: str | None, present: bool) -> ParamSpec | None:
     return vector(size, axis) if present else None
 
 
-def norm_specs(norm: Norm, size: int, axis: str | None = "norm") -> NormWeights:
+def norm_specs(norm: Norm, size: int, axis: str | None = "norm") -> NormWeights[ParamSpec]:
     init = "zeros" if norm.plus_one else "ones"
     return NormWeights(vector(size, axis, init), bias(size, axis, norm.bias))
 
 
-def attention_specs(a: Attention, norm: Norm, D: int, out_scale: float) -> AttentionWeights:
+def attention_specs(
+    a: Attention, norm: Norm, D: int, out_scale: float
+) -> AttentionWeights[ParamSpec]:
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     query_norm = key_norm = None
     if a.qk_norm == "head":
@@ -148,7 +152,7 @@ def attention_specs(a: Attention, norm: Norm, D: int, out_scale: float) -> Atten
 
 def latent_attention_specs(
     a: Attention, latent: Latent, D: int, out_scale: float
-) -> LatentAttentionWeights:
+) -> LatentAttentionWeights[ParamSpec]:
     """Latents are whole on every device of `tensor`; what is made of them is split by heads."""
     R, q, v = latent.kv_rank, a.num_heads * a.head_dim, a.num_heads * latent.value_dim
 
@@ -178,7 +182,7 @@ def latent_attention_specs(
     )
 
 
-def feed_forward_specs(f: FeedForward, D: int, out_scale: float) -> FeedForwardWeights:
+def feed_forward_specs(f: FeedForward, D: int, out_scale: float) -> FeedForwardWeights[ParamSpec]:
     F = f.hidden_dim
     matrix = ParamSpec((D, F), ("embed", "ffn"), scale=D**-0.5)
     return FeedForwardWeights(
@@ -191,7 +195,7 @@ def feed_forward_specs(f: FeedForward, D: int, out_scale: float) -> FeedForwardW
     )
 
 
-def layer_specs(layer: Layer, D: int, num_layers: int) -> LayerWeights:
+def layer_specs(layer: Layer, D: int, num_layers: int) -> LayerWeights[ParamSpec]:
     """Specs of one layer. Projections back into the residual start smaller by sqrt(2 layers)."""
     out_scale = (2 * num_layers) ** -0.5
     norm = norm_specs(layer.norm, D)
@@ -210,7 +214,7 @@ def layer_specs(layer: Layer, D: int, num_layers: int) -> LayerWeights:
     )
 
 
-def stack_specs(stack: Stack, D: int, num_layers: int) -> Stacked:
+def stack_specs(stack: Stack, D: int, num_layers: int) -> Stacked[ParamSpec]:
     def stacked(spec: ParamSpec) -> ParamSpec:
         shape, axes = (stack.num_repeats, *spec.shape), ("layers", *spec.axes)
         return dataclasses.replace(spec, shape=shape, axes=axes)
@@ -219,7 +223,7 @@ def stack_specs(stack: Stack, D: int, num_layers: int) -> Stacked:
     return Stacked(map_specs(stacked, specs))
 
 
-def param_specs(config: ModelConfig) -> ModelWeights:
+def param_specs(config: ModelConfig) -> ModelWeights[ParamSpec]:
     """The specs of every weight of the model, in the stacked form."""
     D, V = config.embed_dim, config.padded_vocab_size
     # A scaled embedding (Gemma) starts small enough that the residual stream starts near one.
@@ -237,17 +241,17 @@ def param_specs(config: ModelConfig) -> ModelWeights:
     )
 
 
-def unstacked_specs(config: ModelConfig) -> ModelWeights:
+def unstacked_specs(config: ModelConfig) -> ModelWeights[ParamSpec]:
     """The specs of every weight of the model, in the serving form."""
 
-    def layer(each: Layer) -> LayerWeights:
+    def layer(each: Layer) -> LayerWeights[ParamSpec]:
         return layer_specs(each, config.embed_dim, config.num_layers)
 
     stacks = tuple(Unstacked(tuple(map(layer, stack.layers))) for stack in config.stacks)
     return dataclasses.replace(param_specs(config), stacks=stacks)
 
 
-def specs_for(params: ModelWeights, config: ModelConfig) -> ModelWeights:
+def specs_for(params: ModelWeights, config: ModelConfig) -> ModelWeights[ParamSpec]:
     """The specs of every weight of the model, each stack in the form it has in `params`."""
     stacked, unstacked = param_specs(config), unstacked_specs(config)
     forms = zip(params.stacks, stacked.stacks, unstacked.stacks, strict=True)
@@ -255,7 +259,7 @@ def specs_for(params: ModelWeights, config: ModelConfig) -> ModelWeights:
     return dataclasses.replace(stacked, stacks=stacks)
 
 
-def layer_at(stack: Stacked | Unstacked, index: int) -> LayerWeights:
+def layer_at(stack: Stacked[Slot] | Unstacked[Slot], index: int) -> LayerWeights[Slot]:
     """Weights of layer `index` of a stack, in either form."""
     if isinstance(stack, Unstacked):
         return stack.layers[index]
@@ -269,7 +273,7 @@ def num_layers(stack: Stacked | Unstacked) -> int:
     return len(stack.layers) * jax.tree.leaves(stack)[0].shape[0]
 
 
-def unstack(params: ModelWeights) -> ModelWeights:
+def unstack(params: ModelWeights[Weight]) -> ModelWeights[Weight]:
     """The serving form: every layer its own arrays."""
     stacks = tuple(
         Unstacked(tuple(layer_at(stack, i) for i in range(num_layers(stack))))
@@ -278,14 +282,16 @@ def unstack(params: ModelWeights) -> ModelWeights:
     return dataclasses.replace(params, stacks=stacks)
 
 
-def stack(params: ModelWeights, config: ModelConfig) -> ModelWeights:
+def stack(params: ModelWeights[Weight], config: ModelConfig) -> ModelWeights[Weight]:
     """The training form, from the serving form.
 
     Raises:
       ValueError: layers that share a stack differ in leaf types or shapes.
     """
 
-    def join(weights: Stacked | Unstacked, spec: Stack, name: str) -> Stacked:
+    def join(
+        weights: Stacked[Weight] | Unstacked[Weight], spec: Stack, name: str
+    ) -> Stacked[Weight]:
         if isinstance(weights, Stacked):
             return weights
         size = len(spec.pattern)

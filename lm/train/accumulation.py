@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from lm.model import ModelConfig, Output, Tokens, forward, make_head, param_specs
 from lm.sharding import constrain, current_layout, use_layout
@@ -48,7 +49,7 @@ class Accumulation:
 
     config: ModelConfig
     num_micro_batches: int = 1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     loss: str | None = None
     attention: Callable[..., jax.Array] | None = None
@@ -156,9 +157,12 @@ class Accumulation:
 def deferred_axes() -> tuple[str, ...]:
     """Axes of the batch over which gradients are summed once per step, not per micro-batch.
 
-    All of them, where no device holds only a part of what is added up: under ZeRO 0 and 1, whose
-    accumulators are whole anyway. Context parallelism sums as it goes: under `vmap` its rings would
-    compute what they otherwise skip.
+    All of them under ZeRO 0 and 1, whose accumulators are whole on every device anyway. Not with
+    context parallelism: under `vmap` its rings would compute what they otherwise skip.
+
+    The sum is of the float32 accumulators, whatever the dtype of compute. Gradients computed in
+    bfloat16 would be sent as such once per micro-batch, in half the bytes each, except on CPU: so
+    two micro-batches save nothing, and more of them save less than they do in float32.
     """
     layout = current_layout()
     if layout is None:

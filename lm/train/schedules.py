@@ -1,4 +1,8 @@
-"""Learning rates and batch sizes as functions of the step."""
+"""Learning rates and batch sizes as functions of the step.
+
+Not optax's schedules: they round differently (by up to 4e-6 of the rate), and a resumed run would
+change.
+"""
 
 from __future__ import annotations
 

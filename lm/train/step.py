@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from lm.model import ModelConfig
 from lm.sharding import Layout, step_options, use_layout
@@ -42,7 +43,7 @@ class Gradient(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> DTypeLike: ...
 
     @property
     def specs(self) -> Tree: ...

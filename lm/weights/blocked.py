@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from lm.kernels.matmul import dot
 from lm.sharding import Rules, check_divides, current_layout, named_sharding
@@ -56,7 +57,7 @@ class Blocked(StructuredWeight):
         """How many numbers along K, and along R, cannot be parted."""
         raise NotImplementedError
 
-    def decode(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: DTypeLike) -> jax.Array:
         """The matrix as [*stack, K, R], without the factor `output_scale`."""
         raise NotImplementedError
 
@@ -80,7 +81,7 @@ class Blocked(StructuredWeight):
         K, R = self.size
         return (*self.stack, K, R) if self.block_axis == "in" else (*self.stack, R, K)
 
-    def dequantize(self, dtype: Any) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
         matrix = self.decode(jnp.float32)
         if self.output_scale is not None:
             matrix = matrix * self.output_scale
@@ -97,7 +98,7 @@ class Blocked(StructuredWeight):
         # Keeps the blocks for the backward pass, not the matrices.
         return jax.checkpoint(multiply)(x, jax.lax.stop_gradient(self))
 
-    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         if self.block_axis == "in":
             return leaves.take(self.dequantize(dtype), ids, dtype)
         K, R = self.size
@@ -145,7 +146,7 @@ class Blocked(StructuredWeight):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: jax.Array, leaf: Blocked, transpose: bool, out_dtype: Any) -> jax.Array:
+def product(x: jax.Array, leaf: Blocked, transpose: bool, out_dtype: DTypeLike) -> jax.Array:
     """x [..., K] times the matrix [K, R], or, with `transpose`, x [..., R] times its transpose.
 
     Added up in float32. The backward pass decodes the blocks again instead of keeping the matrix.
@@ -184,7 +185,7 @@ def _product_backward(transpose, out_dtype, saved, dy):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _by_tiles(x: jax.Array, leaf: Blocked, transpose: bool, dtype: Any) -> jax.Array:
+def _by_tiles(x: jax.Array, leaf: Blocked, transpose: bool, dtype: DTypeLike) -> jax.Array:
     """The product, decoding a part of the matrix at a time.
 
     The barriers keep decoding out of the product, where XLA's CPU backend would do it one number

@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm.weights.blocked import Blocked
 
@@ -34,7 +35,7 @@ class Fp8(Blocked):
     def quantize(
         cls,
         weight: jax.Array,
-        dtype: Any = jnp.float8_e4m3fn,
+        dtype: DTypeLike = jnp.float8_e4m3fn,
         block: int | None = None,
         per_channel: bool = True,
     ) -> Fp8:
@@ -86,13 +87,13 @@ class Fp8(Blocked):
         shape = (*self.scale.shape[:-1], self.values.shape[-1])
         return jnp.broadcast_to(self.scale.astype(jnp.float32), shape)
 
-    def decode(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: DTypeLike) -> jax.Array:
         if self.block is None:
             return self.values.astype(dtype)
         scale = _spread_to(self.scale.astype(jnp.float32), self.values.shape, self.block)
         return (self.values.astype(jnp.float32) * scale).astype(dtype)
 
-    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         ids = jnp.clip(ids, 0, self.size[0] - 1)
         rows = jnp.take(self.values, ids, axis=0).astype(jnp.float32)
         if self.block is None:

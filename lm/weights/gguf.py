@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lm import files
 from lm.files.ggml import FP4_LEVELS, IQ4_LEVELS, BlockType, block_type
@@ -110,7 +111,7 @@ class GGUFBlocks(Blocked):
     def granularity(self) -> tuple[int, int]:
         return block_type(self.kind).block, 1
 
-    def decode(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: DTypeLike) -> jax.Array:
         layout = block_type(self.kind)
         K, R = self.size
         fields = {

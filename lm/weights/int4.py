@@ -9,6 +9,7 @@ from typing import Any, Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm.weights.blocked import BlockAxis, Blocked, nibbles
 
@@ -46,7 +47,7 @@ class Int4(Blocked):
         weight: jax.Array,
         group_size: int | None = 128,
         symmetric: bool = True,
-        scale_dtype: Any = jnp.float16,
+        scale_dtype: DTypeLike = jnp.float16,
         block_axis: BlockAxis = "in",
     ) -> Int4:
         """Round to nearest.
@@ -111,7 +112,7 @@ class Int4(Blocked):
         groups = self.scale.shape[-2]
         return (2 if groups == 1 else math.lcm(2, self.size[0] // groups)), 1
 
-    def decode(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: DTypeLike) -> jax.Array:
         K, R = self.size
         groups = self.scale.shape[-2]
         values = self.unpack().reshape(*self.stack, groups, K // groups, R).astype(jnp.float32)
@@ -122,7 +123,7 @@ class Int4(Blocked):
     def _in_order(self) -> Self:
         return dataclasses.replace(self, order=None)
 
-    def dequantize(self, dtype: Any) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
         matrix = Blocked.dequantize(self._in_order(), dtype)
         if self.order is None:
             return matrix
@@ -146,7 +147,7 @@ class Int4(Blocked):
         y = multiply(self._in_order(), x)
         return jnp.take(y, jnp.argsort(self.order), axis=-1)
 
-    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         if self.order is None or self.block_axis == "in":
             return super().take(ids, dtype)
         rows = Blocked.take(self._in_order(), ids, dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm.weights.blocked import Blocked, product
 
@@ -45,13 +46,13 @@ class Int8(Blocked):
     def output_scale(self) -> jax.Array:
         return self.scale
 
-    def decode(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: DTypeLike) -> jax.Array:
         return self.values.astype(dtype)
 
     def linear(self, x: jax.Array) -> jax.Array:
         return _dynamic(x, self) if self.dynamic else super().linear(x)
 
-    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         rows = jnp.take(self.values, ids, axis=0, mode="clip").astype(jnp.float32)
         return (rows * self.scale[0]).astype(dtype)
 

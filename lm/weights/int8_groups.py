@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm.weights.int4 import Int4
 
@@ -40,7 +39,7 @@ class Int8Groups(Int4):
         groups = self.scale.shape[-2]
         return (1 if groups == 1 else self.size[0] // groups), 1
 
-    def decode(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: DTypeLike) -> jax.Array:
         K, R = self.size
         groups = self.scale.shape[-2]
         values = self.values.reshape(*self.stack, groups, K // groups, R).astype(jnp.float32)

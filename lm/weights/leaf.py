@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, TypeGuard
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from lm.kernels.matmul import dot, matmul
 from lm.sharding import Rules
@@ -42,7 +43,7 @@ class StructuredWeight:
     def bits_per_weight(self) -> float:
         return 8 * self.nbytes / math.prod(self.shape)
 
-    def dequantize(self, dtype: Any) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """The matrix itself, as an array of `dtype`."""
         raise NotImplementedError
 
@@ -54,7 +55,7 @@ class StructuredWeight:
         """x [N, in], rows sorted by group, times the group's own matrix -> [N, out]."""
         return grouped_linear(x, self.dequantize(x.dtype), group_sizes)
 
-    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Rows of the matrix: ids [...] -> [..., out]."""
         return take(self.dequantize(dtype), ids, dtype)
 
@@ -66,7 +67,7 @@ class StructuredWeight:
         """The leaf of one layer out of a stack."""
         return jax.tree.map(lambda a: a[index], self)
 
-    def cast(self, dtype: Any) -> Self:
+    def cast(self, dtype: DTypeLike) -> Self:
         """The leaf with what is held in floating point for computing in `dtype`; others as is."""
         return self
 
@@ -111,7 +112,7 @@ def grouped_linear(x: jax.Array, weight: Weight, group_sizes: jax.Array) -> jax.
     return jax.lax.ragged_dot(x, weight.astype(x.dtype), group_sizes)
 
 
-def take(weight: Weight, ids: jax.Array, dtype: Any) -> jax.Array:
+def take(weight: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Embedding rows: weight [in, out], ids int [...] -> [..., out] of `dtype`."""
     if isinstance(weight, StructuredWeight):
         return weight.take(ids, dtype)

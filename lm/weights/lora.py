@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from lm.kernels.matmul import matmul
 from lm.sharding import Rules
@@ -30,7 +31,7 @@ from lm.weights.specs import Kind, ParamSpec, cast, shardings
 Tree = Any
 
 
-def _dense(base: Weight, dtype: Any) -> jax.Array:
+def _dense(base: Weight, dtype: DTypeLike) -> jax.Array:
     return base.dequantize(dtype) if isinstance(base, StructuredWeight) else base.astype(dtype)
 
 
@@ -73,7 +74,7 @@ class LoRA(StructuredWeight):
     def shape(self) -> tuple[int, ...]:
         return (*self.a.shape[:-1], self.b.shape[-1]) if self.base is None else self.base.shape
 
-    def scaled_b(self, dtype: Any) -> jax.Array:
+    def scaled_b(self, dtype: DTypeLike) -> jax.Array:
         """scale b, [*stack, r, out]."""
         return (self.b.astype(jnp.float32) * self.scale[..., None, None]).astype(dtype)
 
@@ -90,7 +91,7 @@ class LoRA(StructuredWeight):
         norm = jax.lax.stop_gradient(jnp.where(norm > 0, norm, 1.0))
         return self.magnitude.astype(jnp.float32) / norm
 
-    def dequantize(self, dtype: Any) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """The merged matrix, added up in float32."""
         total = self._sum()
         columns = self.column_scale(total)
@@ -110,7 +111,7 @@ class LoRA(StructuredWeight):
         rows = jnp.repeat(columns, group_sizes, axis=0, total_repeat_length=x.shape[0])
         return (y * rows).astype(x.dtype)
 
-    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         delta = take(self.a, ids, dtype) @ self.scaled_b(dtype)
         return self._scale_columns(take(self.base, ids, dtype) + delta)
 
@@ -126,7 +127,7 @@ class LoRA(StructuredWeight):
         columns = self.column_scale()
         return y if columns is None else (y * columns).astype(y.dtype)
 
-    def cast(self, dtype: Any) -> Self:
+    def cast(self, dtype: DTypeLike) -> Self:
         """The base, `a` and `b` in `dtype`; scale and magnitude stay float32."""
         base, a, b = cast((self.base, self.a, self.b), dtype)
         return dataclasses.replace(self, base=base, a=a, b=b)
@@ -190,12 +191,12 @@ class MultiLoRA(StructuredWeight):
             self.base, self.a[..., index, :, :], self.b[..., index, :, :], self.scale[..., index]
         )
 
-    def dequantize(self, dtype: Any) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
         raise ValueError(
             f"a weight with {self.num_adapters} adapters is no one matrix; select an adapter first"
         )
 
-    def _scaled_b(self, dtype: Any) -> jax.Array:
+    def _scaled_b(self, dtype: DTypeLike) -> jax.Array:
         return (self.b.astype(jnp.float32) * self.scale[..., None, None]).astype(dtype)
 
     def _own(self, inner: jax.Array) -> jax.Array:
@@ -219,7 +220,7 @@ class MultiLoRA(StructuredWeight):
     def grouped_linear(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         raise ValueError("experts with several adapters are not supported; select an adapter")
 
-    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         inner = jnp.moveaxis(jnp.take(self.a, ids, axis=1, mode="clip"), 0, -2).astype(dtype)
         delta = jnp.einsum("...nr,nro->...o", self._own(inner), self._scaled_b(dtype))
         return take(self.base, ids, dtype) + delta
@@ -234,7 +235,7 @@ class MultiLoRA(StructuredWeight):
         )
         return unembed(x, self.base, transposed) + delta
 
-    def cast(self, dtype: Any) -> Self:
+    def cast(self, dtype: DTypeLike) -> Self:
         base, a, b = cast((self.base, self.a, self.b), dtype)
         return dataclasses.replace(self, base=base, a=a, b=b)
 

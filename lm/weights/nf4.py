@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lm.weights.blocked import BlockAxis, Blocked, lookup, nibbles, spread
 
@@ -198,7 +199,7 @@ class NF4(Blocked):
             absmax = jnp.swapaxes(absmax.reshape(*self.stack, R, -1), -1, -2)
         return dataclasses.replace(self, absmax=absmax, nested=None, offset=None)
 
-    def decode(self, dtype: Any) -> jax.Array:
+    def decode(self, dtype: DTypeLike) -> jax.Array:
         K = self.size[0]
         leaf = self.canonical()
         codes = nibbles(leaf.codes, high_first=True)

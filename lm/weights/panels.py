@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm.kernels.matmul import FEWEST_ROWS
 from lm.weights.blocked import RENAMED_FIELDS, BlockAxis
@@ -51,7 +52,7 @@ class Panels(StructuredWeight):
         n, K, width = self.panels.shape
         return (K, n * width) if self.block_axis == "out" else (n * width, K)
 
-    def dequantize(self, dtype: Any) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
         n, K, width = self.panels.shape
         matrix = self.panels.astype(dtype).swapaxes(0, 1).reshape(K, n * width)
         return matrix if self.block_axis == "out" else matrix.T
@@ -59,7 +60,7 @@ class Panels(StructuredWeight):
     def linear(self, x: jax.Array) -> jax.Array:
         return self._product(x).astype(x.dtype) if self.block_axis == "out" else super().linear(x)
 
-    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         if self.block_axis == "out":
             return super().take(ids, dtype)
         width = self.panels.shape[-1]
@@ -71,7 +72,7 @@ class Panels(StructuredWeight):
             return self._product(x)
         return super().unembed(x, transposed)
 
-    def cast(self, dtype: Any) -> Panels:
+    def cast(self, dtype: DTypeLike) -> Panels:
         return Panels(self.panels.astype(dtype), self.block_axis)
 
     def _product(self, x: jax.Array) -> jax.Array:

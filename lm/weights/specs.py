@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from lm.sharding import Rules, current_layout, gather_weight, named_sharding
 from lm.weights.leaf import StructuredWeight, is_structured
@@ -44,8 +45,8 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     init: Literal["normal", "ones", "zeros"] = "normal"
     scale: float = 0.02
-    dtype: Any = jnp.float32
-    leaf: Any = None
+    dtype: DTypeLike = jnp.float32
+    leaf: StructuredWeight | None = None
     kind: Kind = "matrix"
 
     def __post_init__(self) -> None:
@@ -133,8 +134,8 @@ def shardings(specs: Tree, rules: Rules, mesh: Mesh, params: Tree = None, kind: 
 
     def leaf(path: tuple[Any, ...], spec: ParamSpec, weight: Any = None) -> Any:
         try:
-            if isinstance(weight, StructuredWeight) or spec.leaf is not None:
-                held = spec.leaf if weight is None else weight
+            held = spec.leaf if weight is None else weight
+            if isinstance(held, StructuredWeight):
                 return held.shardings(spec.axes, rules, mesh)
             return named_sharding(mesh, table, spec.axes, spec.shape)
         except ValueError as error:
@@ -144,7 +145,7 @@ def shardings(specs: Tree, rules: Rules, mesh: Mesh, params: Tree = None, kind: 
     return jax.tree_util.tree_map_with_path(leaf, specs, *trees, is_leaf=is_spec)
 
 
-def cast(params: Tree, dtype: Any) -> Tree:
+def cast(params: Tree, dtype: DTypeLike) -> Tree:
     """Floating-point arrays of the tree in `dtype`; a `StructuredWeight` casts itself."""
 
     def leaf(x: Any) -> Any:

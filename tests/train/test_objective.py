@@ -17,8 +17,8 @@ from lm.train.accumulation import Accumulation
 from lm.train.batch import batch_shardings, rows_multiple
 from lm.train.objective import Objective, Term
 from lm.train.stability import Stability
-from lm.train.state import abstract_state, init_state
-from lm.train.step import make_eval_step, make_train_step
+from lm.train.state import abstract_state
+from lm.train.step import make_eval_step
 from lm.weights import initialize
 from tests.train.tiny import (
     LAYER,
@@ -26,9 +26,9 @@ from tests.train.tiny import (
     Case,
     Result,
     assert_same,
-    constant_rate,
-    keep_gradients,
+    begin,
     make_batch,
+    take,
 )
 
 CONFIG = dataclasses.replace(UNTIED, stacks=(Stack((LAYER,), 1),), score_dim=2)
@@ -97,28 +97,18 @@ def make_pairs(packed: bool) -> dict[str, np.ndarray]:
     return {n: x.astype(np.float32) if x.dtype == np.float64 else x for n, x in batch.items()}
 
 
-@functools.cache
-def step_of(mesh: MeshShape, num_micro_batches: int):
-    layout, strategy = Case(mesh).layout, "zigzag" if mesh.context > 1 else None
+def begin_pairs(mesh: MeshShape, num_micro_batches: int):
+    strategy = "zigzag" if mesh.context > 1 else None
     gradient = WithAux(
         CONFIG, num_micro_batches, loss="fused",
         attention=context_attention(strategy), reorder=reorder_for(strategy),
     )  # fmt: skip
-    return layout, make_train_step(
-        Pairs(), keep_gradients(), constant_rate, layout, gradient, max_grad_norm=None
-    )
+    return begin(Case(mesh), objective=Pairs(), gradient=gradient)
 
 
 @functools.cache
 def run(mesh: MeshShape, num_micro_batches: int, packed: bool) -> Result:
-    layout, step = step_of(mesh, num_micro_batches)
-    state = init_state(
-        param_specs(CONFIG), keep_gradients(), jax.random.key(0), layout,
-        buffers=Pairs().init_buffers(),
-    )  # fmt: skip
-    state, metrics = step(state, make_pairs(packed))
-    metrics |= state.buffers
-    return Result(*jax.device_get((metrics, state.opt_state)))
+    return take(*begin_pairs(mesh, num_micro_batches), make_pairs(packed))
 
 
 ONE = MeshShape()
@@ -171,19 +161,14 @@ def test_pairs_equal_plain_jax():
 
 
 def test_an_example_is_never_cut():
-    layout = Case(MeshShape(data=4)).layout
-    assert rows_multiple(Pairs(), layout, 4) == 32
-    step = make_train_step(
-        Pairs(), keep_gradients(), constant_rate, layout, WithAux(CONFIG, num_micro_batches=8)
-    )
-    state = abstract_state(
-        param_specs(CONFIG), keep_gradients(), layout, buffers=Pairs().init_buffers()
-    )
+    mesh = MeshShape(data=4)
+    assert rows_multiple(Pairs(), Case(mesh).layout, 4) == 32
+    step, state = begin_pairs(mesh, 8)
     wanted = r"=8 does not divide .* 32 rows, 2 per example, over 4 shards; .* 1, 2, 4, .* of 64"
     with pytest.raises(ValueError, match=wanted):
         step.lower(state, make_pairs(True))
     odd = make_pairs(True) | {"odd": np.zeros(12, np.float32)}
-    step = dataclasses.replace(step_of(ONE, 2)[1], _jitted={})
+    step, state = begin_pairs(ONE, 2)
     with pytest.raises(ValueError, match=r"leaf odd \[12\] must count 32 rows or 16 ex"):
         step.lower(state, odd)
 
@@ -202,9 +187,8 @@ def test_leaves_are_sharded_by_what_they_count():
 
 
 def test_evaluation_runs_in_micro_batches():
-    layout, _ = step_of(ONE, 4)
     params = jax.jit(lambda: initialize(param_specs(CONFIG), jax.random.key(0)))()
-    evaluate = make_eval_step(Pairs(), layout, WithAux(CONFIG, 4, loss="fused"))
+    evaluate = make_eval_step(Pairs(), Case().layout, WithAux(CONFIG, 4, loss="fused"))
     expected = run(ONE, 1, True).metrics
     for name, term in evaluate(params, make_pairs(True)).items():
         np.testing.assert_allclose(term.sum / term.count, expected[name], rtol=1e-5)
@@ -222,15 +206,11 @@ def test_a_skipped_step_keeps_buffers_and_frozen_weights(tmp_path):
             frozen = jax.tree.map(lambda x: x + stats["rows"], frozen)
             return super().update(buffers, frozen, stats)
 
-    layout, optimizer = Case(MeshShape(fsdp=2)).layout, optax.adamw(1.0)
-    parts = {"health": True, "buffers": Moving().init_buffers()}
+    case, optimizer, batch = Case(MeshShape(fsdp=2)), optax.adamw(1.0), make_pairs(True)
     trains = lambda path: path != "norm/scale"  # noqa: E731
-    state = init_state(param_specs(CONFIG), optimizer, jax.random.key(0), layout, trains, **parts)
-    step = make_train_step(
-        Moving(), optimizer, constant_rate, layout, WithAux(CONFIG, 2), trains=trains,
-        stability=Stability(),
-    )  # fmt: skip
-    batch = make_pairs(True)
+    step, state = begin(
+        case, optimizer, Moving(), gradient=WithAux(CONFIG, 2), trains=trains, stability=Stability()
+    )
     state, _ = step(state, batch)
     before = jax.device_get(state)
     assert before.buffers["rows"] == 32 and np.all(before.frozen.norm.scale == 33)
@@ -241,7 +221,8 @@ def test_a_skipped_step_keeps_buffers_and_frozen_weights(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, changed, before)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, state, {})
-    wanted = abstract_state(param_specs(CONFIG), optimizer, layout, trains, **parts)
+    parts = {"health": True, "buffers": Moving().init_buffers()}
+    wanted = abstract_state(param_specs(CONFIG), optimizer, case.layout, trains, **parts)
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(2, wanted), after)
     checkpoints.save(3, dataclasses.replace(state, buffers=None), {})
     checkpoints.restore(3, dataclasses.replace(wanted, buffers=None))

@@ -22,10 +22,8 @@ from lm.train.optimizers import (
     make_optimizer,
     orthogonalize,
 )
-from lm.train.state import init_state
-from lm.train.step import make_train_step
 from lm.weights import LoRA, ParamSpec, path_name
-from tests.train.tiny import OBJECTIVE, TIED, Case, make_batch
+from tests.train.tiny import TIED, Case, train
 from tests.train.trajectories import (
     GRADIENTS,
     assert_close,
@@ -107,17 +105,13 @@ def test_orthogonalize_in_bfloat16_brings_singular_values_near_one():
     assert values.min() > 0.6 and values.max() < 1.25, values
 
 
-def test_a_stack_of_matrices_is_each_of_them():
-    stack = jax.random.normal(jax.random.key(0), (3, 2, 7, 12))
+def test_orthogonalize_takes_each_matrix_of_a_stack_by_itself():
+    stack = jax.random.normal(jax.random.key(0), (3, 2, 7, 12)).at[2, 1].set(0.0)
     together = orthogonalize(stack, dtype=jnp.float32)
-    for i in range(3):
-        for j in range(2):
-            alone = orthogonalize(stack[i, j], dtype=jnp.float32)
-            np.testing.assert_allclose(together[i, j], alone, atol=1e-5)
-
-
-def test_orthogonalize_of_nothing_is_nothing():
-    assert not np.any(orthogonalize(jnp.zeros((4, 6))))
+    for i in np.ndindex(3, 2):
+        alone = orthogonalize(stack[i], dtype=jnp.float32)
+        np.testing.assert_allclose(together[i], alone, atol=1e-5)
+    assert not np.any(together[2, 1])
 
 
 def test_every_weight_says_what_it_is():
@@ -159,20 +153,10 @@ def test_stacked_vectors_are_no_matrices(config):
     ids=["adamw", "muon", "adafactor", "soap"],
 )
 def test_training_on_a_mesh_equals_one_device(config):
-    optimizer = make_optimizer(config)
-
-    def train(case):
-        step = make_train_step(OBJECTIVE, optimizer, lambda step: 3e-3, case.layout, case.gradient)
-        state = init_state(param_specs(TIED), optimizer, jax.random.key(0), case.layout)
-        losses = []
-        for i in range(4):
-            state, metrics = step(state, make_batch(seed=i % 2))
-            losses.append(float(metrics["loss"]))
-        return losses, state
-
-    mesh = MeshShape(data=2, fsdp=2, tensor=2)
-    expected, one = train(Case(config=TIED))
-    found, many = train(Case(mesh, 2, True, 2, config=TIED))
+    cases = Case(config=TIED), Case(MeshShape(data=2, fsdp=2, tensor=2), 2, True, 2, config=TIED)
+    (expected, one), (found, many) = (
+        train(case, make_optimizer(config), 4, num_batches=2) for case in cases
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert expected[2] < expected[0] and expected[3] < expected[1]
     if isinstance(config, Soap):
@@ -191,18 +175,8 @@ def test_training_on_a_mesh_equals_one_device(config):
 def test_any_of_optaxs_optimizers_trains_on_a_zero_mesh(optimizer):
     """Its updates are minus the directions; moments are sharded as their weights are."""
     directions = optax.chain(optimizer, optax.scale(-1.0))
-
-    def train(case):
-        step = make_train_step(OBJECTIVE, directions, lambda step: 3e-3, case.layout, case.gradient)
-        state = init_state(param_specs(TIED), directions, jax.random.key(0), case.layout)
-        losses = []
-        for _ in range(3):
-            state, metrics = step(state, make_batch())
-            losses.append(float(metrics["loss"]))
-        return losses, state
-
-    expected, _ = train(Case(config=TIED))
-    found, state = train(Case(MeshShape(data=2, fsdp=4), 1, config=TIED))
+    expected, _ = train(Case(config=TIED), directions, 3)
+    found, state = train(Case(MeshShape(data=2, fsdp=4), 1, config=TIED), directions, 3)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert expected[2] < expected[0]
     held = [x for x in jax.tree.leaves(state.opt_state) if x.size > 1000]  # not the norms

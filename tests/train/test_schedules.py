@@ -30,47 +30,33 @@ def test_decays_to_a_fraction_equal_optax(kind):
     np.testing.assert_allclose(rates(schedule, steps), theirs(steps - 10), rtol=1e-5)
 
 
-def of_torch(make, steps, peak):
-    """Rates of a scheduler of transformers' at `steps`."""
+def wsd(cooldown):
+    ours = Schedule("wsd", 2.0, 10, 120, 0.05, decay_fraction=0.25, cooldown=cooldown)
+    theirs = {"num_stable_steps": 80, "decay_type": cooldown, "min_lr_ratio": 0.05}
+    return ours, "get_wsd_schedule", {"num_warmup_steps": 10, "num_decay_steps": 30} | theirs
+
+
+def inverse_sqrt(time_scale):
+    ours = Schedule("inverse_sqrt", 2.0, 10, 150, decay_fraction=0.0, time_scale=time_scale)
+    theirs = {"num_warmup_steps": 10, "timescale": time_scale}
+    return ours, "get_inverse_sqrt_schedule", theirs
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("schedule", "name", "arguments"),
+    [wsd("linear"), wsd("1-sqrt"), inverse_sqrt(10), inverse_sqrt(300)],
+)
+def test_equals_transformers(schedule, name, arguments):
     torch = pytest.importorskip("torch")
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
-    scheduler = make(optimizer)
-    found = []
-    for _ in range(max(steps) + 1):
-        found.append(scheduler.get_last_lr()[0])
+    optimization = pytest.importorskip("transformers.optimization")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=2.0)
+    scheduler, theirs = getattr(optimization, name)(optimizer, **arguments), []
+    for _ in range(200):
+        theirs.append(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-    return np.asarray(found)[np.asarray(steps)]
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("cooldown", ["linear", "1-sqrt"])
-def test_wsd_equals_transformers(cooldown):
-    optimization = pytest.importorskip("transformers.optimization")
-    steps = range(10, 130)
-    schedule = Schedule("wsd", 2.0, 10, 120, 0.05, decay_fraction=0.25, cooldown=cooldown)
-    theirs = of_torch(
-        lambda optimizer: optimization.get_wsd_schedule(
-            optimizer, 10, 30, num_stable_steps=80, decay_type=cooldown, min_lr_ratio=0.05
-        ),
-        steps,
-        2.0,
-    )
-    np.testing.assert_allclose(rates(schedule, steps), theirs, rtol=1e-5)
-
-
-@pytest.mark.oracle
-@pytest.mark.parametrize("time_scale", [10, 300])
-def test_inverse_sqrt_equals_transformers(time_scale):
-    optimization = pytest.importorskip("transformers.optimization")
-    steps = range(10, 200)
-    schedule = Schedule("inverse_sqrt", 2.0, 10, 150, decay_fraction=0.0, time_scale=time_scale)
-    theirs = of_torch(
-        lambda optimizer: optimization.get_inverse_sqrt_schedule(optimizer, 10, time_scale),
-        steps,
-        2.0,
-    )
-    np.testing.assert_allclose(rates(schedule, steps), theirs, rtol=1e-5)
+    np.testing.assert_allclose(rates(schedule, range(10, 200)), theirs[10:], rtol=1e-5)
 
 
 def test_inverse_sqrt_is_the_transformers_of_2017():
@@ -93,29 +79,21 @@ def test_a_cool_down_multiplies_the_inverse_square_root():
     np.testing.assert_allclose(factor, [0.75, 0.5, 0.25, 0.0], atol=1e-6)
 
 
-def test_one_minus_sqrt_falls_fast_then_slowly():
-    """arXiv:2405.18392, section 3: 1 - sqrt((n - start) / (end - start))."""
-    schedule = Schedule("wsd", 1.0, 0, 100, 0.0, decay_fraction=0.16, cooldown="1-sqrt")
-    np.testing.assert_allclose(
-        rates(schedule, [84, 85, 88, 93, 100, 200]), [1.0, 0.75, 0.5, 0.25, 0, 0], atol=1e-6
-    )
-
-
-def test_wsd_is_stable_then_linear():
-    schedule = Schedule("wsd", 1.0, 10, 100, final_fraction=0.0, decay_fraction=0.2)
-    np.testing.assert_allclose(rates(schedule, (10, 50, 80)), 1.0)
-    np.testing.assert_allclose(rates(schedule, (85, 90, 100)), [0.75, 0.5, 0.0], atol=1e-6)
-
-
-def test_wsd_with_a_warm_up_into_its_decay_starts_at_the_peak():
-    schedule = Schedule("wsd", 1.0, 90, 100, final_fraction=0.0, decay_fraction=0.5)
-    np.testing.assert_allclose(rates(schedule, (90, 95)), [1.0, 0.5], rtol=1e-6)
-
-
-def test_constant_stays():
-    np.testing.assert_allclose(
-        rates(Schedule("constant", 3.0, 1, 10), (0, 1, 9, 99)), [1.5, 3, 3, 3]
-    )
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        # arXiv:2405.18392, section 3: 1 - sqrt((n - start) / (end - start)).
+        (Schedule("wsd", 1.0, 0, 100, 0.0, 0.16, "1-sqrt"), (84, 85, 88, 93, 100, 200),
+         (1.0, 0.75, 0.5, 0.25, 0, 0)),
+        (Schedule("wsd", 1.0, 10, 100, 0.0, 0.2), (10, 50, 80, 85, 90, 100),
+         (1.0, 1.0, 1.0, 0.75, 0.5, 0.0)),
+        # A warm-up that ends within the decay starts it at the peak.
+        (Schedule("wsd", 1.0, 90, 100, 0.0, 0.5), (90, 95), (1.0, 0.5)),
+        (Schedule("constant", 3.0, 1, 10), (0, 1, 9, 99), (1.5, 3, 3, 3)),
+    ],
+)  # fmt: skip
+def test_points(schedule, steps, expected):
+    np.testing.assert_allclose(rates(schedule, steps), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

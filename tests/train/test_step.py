@@ -10,8 +10,7 @@ import pytest
 from lm.model import Tokens, forward, make_head, param_specs
 from lm.train.objective import NextToken, Objective, Term
 from lm.train.optimizers import AdamW, make_optimizer
-from lm.train.state import init_state
-from lm.train.step import make_eval_step, make_train_step
+from lm.train.step import make_eval_step
 from lm.weights import initialize, path_name
 from tests.train.tiny import (
     OBJECTIVE,
@@ -20,10 +19,11 @@ from tests.train.tiny import (
     Case,
     Result,
     assert_same,
-    constant_rate,
-    keep_gradients,
+    begin,
     make_batch,
     run,
+    take,
+    train,
 )
 
 
@@ -102,12 +102,7 @@ class TwoTerms(Objective):
 
 def two_terms(num_micro_batches: int) -> Result:
     case = Case(num_micro_batches=num_micro_batches)
-    step = make_train_step(
-        TwoTerms(), keep_gradients(), constant_rate, case.layout, case.gradient, max_grad_norm=None
-    )
-    state = init_state(param_specs(UNTIED), keep_gradients(), jax.random.key(0), case.layout)
-    state, metrics = step(state, make_batch())
-    return Result(*jax.device_get((metrics, state.opt_state)))
+    return take(*begin(case, objective=TwoTerms()), make_batch())
 
 
 def test_terms_with_counts_of_their_own_add_up():
@@ -128,16 +123,10 @@ def test_a_batch_that_micro_batches_do_not_divide():
 
 @pytest.mark.parametrize("frozen", ["embed", "attention"])
 def test_frozen_weights_stay_and_have_no_optimizer_state(frozen):
-    case = Case(num_micro_batches=2)
-
     def trains(path: str) -> bool:
         return frozen not in path.split("/")
 
-    optimizer = make_optimizer(AdamW())
-    state = init_state(param_specs(UNTIED), optimizer, jax.random.key(0), case.layout, trains)
-    step = make_train_step(
-        OBJECTIVE, optimizer, constant_rate, case.layout, case.gradient, trains=trains
-    )
+    step, state = begin(Case(num_micro_batches=2), make_optimizer(AdamW()), trains=trains)
     paths = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
     assert any("norm" in path for path in paths)
     assert not any(frozen in path.split("/") for path in paths)
@@ -151,50 +140,27 @@ def test_frozen_weights_stay_and_have_no_optimizer_state(frozen):
 
 
 def test_frozen_weights_leave_the_gradients_of_the_others_alone():
-    case = Case()
-    specs = param_specs(UNTIED)
-
-    def trains(path: str) -> bool:
-        return path.startswith("stacks/")
-
-    state = init_state(specs, keep_gradients(), jax.random.key(0), case.layout, trains)
-    step = make_train_step(
-        OBJECTIVE,
-        keep_gradients(),
-        constant_rate,
-        case.layout,
-        case.gradient,
-        max_grad_norm=None,
-        trains=trains,
-    )
-    state, _ = step(state, make_batch())
-    found = jax.tree.leaves(jax.device_get(state.opt_state))
-    wanted = jax.tree.leaves(run(case).gradients.stacks)
-    for x, y in zip(found, wanted, strict=True):
+    trains = lambda path: path.startswith("stacks/")  # noqa: E731
+    found = take(*begin(Case(), trains=trains), make_batch()).gradients
+    wanted = run(Case()).gradients.stacks
+    for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max())
 
 
 def test_clipping_scales_to_the_norm_and_reports_it_before():
-    case = Case()
-    norm = run(case).metrics["grad_norm"]
-    step = make_train_step(
-        OBJECTIVE, keep_gradients(), constant_rate, case.layout, case.gradient, max_grad_norm=0.25
-    )
-    state = init_state(param_specs(UNTIED), keep_gradients(), jax.random.key(0), case.layout)
-    state, metrics = step(state, make_batch())
+    norm = run(Case()).metrics["grad_norm"]
+    metrics, gradients = take(*begin(Case(), max_grad_norm=0.25), make_batch())
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     assert norm > 1
-    np.testing.assert_allclose(norm_of(state.opt_state), 0.25, rtol=1e-4)
+    np.testing.assert_allclose(norm_of(gradients), 0.25, rtol=1e-4)
 
 
 def test_a_batch_in_which_nothing_counts_moves_nothing():
-    case = Case()
-    state = init_state(param_specs(UNTIED), keep_gradients(), jax.random.key(0), case.layout)
-    step = make_train_step(OBJECTIVE, keep_gradients(), constant_rate, case.layout, case.gradient)
     batch = make_batch()
-    state, metrics = step(state, batch | {"weights": np.zeros_like(batch["weights"])})
+    batch["weights"] *= 0
+    metrics, gradients = take(*begin(Case()), batch)
     assert float(metrics["loss"]) == 0.0
-    assert all(not np.any(g) for g in jax.tree.leaves(state.opt_state))
+    assert all(not np.any(g) for g in jax.tree.leaves(gradients))
 
 
 def test_the_eval_step_gives_the_sums_of_the_train_step():
@@ -210,13 +176,6 @@ def test_the_eval_step_gives_the_sums_of_the_train_step():
 
 
 def test_steps_count_and_train():
-    case = Case()
-    optimizer = make_optimizer(AdamW())
-    state = init_state(param_specs(UNTIED), optimizer, jax.random.key(0), case.layout)
-    step = make_train_step(NextToken(), optimizer, constant_rate, case.layout, case.gradient)
-    losses = []
-    for _ in range(8):
-        state, metrics = step(state, make_batch())
-        losses.append(float(metrics["loss"]))
+    losses, state = train(Case(), make_optimizer(AdamW()), 8, rate=1e-2)
     assert int(state.step) == 8
     assert losses[-1] < 0.8 * losses[0]

@@ -14,10 +14,10 @@ import optax
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, param_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.train.accumulation import Accumulation
-from lm.train.objective import NextToken
+from lm.train.objective import NextToken, Objective
 from lm.train.optimizers import AdamW, make_optimizer
-from lm.train.state import TrainState, abstract_state, init_state
-from lm.train.step import make_train_step
+from lm.train.state import TrainState, abstract_state, everything, init_state
+from lm.train.step import Gradient, TrainStep, make_train_step
 
 LAYER = Layer(Attention(8, 8, 4), FeedForward(64))
 UNTIED = ModelConfig(500, 32, (Stack((LAYER,), 2),))
@@ -109,6 +109,40 @@ class Result(NamedTuple):
 
     metrics: dict[str, np.ndarray]
     gradients: Any
+
+
+def begin(
+    case: Case, optimizer: Any = None, objective: Objective = OBJECTIVE, rate: Any = constant_rate,
+    gradient: Gradient | None = None, **options: Any,
+) -> tuple[TrainStep, TrainState]:  # fmt: skip
+    """A case's step and the state of key 0; by default it keeps gradients, and does not clip."""
+    optimizer, gradient = optimizer or keep_gradients(), gradient or case.gradient
+    options = {"max_grad_norm": None} | options
+    step = make_train_step(objective, optimizer, rate, case.layout, gradient, **options)
+    state = init_state(
+        gradient.specs, optimizer, jax.random.key(0), case.layout,
+        options.get("trains", everything), ema="ema" in options, health="stability" in options,
+        buffers=objective.init_buffers(),
+    )  # fmt: skip
+    return step, state
+
+
+def take(step: TrainStep, state: TrainState, batch: Any) -> Result:
+    """The result of a step of an optimizer that keeps gradients."""
+    state, metrics = step(state, batch)
+    return Result(*jax.device_get((metrics | (state.buffers or {}), state.opt_state)))
+
+
+def train(
+    case: Case, optimizer: Any, num_steps: int, rate: float = 3e-3, num_batches: int = 1
+) -> tuple[list[float], TrainState]:
+    """The loss of each of some steps, and the state after them."""
+    step, state = begin(case, optimizer, rate=lambda step: rate, max_grad_norm=1.0)
+    losses = []
+    for i in range(num_steps):
+        state, metrics = step(state, make_batch(seed=i % num_batches))
+        losses.append(float(metrics["loss"]))
+    return losses, state
 
 
 @functools.cache
