@@ -1,8 +1,8 @@
-"""Ring attention (arXiv:2310.01889): keys and values go round, queries stay.
+"""Ring attention (arXiv:2310.01889): keys and values travel around the ring, queries stay.
 
-A device's chunk of the row is cut in two parts, as the zigzag order has it, or in more where there
-is no kernel; a pair of parts whose positions and segments say that no query sees a key is not
-computed. Shape suffixes: P parts, B batch, t queries and s keys of a part, H query and K key/value
+A device's chunk of the row is cut into two parts, those of the zigzag order, or into more where
+there is no kernel; pairs of parts in which no query sees a key, by positions and segments, are
+skipped. Shape suffixes: P parts, B batch, t queries and s keys of a part, H query and K key/value
 heads, h head size.
 """
 
@@ -27,7 +27,7 @@ PADDING = np.iinfo(np.int32).max
 
 
 class Static(NamedTuple):
-    """What is known at trace time; `steps` chunks are visited, of `parts` parts each."""
+    """Known at trace time; `steps` chunks are visited, of `parts` parts each."""
 
     context: Context
     steps: int
@@ -76,9 +76,10 @@ def ring_attention(
 
     Tokens may be in any order the view describes; `lm.parallel.Zigzag` gives the balanced one.
     Each device works on one chunk of keys while the next arrives from its neighbour, and merges
-    results by their log-sum-exp; going back, the keys' gradients travel with them and home. Beside
-    its own part a device holds what it works on and what arrives. Causal attention with a window
-    over tokens in order (`view.in_order`) stops after the chunks that the window reaches.
+    results by their log-sum-exp; in the backward pass the keys' gradients travel with them, and
+    home at the end. A device holds its own chunk, the one it works on and the one that arrives.
+    Causal attention with a window over tokens in order (`view.in_order`) stops after the chunks
+    that the window reaches.
 
     Args:
       q: [B, T, H, h].
@@ -154,7 +155,6 @@ def _specs(static: Static, q: jax.Array, k: jax.Array) -> tuple[Any, ...]:
 
 def _over_mesh(local, static: Static, q, k, out_specs, more_specs=()):
     heads, keys, tokens, _ = _specs(static, q, k)
-
     specs = (heads, keys, keys, *(tokens,) * 4, *more_specs)
     return map_devices(functools.partial(local, static), specs, out_specs, static.context.mesh)
 
@@ -245,7 +245,7 @@ def merge(
 
 
 def _parts(chunk: int, least: int) -> int:
-    """How many parts a chunk is cut in: `least`, or the next that divide it and keep its middle."""
+    """Number of parts of a chunk: `least`, or the next even number that divides the chunk."""
     if chunk % 2:
         return 1
     return next(n for n in range(least, chunk + 1) if n % 2 == 0 and chunk % n == 0)
@@ -267,7 +267,7 @@ def _whole(x: jax.Array) -> jax.Array:
 
 
 def _send(static: Static, tree: Any, distance: int = 1) -> Any:
-    """What the device `distance` before this one sent."""
+    """The tree of the device `distance` before this one on the ring."""
     axes, n = static.context.axes, static.context.size
     route = [(i, (i + distance) % n) for i in range(n)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, route), tree)

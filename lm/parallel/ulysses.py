@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.attention import Scores, View, attention
-from lm.parallel.context import Context, current_context, divisors
-from lm.sharding import map_devices
+from lm.parallel.context import Context, current_context
+from lm.sharding import map_devices, sizes
 
 
 def ulysses_attention(
@@ -62,26 +62,18 @@ def ulysses_attention(
 
     of_sinks = None if sinks is None else context.spec(sinks.shape, "heads")
     specs = (heads, kv_heads, kv_heads, of_sinks, *(tokens,) * 4)
-    return map_devices(local, specs, heads, context.mesh)(
-        q,
-        k,
-        v,
-        sinks,
-        view.query_positions,
-        view.key_positions,
-        view.query_segments,
-        view.key_segments,
-    )
+    fields = (view.query_positions, view.key_positions, view.query_segments, view.key_segments)
+    return map_devices(local, specs, heads, context.mesh)(q, k, v, sinks, *fields)
 
 
 def check_heads(context: Context, num_heads: int, num_kv_heads: int) -> int:
-    """How often a key/value head is repeated so that every device gets one.
+    """How many copies of each key/value head give every device one.
 
     Raises:
       ValueError: heads cannot be distributed.
     """
-    heads = context.part("heads", num_heads)
-    kv_heads = context.part("kv_heads", num_kv_heads)
+    heads = num_heads // context.layout.parts("heads")
+    kv_heads = num_kv_heads // context.layout.parts("kv_heads")
 
     def works(n: int) -> bool:
         return heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
@@ -90,5 +82,5 @@ def check_heads(context: Context, num_heads: int, num_kv_heads: int) -> int:
         return max(1, context.size // kv_heads)
     raise ValueError(
         f"Ulysses cannot distribute {heads} query and {kv_heads} key/value heads of a device over "
-        f"{context.label}; use a context of {divisors(heads, works)}, or ring attention"
+        f"{context.label}; use a context of {sizes(heads, works)}, or ring attention"
     )

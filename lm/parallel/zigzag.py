@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.parallel.context import Context, current_context, divisors
-from lm.sharding import constrain, map_devices
+from lm.parallel.context import Context, current_context
+from lm.sharding import constrain, map_devices, sizes
 
 
 def zigzag_order(num_tokens: int, num_shards: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def zigzag_order(num_tokens: int, num_shards: int) -> np.ndarray:
       ValueError: the row does not divide into 2 x `num_shards` chunks.
     """
     if num_tokens % (2 * num_shards):
-        options = divisors(num_tokens // 2, lambda d: num_tokens % (2 * d) == 0)
+        options = sizes(num_tokens // 2, lambda d: num_tokens % (2 * d) == 0)
         remedy = f"use a context of {options}" if options else "use rows of even length"
         raise ValueError(
             f"zigzag order cuts a row into {2 * num_shards} chunks, two per device of mesh axis "

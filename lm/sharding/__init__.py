@@ -21,6 +21,7 @@ from lm.sharding.rules import (
     make_rules,
     mesh_axes,
     partition_spec,
+    sizes,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "partition_spec",
     "pretend_cpu_devices",
     "reshard",
+    "sizes",
     "step_options",
     "use_layout",
 ]

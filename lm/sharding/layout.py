@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ class Layout:
     mesh: Mesh
     rules: Rules
     mapped: tuple[str, ...] = ()
+
+    def parts(self, name: str) -> int:
+        """Number of parts that a logical axis of activations is split into."""
+        return math.prod(self.mesh.shape[axis] for axis in self.rules.activations.get(name, ()))
 
     def inside_vmap(self, axis: str) -> Layout:
         """The layout to use in a function under `jax.vmap(..., spmd_axis_name=axis)`.

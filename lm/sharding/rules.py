@@ -7,7 +7,7 @@ of an activation and the `embed` axis of a weight over the same mesh axis.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -40,13 +40,15 @@ class Rules:
 
     def without(self, mesh_axes: Sequence[str]) -> Rules:
         """The rules that split nothing over these mesh axes."""
-        names = ("activations", "weights", "gradients", "optimizer")
-        tables = {name: without(getattr(self, name), mesh_axes) for name in names}
-        return dataclasses.replace(self, **tables)
+        tables = (without(table, mesh_axes) for table in self.tables)
+        return Rules(*tables, gathered=self.gathered)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        return self.activations, self.weights, self.gradients, self.optimizer
 
     def __hash__(self) -> int:
-        tables = (self.activations, self.weights, self.gradients, self.optimizer)
-        return hash((self.gathered, *(tuple(sorted(table.items())) for table in tables)))
+        return hash((self.gathered, *(tuple(sorted(table.items())) for table in self.tables)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +165,13 @@ def check_divides(mesh: Mesh, axes: str | Sequence[str], name: str, size: int) -
     if size % parts == 0:
         return
     label = " x ".join(f"{axis!r}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
-    divisors = [str(d) for d in range(1, min(size, 1024) + 1) if size % d == 0]
     plural = "axes" if " x " in label else "axis"
     verb = "do" if plural == "axes" else "does"
-    options = divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
+    options = sizes(size, lambda d: size % d == 0)
     raise ValueError(f"mesh {plural} {label} {verb} not divide {name}={size}; use {options}")
+
+
+def sizes(limit: int, works: Callable[[int], bool]) -> str:
+    """The sizes from 1 to `limit` that work, as an error lists them: `1, 2 or 4`."""
+    found = [str(d) for d in range(1, min(limit, 1024) + 1) if works(d)]
+    return " or ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))

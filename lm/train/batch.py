@@ -6,26 +6,14 @@ Dimension 0 of every leaf counts rows or examples: [B, T], [B], and with two row
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lm.sharding import Layout, constrain, current_layout, named_sharding
+from lm.train.objective import Batch, Objective
 from lm.weights import path_name
-
-Batch = Mapping[str, Any]
-
-
-class Examples(Protocol):
-    """What an objective says of its batches; see `lm.train.objective.Objective`."""
-
-    @property
-    def rows_per_example(self) -> int: ...
-
-    def inputs(self, batch: Batch) -> Any: ...
 
 
 def batch_shardings(batch: Batch, layout: Layout, row_length: int | None = None) -> Any:
@@ -59,12 +47,13 @@ def batch_shardings(batch: Batch, layout: Layout, row_length: int | None = None)
     return jax.tree_util.tree_map_with_path(sharding, batch)
 
 
-def rows_multiple(objective: Examples, layout: Layout | None, num_micro_batches: int) -> int:
+def rows_multiple(objective: Objective, layout: Layout | None, num_micro_batches: int) -> int:
     """What the number of rows of a batch must be a multiple of, whole examples on every device."""
-    return objective.rows_per_example * _shards(layout) * num_micro_batches
+    shards = layout.parts("batch") if layout else 1
+    return objective.rows_per_example * shards * num_micro_batches
 
 
-def micro_batches(objective: Examples, batch: Batch, num: int) -> Batch:
+def micro_batches(objective: Objective, batch: Batch, num: int) -> Batch:
     """Leaves [L, ...] as [num, L / num, ...], under the layout in force.
 
     A micro-batch is made of contiguous examples of every shard of the batch: no row moves to
@@ -74,11 +63,12 @@ def micro_batches(objective: Examples, batch: Batch, num: int) -> Batch:
       ValueError: `num` does not divide the examples of a shard, or a leaf counts neither rows nor
         examples.
     """
-    shards, rows = _shards(current_layout()), jax.eval_shape(objective.inputs, batch).ids.shape[0]
+    layout, rows = current_layout(), jax.eval_shape(objective.inputs, batch).ids.shape[0]
+    shards = layout.parts("batch") if layout else 1
     examples, rest = divmod(rows, objective.rows_per_example)
     if rest or examples % (shards * num):
         works = [n for n in range(1, examples + 1) if not rest and examples % (shards * n) == 0]
-        multiple = objective.rows_per_example * shards * num
+        multiple = rows_multiple(objective, layout, num)
         remedy = f"num_micro_batches of {', '.join(map(str, works))}, or " if works else ""
         raise ValueError(
             f"num_micro_batches={num} does not divide the batch of {rows} rows, "
@@ -100,9 +90,3 @@ def micro_batches(objective: Examples, batch: Batch, num: int) -> Batch:
         )
 
     return jax.tree_util.tree_map_with_path(split, batch)
-
-
-def _shards(layout: Layout | None) -> int:
-    if layout is None:
-        return 1
-    return math.prod(layout.mesh.shape[axis] for axis in layout.rules.activations["batch"])

@@ -1,4 +1,4 @@
-"""The state of training, what of it trains, and how it lies on a mesh."""
+"""The state of training, which of its weights are trainable, and how it is sharded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Scalar = jax.Array  # of the state itself; trees of shapes and shardings have th
 
 @flax.struct.dataclass
 class Health:
-    """What `lm.train.stability` knows of the steps so far; replicated scalars.
+    """Statistics of the steps so far, for `lm.train.stability`; replicated scalars.
 
     Attributes:
       count: int32, steps in the statistics.
@@ -54,7 +54,7 @@ class Health:
 
     @classmethod
     def new(cls) -> Health:
-        """Of a run about to begin."""
+        """Of a run that has taken no step."""
         whole, real = (jnp.zeros((), dtype) for dtype in (jnp.int32, jnp.float32))
         return cls(whole, real, real, real, real, whole, whole, jnp.ones_like(real), whole)
 
@@ -65,8 +65,8 @@ class TrainState:
 
     Attributes:
       step: int32, steps done.
-      trainable: weights that train; None where a weight is frozen.
-      frozen: the other weights, of any leaf type; None where a weight trains.
+      trainable: the trainable weights; None where a weight is frozen.
+      frozen: the other weights, of any leaf type; None where a weight is trainable.
       opt_state: of the optimizer, for `trainable`.
       ema: float32 average of `trainable`, laid out as the optimizer's state; or None.
       health: `Health`, or None.
@@ -87,8 +87,14 @@ class TrainState:
         return merge(self.trainable, self.frozen)
 
 
-class Parts(TypedDict):
-    """Optional parts of a state."""
+class Parts(TypedDict, total=False):
+    """Optional parts of a state.
+
+    Attributes:
+      ema: with an average of the weights, as the step's `ema` needs.
+      health: with what the step's `stability` needs.
+      buffers: the objective's `init_buffers()`.
+    """
 
     ema: bool
     health: bool
@@ -118,17 +124,17 @@ def merge(trainable: Tree, frozen: Tree) -> Tree:
 
 
 def everything(path: str) -> bool:
-    """The predicate of pre-training: every weight trains."""
+    """The predicate of pre-training: every weight is trainable."""
     return True
 
 
 def state_specs(specs: Tree, optimizer: optax.GradientTransformation) -> Tree:
-    """The optimizer's state, with a spec for every leaf that lies by the `optimizer` table.
+    """The optimizer's state, with a spec for every leaf that the `optimizer` table shards.
 
-    An optimizer that has a method `specs(specs)`, of the weights' specs, answers for itself: a tree
-    like its state, of ParamSpecs and, for what is replicated, ShapeDtypeStructs. Of any other, a
-    leaf whose path ends in a weight's path, and whose shape is the weight's, lies as the weight
-    does; anything else (counts) is replicated.
+    An optimizer may have a method `specs(specs)`, from the weights' specs to a tree like its state,
+    of ParamSpecs and, for what is replicated, ShapeDtypeStructs. For any other, a leaf whose path
+    ends in a weight's path and whose shape is the weight's is sharded as the weight is; anything
+    else (counts) is replicated.
     """
     own = getattr(optimizer, "specs", None)
     if own is not None:
@@ -155,10 +161,7 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     layout: Layout,
     trains: Callable[[str], bool] = everything,
-    *,
-    ema: bool = False,
-    health: bool = False,
-    buffers: Tree = None,
+    **parts: Unpack[Parts],
 ) -> TrainState:
     """NamedShardings of a TrainState of the model with these specs. Arguments as `init_state`.
 
@@ -179,9 +182,9 @@ def state_shardings(
         trainable=shardings(trainable, rules, mesh),
         frozen=shardings(frozen, rules, mesh),
         opt_state=jax.tree.map(of_state, state_specs(trainable, optimizer), is_leaf=is_spec),
-        ema=shardings(trainable, rules, mesh, kind="optimizer") if ema else None,
-        health=jax.tree.map(lambda _: replicated, Health.new()) if health else None,
-        buffers=jax.tree.map(lambda _: replicated, buffers),
+        ema=shardings(trainable, rules, mesh, kind="optimizer") if parts.get("ema") else None,
+        health=jax.tree.map(lambda _: replicated, Health.new()) if parts.get("health") else None,
+        buffers=jax.tree.map(lambda _: replicated, parts.get("buffers")),
     )
 
 
@@ -191,26 +194,20 @@ def init_state(
     key: jax.Array,
     layout: Layout,
     trains: Callable[[str], bool] = everything,
-    *,
-    ema: bool = False,
-    health: bool = False,
-    buffers: Tree = None,
+    **parts: Unpack[Parts],
 ) -> TrainState:
-    """A new model and its optimizer, every shard made where it lies.
+    """A new model and its optimizer, every shard made on its own device.
 
     Args:
       specs: of every weight.
-      optimizer: its state is made for the weights that train.
+      optimizer: its state is made for the trainable weights.
       key: random key of the initial weights.
       layout: mesh and rules.
-      trains: which weights train, by path.
-      ema: with an average of the weights, as the step's `ema` needs.
-      health: with what the step's `stability` needs.
-      buffers: the objective's `init_buffers()`.
+      trains: whether the weight at a path is trainable.
+      parts: see `Parts`.
     """
-    with_parts: Parts = {"ema": ema, "health": health, "buffers": buffers}
-    wanted = state_shardings(specs, optimizer, layout, trains, **with_parts)
-    return jax.jit(_maker(specs, optimizer, trains, **with_parts), out_shardings=wanted)(key)
+    wanted = state_shardings(specs, optimizer, layout, trains, **parts)
+    return jax.jit(_maker(specs, optimizer, trains, **parts), out_shardings=wanted)(key)
 
 
 def state_of(
@@ -219,25 +216,21 @@ def state_of(
     optimizer: optax.GradientTransformation,
     layout: Layout,
     trains: Callable[[str], bool],
-    *,
-    ema: bool = False,
-    health: bool = False,
-    buffers: Tree = None,
+    **parts: Unpack[Parts],
 ) -> TrainState:
-    """The state in which training of an existing model begins: of adapters over it, say.
+    """The state in which training of an existing model, or of adapters over it, begins.
 
     Args:
-      params: weights of any kind. They are handed over: what lies in its place already is not
-        copied, and the first step takes its memory.
+      params: weights of any kind. They are donated: arrays that have their sharding already are not
+        copied, and the first step reuses their memory.
       specs: of these weights; `lm.weights.specs_of` gives them.
-      optimizer, layout, trains, ema, health, buffers: as in `init_state`.
+      optimizer, layout, trains, parts: as in `init_state`.
     """
-    with_parts: Parts = {"ema": ema, "health": health, "buffers": buffers}
-    wanted = state_shardings(specs, optimizer, layout, trains, **with_parts)
+    wanted = state_shardings(specs, optimizer, layout, trains, **parts)
     trainable, frozen = jax.device_put(partition(params, trains), (wanted.trainable, wanted.frozen))
 
     def make(trainable: Tree) -> TrainState:
-        state = _begin(trainable, None, with_specs(optimizer, specs), **with_parts)
+        state = _begin(trainable, None, with_specs(optimizer, specs), **parts)
         return dataclasses.replace(state, trainable=None)
 
     places = dataclasses.replace(wanted, trainable=None, frozen=None)
@@ -250,15 +243,11 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     layout: Layout,
     trains: Callable[[str], bool] = everything,
-    *,
-    ema: bool = False,
-    health: bool = False,
-    buffers: Tree = None,
+    **parts: Unpack[Parts],
 ) -> TrainState:
     """The TrainState as ShapeDtypeStructs with shardings: to restore into, or to compile with."""
-    with_parts: Parts = {"ema": ema, "health": health, "buffers": buffers}
-    shapes = jax.eval_shape(_maker(specs, optimizer, trains, **with_parts), jax.random.key(0))
-    wanted = state_shardings(specs, optimizer, layout, trains, **with_parts)
+    shapes = jax.eval_shape(_maker(specs, optimizer, trains, **parts), jax.random.key(0))
+    wanted = state_shardings(specs, optimizer, layout, trains, **parts)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -284,10 +273,7 @@ def _begin(
     trainable: Tree,
     frozen: Tree,
     optimizer: optax.GradientTransformation,
-    *,
-    ema: bool,
-    health: bool,
-    buffers: Tree,
+    **parts: Unpack[Parts],
 ) -> TrainState:
     """The state of step 0."""
     return TrainState(
@@ -295,14 +281,14 @@ def _begin(
         trainable=trainable,
         frozen=frozen,
         opt_state=optimizer.init(trainable),
-        ema=cast(trainable, jnp.float32) if ema else None,
-        health=Health.new() if health else None,
-        buffers=jax.tree.map(jnp.asarray, buffers),
+        ema=cast(trainable, jnp.float32) if parts.get("ema") else None,
+        health=Health.new() if parts.get("health") else None,
+        buffers=jax.tree.map(jnp.asarray, parts.get("buffers")),
     )
 
 
 def bytes_per_device(tree: Tree) -> dict[int, int]:
-    """Bytes that each device of this process holds of the live arrays of `tree`, by device id."""
+    """Bytes of the arrays of `tree` on each device of this process, by device id."""
     held: dict[int, int] = {}
     for x in jax.tree.leaves(tree):
         for shard in x.addressable_shards:

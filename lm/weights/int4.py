@@ -1,4 +1,4 @@
-"""Four-bit whole numbers in groups with a scale, and a zero point if wanted: GPTQ, AWQ and kin."""
+"""Four-bit integers in groups with a scale and an optional zero point: GPTQ, AWQ and kin."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from jax.typing import DTypeLike
 
 from lm.weights.blocked import BlockAxis, Blocked, nibbles
 
-MIDDLE = 8  # the zero point of symmetric weights
-
 
 @flax.struct.dataclass
 class Int4(Blocked):
     """scale (value - zero), where value is 0 to 15.
 
-    Two values share a byte, rows 2k and 2k + 1 of the matrix in its low and high half: so lie the
-    bytes of GPTQ's words, and any even number of rows can be split off. (`jnp.int4` would take a
-    byte a number in checkpoints.) Scales keep the type of their file; the product is float32.
+    Two values share a byte, rows 2k and 2k + 1 of the matrix in its low and high half: this is the
+    order of bytes in GPTQ's words, and shards may hold any even number of rows. (`jnp.int4` would
+    take a byte per number in checkpoints.) Scales keep the type of their file; the product is
+    float32.
 
     Attributes:
       values: uint8 [*stack, K/2, R].
@@ -40,6 +39,8 @@ class Int4(Blocked):
     block_axis: BlockAxis = flax.struct.field(pytree_node=False, default="in")
 
     other_arrays = ("order",)
+    values_per_byte = 2
+    middle = 8  # the zero point of symmetric weights
 
     @classmethod
     def quantize(
@@ -81,7 +82,7 @@ class Int4(Blocked):
             scale = jnp.maximum(scale, jnp.finfo(jnp.float16).smallest_subnormal)
         step = scale.astype(jnp.float32)
         zero = None if symmetric else jnp.clip(jnp.round(-least / step), 0, 15).astype(jnp.uint8)
-        offset = MIDDLE if zero is None else zero[..., None, :].astype(jnp.float32)
+        offset = cls.middle if zero is None else zero[..., None, :].astype(jnp.float32)
         values = jnp.clip(jnp.round(groups / step[..., None, :]) + offset, 0, 15)
         return cls.encode(values.reshape(*stack, K, R), scale, zero, block_axis=block_axis)
 
@@ -105,18 +106,18 @@ class Int4(Blocked):
 
     @property
     def size(self) -> tuple[int, int]:
-        return 2 * self.values.shape[-2], self.values.shape[-1]
+        return self.values_per_byte * self.values.shape[-2], self.values.shape[-1]
 
     @property
     def granularity(self) -> tuple[int, int]:
-        groups = self.scale.shape[-2]
-        return (2 if groups == 1 else math.lcm(2, self.size[0] // groups)), 1
+        groups, unit = self.scale.shape[-2], self.values_per_byte
+        return (unit if groups == 1 else math.lcm(unit, self.size[0] // groups)), 1
 
     def decode(self, dtype: DTypeLike) -> jax.Array:
         K, R = self.size
         groups = self.scale.shape[-2]
         values = self.unpack().reshape(*self.stack, groups, K // groups, R).astype(jnp.float32)
-        zero = MIDDLE if self.zero is None else self.zero[..., None, :].astype(jnp.float32)
+        zero = self.middle if self.zero is None else self.zero[..., None, :].astype(jnp.float32)
         matrix = (values - zero) * self.scale.astype(jnp.float32)[..., None, :]
         return matrix.astype(dtype).reshape(*self.stack, K, R)
 

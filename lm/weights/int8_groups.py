@@ -1,11 +1,9 @@
-"""Eight-bit whole numbers in groups with a scale, as GPTQ and compressed-tensors store them."""
+"""Eight-bit integers in groups with a scale, as GPTQ and compressed-tensors store them."""
 
 from __future__ import annotations
 
 import flax.struct
 import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from lm.weights.int4 import Int4
 
@@ -22,6 +20,9 @@ class Int8Groups(Int4):
       block_axis: "in" or "out".
     """
 
+    values_per_byte = 1
+    middle = 128
+
     @classmethod
     def encode(cls, values, scale, zero=None, order=None, block_axis="in") -> Int8Groups:
         """From values [*stack, K, R] of 0 to 255; the other arguments are its attributes."""
@@ -29,20 +30,3 @@ class Int8Groups(Int4):
 
     def unpack(self) -> jax.Array:
         return self.values
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.values.shape[-2:]
-
-    @property
-    def granularity(self) -> tuple[int, int]:
-        groups = self.scale.shape[-2]
-        return (1 if groups == 1 else self.size[0] // groups), 1
-
-    def decode(self, dtype: DTypeLike) -> jax.Array:
-        K, R = self.size
-        groups = self.scale.shape[-2]
-        values = self.values.reshape(*self.stack, groups, K // groups, R).astype(jnp.float32)
-        zero = 128 if self.zero is None else self.zero[..., None, :].astype(jnp.float32)
-        matrix = (values - zero) * self.scale.astype(jnp.float32)[..., None, :]
-        return matrix.astype(dtype).reshape(*self.stack, K, R)

@@ -48,8 +48,29 @@ def _spec(array: Any, axes: tuple[str | None, ...], kind: Kind = "vector") -> Pa
     return ParamSpec(array.shape, axes, "zeros", dtype=array.dtype, kind=kind)
 
 
+class Adapted(StructuredWeight):
+    """What `LoRA` and `MultiLoRA` share."""
+
+    base: Any
+    a: Any
+    b: Any
+    scale: Any
+
+    def scaled_b(self, dtype: DTypeLike) -> jax.Array:
+        """scale b, shaped like `b`."""
+        return (self.b.astype(jnp.float32) * self.scale[..., None, None]).astype(dtype)
+
+    def cast(self, dtype: DTypeLike) -> Self:
+        """The base, `a` and `b` in `dtype`; scale and magnitude stay float32."""
+        base, a, b = cast((self.base, self.a, self.b), dtype)
+        return dataclasses.replace(self, base=base, a=a, b=b)  # type: ignore[type-var]
+
+    def shardings(self, axes: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> Self:
+        return shardings(self.specs(ParamSpec(self.shape, axes)), rules, mesh)
+
+
 @flax.struct.dataclass
-class LoRA(StructuredWeight):
+class LoRA(Adapted):
     """A weight and what is added to it.
 
     For training it is a node of the tree, not one weight: each part trains or is frozen by its own
@@ -73,10 +94,6 @@ class LoRA(StructuredWeight):
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.a.shape[:-1], self.b.shape[-1]) if self.base is None else self.base.shape
-
-    def scaled_b(self, dtype: DTypeLike) -> jax.Array:
-        """scale b, [*stack, r, out]."""
-        return (self.b.astype(jnp.float32) * self.scale[..., None, None]).astype(dtype)
 
     def _sum(self) -> jax.Array:
         a, b = self.a.astype(jnp.float32), self.scaled_b(jnp.float32)
@@ -127,13 +144,8 @@ class LoRA(StructuredWeight):
         columns = self.column_scale()
         return y if columns is None else (y * columns).astype(y.dtype)
 
-    def cast(self, dtype: DTypeLike) -> Self:
-        """The base, `a` and `b` in `dtype`; scale and magnitude stay float32."""
-        base, a, b = cast((self.base, self.a, self.b), dtype)
-        return dataclasses.replace(self, base=base, a=a, b=b)
-
     def specs(self, spec: ParamSpec) -> Self:
-        """A tree like this one, of specs: `a` lies by the axis of `in`, `b` by that of `out`."""
+        """A tree like this one, of specs: `a` is split by the axis of `in`, `b` by `out`'s."""
         *stack, rows, columns = spec.axes
         return type(self)(
             _base_specs(self.base, spec),
@@ -143,18 +155,15 @@ class LoRA(StructuredWeight):
             _spec(self.magnitude, (*stack, columns)),
         )
 
-    def shardings(self, axes: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> Self:
-        return shardings(self.specs(ParamSpec(self.shape, axes)), rules, mesh)
-
 
 @flax.struct.dataclass
-class MultiLoRA(StructuredWeight):
+class MultiLoRA(Adapted):
     """A weight and several adapters, of which every row of the batch has its own or none.
 
-    Which row has which is data: `bind` puts the numbers beside the adapters before the model runs,
-    as an array that layers, scans and `jit` carry like any other. All n adapters are multiplied,
-    as one of rank n r, and those that are not a row's own are masked in between: dense products
-    without gathered copies, worth it while n r is small beside `in` and `out`.
+    Which row has which adapter is data: `bind` stores the indices beside the adapters before the
+    model runs, as an array that layers, scans and `jit` carry like any other. All n adapters are
+    multiplied, as one of rank n r, and those that are not a row's own are masked in between: dense
+    products without gathered copies, efficient while n r is small beside `in` and `out`.
 
     Attributes:
       base: the weight beneath, [*stack, in, out].
@@ -193,11 +202,8 @@ class MultiLoRA(StructuredWeight):
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
         raise ValueError(
-            f"a weight with {self.num_adapters} adapters is no one matrix; select an adapter first"
+            f"a weight with {self.num_adapters} adapters is not one matrix; select an adapter first"
         )
-
-    def _scaled_b(self, dtype: DTypeLike) -> jax.Array:
-        return (self.b.astype(jnp.float32) * self.scale[..., None, None]).astype(dtype)
 
     def _own(self, inner: jax.Array) -> jax.Array:
         """inner [B, ..., n, r] with zeros for the adapters that are not the row's."""
@@ -215,18 +221,18 @@ class MultiLoRA(StructuredWeight):
 
     def linear(self, x: jax.Array) -> jax.Array:
         inner = self._own(jnp.einsum("...i,nir->...nr", x, self.a.astype(x.dtype)))
-        return linear(x, self.base) + jnp.einsum("...nr,nro->...o", inner, self._scaled_b(x.dtype))
+        return linear(x, self.base) + jnp.einsum("...nr,nro->...o", inner, self.scaled_b(x.dtype))
 
     def grouped_linear(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         raise ValueError("experts with several adapters are not supported; select an adapter")
 
     def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         inner = jnp.moveaxis(jnp.take(self.a, ids, axis=1, mode="clip"), 0, -2).astype(dtype)
-        delta = jnp.einsum("...nr,nro->...o", self._own(inner), self._scaled_b(dtype))
+        delta = jnp.einsum("...nr,nro->...o", self._own(inner), self.scaled_b(dtype))
         return take(self.base, ids, dtype) + delta
 
     def unembed(self, x: jax.Array, transposed: bool) -> jax.Array:
-        a, b = self.a.astype(x.dtype), self._scaled_b(x.dtype)
+        a, b = self.a.astype(x.dtype), self.scaled_b(x.dtype)
         first, second = ("nro->...nr", "nir->...i") if transposed else ("nir->...nr", "nro->...o")
         variable = "o" if transposed else "i"
         inner = self._own(jnp.einsum(f"...{variable},{first}", x, b if transposed else a))
@@ -234,10 +240,6 @@ class MultiLoRA(StructuredWeight):
             f"...nr,{second}", inner, a if transposed else b, preferred_element_type=jnp.float32
         )
         return unembed(x, self.base, transposed) + delta
-
-    def cast(self, dtype: DTypeLike) -> Self:
-        base, a, b = cast((self.base, self.a, self.b), dtype)
-        return dataclasses.replace(self, base=base, a=a, b=b)
 
     def specs(self, spec: ParamSpec) -> Self:
         *stack, rows, columns = spec.axes
@@ -249,18 +251,15 @@ class MultiLoRA(StructuredWeight):
             _spec(self.rows, (*stack, None)),
         )
 
-    def shardings(self, axes: tuple[str | None, ...], rules: Rules, mesh: Mesh) -> Self:
-        return shardings(self.specs(ParamSpec(self.shape, axes)), rules, mesh)
-
 
 def num_adapters(params: Tree) -> int:
-    """Of how many adapters rows may choose; 0 where no weight has several."""
+    """Number of adapters that rows choose from; 0 where no weight has several."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, MultiLoRA))
     return next((x.num_adapters for x in leaves if isinstance(x, MultiLoRA)), 0)
 
 
 def bind(params: Tree, rows: jax.Array) -> Tree:
-    """`params` with every `MultiLoRA` told the adapters of the rows: int32 [B], -1 for none.
+    """`params` with the rows' adapters in every `MultiLoRA`: int32 [B], -1 for none.
 
     Call it inside the function that is compiled, before `forward` and `make_head`.
     """

@@ -1,8 +1,8 @@
 """Four-bit NormalFloat with double quantization (QLoRA, arXiv:2305.14314), as bitsandbytes has it.
 
 bitsandbytes flattens a matrix `[out, in]` row by row into blocks of 64 with the largest magnitude
-of each, and puts two codes into a byte, the first into its high half. Here the same bytes and
-scales lie transposed: a block is 64 numbers along `in`, wherever 64 divides it.
+of each, and packs two codes into a byte, the first into its high half. Here the same bytes and
+scales are transposed: a block is 64 numbers along `in`, wherever 64 divides it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class NF4(Blocked):
 
         Args:
           weight: [*stack, in, out].
-          double: quantize the scales too, 4.127 bits a weight instead of 4.5.
+          double: quantize the scales too, 4.127 bits per weight instead of 4.5.
           kind: which levels.
           block: numbers with one scale.
           block_axis: which dimension is cut into blocks.
@@ -157,7 +157,7 @@ class NF4(Blocked):
     def to_bytes(self) -> tuple[jax.Array, jax.Array]:
         """bitsandbytes' codes uint8 [*stack, R K / 2] and absmax [*stack, blocks]."""
         codes = jnp.swapaxes(self.codes, -1, -2).reshape(*self.stack, -1)
-        return codes, self._flat_absmax(self.absmax)
+        return codes, self._flat_absmax()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -168,9 +168,9 @@ class NF4(Blocked):
         K, R = self.size
         return (self.block, 1) if K % self.block == 0 else (K, R)
 
-    def _flat_absmax(self, absmax: jax.Array) -> jax.Array:
-        if self.size[0] % self.block == 0:
-            absmax = jnp.swapaxes(absmax, -1, -2)
+    def _flat_absmax(self) -> jax.Array:
+        fits = self.size[0] % self.block == 0
+        absmax = jnp.swapaxes(self.absmax, -1, -2) if fits else self.absmax
         return absmax.reshape(*self.stack, -1)
 
     def canonical(self) -> Self:
@@ -185,10 +185,10 @@ class NF4(Blocked):
         )
 
     def unnested(self) -> Self:
-        """The same numbers from float32 scales: 4.5 bits a weight, and no table to look up in."""
+        """The same numbers from float32 scales: 4.5 bits per weight, without a table lookup."""
         if self.nested is None:
             return self
-        flat = self._flat_absmax(self.absmax)
+        flat = self._flat_absmax()
         scale = jnp.repeat(self.nested, NESTED_BLOCK, axis=-1)[..., : flat.shape[-1]]
         scaled = jnp.asarray(dynamic_map())[flat] * scale
         # Rounded twice, as bitsandbytes does; fused into one operation it would not be.

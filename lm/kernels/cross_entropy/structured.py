@@ -6,7 +6,6 @@ is held, and its gradient is the function's own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -33,7 +32,8 @@ def structured_token_logprobs(
     backward pass.
     """
     B, T, _ = hidden.shape
-    batch, context = _shards("batch"), _shards("sequence")
+    layout = current_layout()
+    batch, context = (layout.parts(n) if layout else 1 for n in ("batch", "sequence"))
     num = -(-T * B // (batch * context * chunk_tokens))
     size = -(-T // (context * num))  # tokens of a row, per device and chunk
     padding = context * num * size - T
@@ -60,11 +60,3 @@ def structured_token_logprobs(
         return constrain(x.reshape(B, -1), "batch", "sequence")[:, :T]
 
     return jax.tree.map(join, parts)
-
-
-def _shards(name: str) -> int:
-    """Parts that the mesh makes of an activation's axis."""
-    layout = current_layout()
-    if layout is None:
-        return 1
-    return math.prod(layout.mesh.shape[axis] for axis in layout.rules.activations.get(name, ()))
