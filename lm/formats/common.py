@@ -6,7 +6,7 @@ import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from lm.model import ModelConfig, ModelWeights
 from lm.weights import is_spec, path_name
 
 Path = str | pathlib.Path
+Header = tuple[tuple[int, ...], str]  # shape and dtype of a tensor in a file
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of weights in safetensors
 _LAYER = re.compile(r"(?:\.layers\.|\bblk\.)(\d+)")
 
@@ -52,6 +53,29 @@ def malformed(path: Path) -> Iterator[None]:
         ) from error
 
 
+def tensor_fault(
+    name: str,
+    shape: tuple[int, ...] | None,
+    found: Header | None,
+    dtypes: Collection[str] = DTYPES,
+) -> str | None:
+    """What is wrong with a tensor of a safetensors file, or None.
+
+    Args:
+      name: in the file.
+      shape: that the model wants; None where any is accepted.
+      found: its shape and dtype in the file; None where it is missing.
+      dtypes: that it may have.
+    """
+    if found is None:
+        return f"{name} {list(shape or ())} is missing"
+    if found[1] not in dtypes:
+        return f"{name} is of dtype {found[1]}; expected {' or '.join(dtypes)}"
+    if shape is not None and found[0] != shape:
+        return f"{name} is {list(found[0])}, the model wants {list(shape)}"
+    return None
+
+
 def refuse(faults: list[str], source: str, config: ModelConfig, verdict: str = "does not fit a"):
     """Raises FormatError naming every fault, if there is one."""
     if faults:
@@ -65,11 +89,9 @@ def _by_layer(faults: list[str]) -> list[str]:
     """Faults that differ in the number of the layer alone, as one."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for fault in faults:
-        before, number, after = fault, "", ""
-        if len(found := list(_LAYER.finditer(fault))) == 1:
-            start, end = found[0].span(1)
-            before, number, after = fault[:start], fault[start:end], fault[end:]
-        grouped.setdefault((before, after), []).append(number)
+        found = list(_LAYER.finditer(fault))
+        start, end = found[0].span(1) if len(found) == 1 else (len(fault), len(fault))
+        grouped.setdefault((fault[:start], fault[end:]), []).append(fault[start:end])
     return [
         f"{before}{numbers[0] if len(numbers) == 1 else '{' + ','.join(numbers) + '}'}{after}"
         for (before, after), numbers in grouped.items()

@@ -12,27 +12,14 @@ from lm.model.traits import nearest
 Row = tuple[str, dict[str, Any]]
 
 
-def _row(
-    family: str,
-    vocab_size: int,
-    embed_dim: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    hidden_dim: int,
-    max_length: int,
-    **rest: Any,
-) -> Row:
-    sizes = {
-        "vocab_size": vocab_size,
-        "embed_dim": embed_dim,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "hidden_dim": hidden_dim,
-        "max_length": max_length,
-    }
-    return family, sizes | rest
+_COLUMNS = (
+    *("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads"),
+    *("hidden_dim", "max_length"),
+)
+
+
+def _row(family: str, *sizes: int, **rest: Any) -> Row:
+    return family, dict(zip(_COLUMNS, sizes, strict=True)) | rest
 
 
 def _llama3_rope(factor: float) -> Rope:
@@ -45,7 +32,7 @@ _EPS5 = {"norm": Norm(eps=1e-5)}
 _G3 = {"window": 1024, "rope": Rope(1e6, scaling=RopeScaling("linear", 8.0))}
 _TIED = {"tied": True}
 
-# Columns: vocabulary, width, layers, query heads, key/value heads, feed-forward, context.
+# Sizes in the order of `_COLUMNS`.
 KNOWN: Mapping[str, Row] = {
     "llama2_7b": _row("llama2", 32000, 4096, 32, 32, 32, 11008, 4096),
     "llama2_13b": _row("llama2", 32000, 5120, 40, 40, 40, 13824, 4096),

@@ -19,12 +19,12 @@ from lm.files.packaged import PACKAGED
 from lm.files.safetensors import INDEX, SINGLE
 from lm.formats.common import Path, malformed
 from lm.formats.gguf.io import load_gguf
-from lm.formats.huggingface.io import load_huggingface, read_config
-from lm.formats.quantized.io import load_quantized, read_quantization
-from lm.model import ModelConfig, ModelWeights, Stacked, Unstacked, param_specs
+from lm.formats.huggingface.io import read_config
+from lm.formats.quantized.io import load_quantized, load_unstacked, read_quantization
+from lm.model import ModelConfig, ModelWeights, Stacked, Unstacked
 from lm.sharding import Layout
 from lm.tokenizers import Tokenizer, check_fits, from_gguf, open_tokenizer
-from lm.weights import cast, is_structured, shardings
+from lm.weights import cast, is_structured
 
 DTYPES = ("float32", "bfloat16", "float16")
 _EXPECTED = (
@@ -107,8 +107,7 @@ def _load_directory(
         )
     if is_theirs:
         config = read_config(path)
-        places = layout and shardings(param_specs(config), layout.rules, layout.mesh)
-        return load_huggingface(path, config, dtype=dtype, shardings=places, stacked=False)
+        return load_unstacked(path, config, dtype=dtype, layout=layout), config
     params, config = open_checkpoint(model, layout)
     return _unstacked(params, dtype), config
 

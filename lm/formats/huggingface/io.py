@@ -20,13 +20,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.files import FormatError, LazyTensor, open_safetensors, write_sharded
 from lm.files.safetensors import INDEX
-from lm.formats.common import DTYPES, Path, by_path, put, read_json, refuse, tree_of
+from lm.formats.common import (
+    DTYPES,
+    Header,
+    Path,
+    by_path,
+    put,
+    read_json,
+    refuse,
+    tensor_fault,
+    tree_of,
+)
 from lm.formats.families import family_of
 from lm.formats.huggingface.config import from_huggingface, to_huggingface
 from lm.formats.huggingface.keys import NOTHING
 from lm.formats.huggingface.tensors import Tensor, tensors
 from lm.model import ModelConfig, ModelWeights, param_specs
-from lm.model.params import unstacked_specs
 from lm.weights import is_structured, path_name
 
 TIED = (r"lm_head\..*", r"embed_out\..*")  # of a tied output, which some files hold all the same
@@ -41,8 +50,7 @@ def read_config(
       FormatError: there is none, or it is not JSON.
       ValueError: it says what is not supported.
     """
-    remedy = "; give a Hugging Face model's directory"
-    data = read_json(pathlib.Path(path) / "config.json", remedy)
+    data = read_json(pathlib.Path(path) / "config.json", "; give a Hugging Face model's directory")
     return from_huggingface(data, vocab_multiple=vocab_multiple, ignore=ignore)
 
 
@@ -54,19 +62,17 @@ def load_huggingface(
     shardings: Any = None,
     vocab_multiple: int = 128,
     ignore: Collection[str] = (),
-    stacked: bool = True,
 ) -> tuple[ModelWeights, ModelConfig]:
-    """The weights of a Hugging Face model and its configuration.
+    """The weights of a Hugging Face model, stacked, and its configuration.
 
     Args:
       path: directory with `config.json` and `model.safetensors`, or its shards and their index.
       config: instead of the one `config.json` says.
       dtype: of the weights; None for the file's.
-      shardings: a tree of shardings like the stacked weights (`lm.weights.shardings`); None for
-        the default device.
+      shardings: a tree of shardings like the weights (`lm.weights.shardings`); None for the
+        default device.
       vocab_multiple: see `ModelConfig`. Rows of padding are zeros.
       ignore: see `from_huggingface`.
-      stacked: the training form; otherwise the serving form, each layer its own arrays.
 
     Raises:
       FormatError: tensors are missing, surplus, of another shape or not floating-point; all are
@@ -77,10 +83,8 @@ def load_huggingface(
     if config is None:
         config = read_config(path, vocab_multiple=vocab_multiple, ignore=ignore)
     file = open_safetensors(path)
-    headers = {name: (info.shape, info.type) for name, info in file.tensors.items()}
-    params = _assemble(
-        config, headers, file.array, dtype, shardings, str(path), file.release, stacked
-    )
+    headers = {name: (info.shape, info.dtype) for name, info in file.tensors.items()}
+    params = _assemble(config, headers, file.array, dtype, shardings, str(path), file.release)
     return params, config
 
 
@@ -156,13 +160,12 @@ def to_tensors(params: ModelWeights, config: ModelConfig) -> Iterator[tuple[str,
 
 def _assemble(
     config: ModelConfig,
-    headers: Mapping[str, tuple[tuple[int, ...], str]],
+    headers: Mapping[str, Header],
     read: Callable[[str], np.ndarray],
     dtype: Any,
     shardings: Any,
     source: str,
     release: Callable[[str], None] = lambda name: None,
-    stacked: bool = True,
 ) -> ModelWeights:
     """The weights from tensors that `read` gives by name, each released after its use."""
     wanted = list(tensors(config))
@@ -180,59 +183,45 @@ def _assemble(
                 done[place.path] = put(part, sharding)
                 continue
             one = put(part, _of_one_layer(sharding))
-            if not stacked:
-                done[place.unstacked_path] = one
-                continue
             if place.path not in done:
                 done[place.path] = _zeros(spec_of[place.path].shape, part.dtype, sharding)
             done[place.path] = _set_layer(done[place.path], one, place.repeat)
         release(name)
-    return tree_of(done, specs if stacked else unstacked_specs(config))
+    return tree_of(done, specs)
 
 
 def _match(
     config: ModelConfig,
     wanted: list[Tensor],
-    headers: Mapping[str, tuple[tuple[int, ...], str]],
+    headers: Mapping[str, Header],
     dtype: Any,
     source: str,
 ) -> list[str]:
     """The name in the file of each wanted tensor. Raises FormatError with every fault."""
     faults: list[str] = []
     names: list[str] = []
-    dtypes: dict[str, tuple[str, str]] = {}
+    dtypes: dict[str, tuple[str, str | None]] = {}
     for tensor in wanted:
-        name = next((n for n in (tensor.name, *tensor.aliases) if n in headers), None)
-        names.append(name or tensor.name)
-        if name is None:
-            faults.append(f"{tensor.name} {list(tensor.shape)} is missing")
-            continue
-        shape, code = headers[name]
-        if fault := tensor_fault(tensor, name, shape, code, config):
-            faults.append(fault)
+        name = next((n for n in (tensor.name, *tensor.aliases) if n in headers), tensor.name)
+        names.append(name)
+        if fault := tensor_fault(name, tensor.shape, headers.get(name)):
+            is_vocabulary = tensor.places[0].field in ("embed", "output")
+            faults.append(fault + f" (vocab_size={config.vocab_size})" * is_vocabulary)
+        code = headers[name][1] if name in headers else None
         for place in tensor.places if code in DTYPES else ():
             first, first_code = dtypes.setdefault(place.path, (name, code))
             if dtype is None and first_code != code:
                 faults.append(f"{name} is {code} but {first} is {first_code}; give a dtype")
-    ignored = family_of(config).huggingface.ignored + (TIED if config.tied else ())
-    for name in sorted(headers.keys() - set(names)):
-        if not any(re.fullmatch(pattern, name) for pattern in ignored):
-            faults.append(f"{name} {list(headers[name][0])} is not in this model")
+    surplus = surplus_tensors(headers.keys() - set(names), config)
+    faults += [f"{name} {list(headers[name][0])} is not in this model" for name in surplus]
     refuse(faults, source, config)
     return names
 
 
-def tensor_fault(
-    tensor: Tensor, name: str, shape: tuple[int, ...], code: str, config: ModelConfig
-) -> str | None:
-    """What is wrong with a file's tensor, by its shape and dtype, or None."""
-    if code not in DTYPES:
-        return f"{name} is of dtype {code}; weights are {', '.join(DTYPES)}"
-    if shape == tensor.shape:
-        return None
-    is_vocabulary = tensor.places[0].field in ("embed", "output")
-    hint = f" (vocab_size={config.vocab_size})" if is_vocabulary else ""
-    return f"{name} is {list(shape)}, the model wants {list(tensor.shape)}{hint}"
+def surplus_tensors(names: Collection[str], config: ModelConfig, *ignored: str) -> list[str]:
+    """Those of `names` that are not passed over, by the family or the regular expressions."""
+    patterns = (*family_of(config).huggingface.ignored, *ignored, *(TIED if config.tied else ()))
+    return sorted(n for n in names if not any(re.fullmatch(pattern, n) for pattern in patterns))
 
 
 def _of_one_layer(sharding: Any) -> Any:

@@ -1,15 +1,14 @@
-"""Quantized models of others, straight into leaves: GPTQ, AWQ, compressed-tensors, bitsandbytes.
+"""Hugging Face directories into the serving form, quantized ones into leaves of their formats.
 
-A directory is like Hugging Face's, with `quantization_config` in its `config.json` and, in place of
-a module's `weight`, the tensors of a format (`layouts.py`). A module without them is read as it is.
-The family's record says which of our weights a module holds.
+GPTQ, AWQ, compressed-tensors and bitsandbytes have a `quantization_config` in `config.json` and, in
+place of a module's `weight`, the tensors of a format (`layouts.py`). Other modules are read as they
+are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.files import FormatError, Safetensors, open_safetensors
-from lm.formats.common import Path, by_path, put, read_json, refuse, tree_of
-from lm.formats.families import family_of
+from lm.formats.common import Path, by_path, put, read_json, refuse, tensor_fault, tree_of
 from lm.formats.huggingface.config import from_huggingface
-from lm.formats.huggingface.io import TIED, tensor_fault
+from lm.formats.huggingface.io import surplus_tensors
 from lm.formats.huggingface.tensors import Tensor, tensors
 from lm.formats.huggingface.transforms import Transform, Vocabulary
 from lm.formats.quantized.layouts import Format, formats_of
@@ -66,20 +64,34 @@ def load_quantized(
       ignore: see `from_huggingface`.
 
     Raises:
-      FormatError: tensors are missing, surplus, of another shape or dtype; all are named. Or
-        what they hold is not as the format has it.
+      FormatError: tensors are missing, surplus, of another shape or dtype (all are named), or
+        their values break the format.
       ValueError: the model or its quantization is not supported, or a shard would end inside a
         block.
     """
-    directory = pathlib.Path(path)
-    q = read_quantization(directory)
+    q = read_quantization(path)
     if q is None:
-        raise FormatError(f"{directory} is not quantized: config.json has no 'quantization_config'")
+        raise FormatError(f"{path} is not quantized: config.json has no 'quantization_config'")
     formats = formats_of(q)
-    data = {**read_json(directory / "config.json"), "quantization_config": None}
+    data = {**read_json(pathlib.Path(path) / "config.json"), "quantization_config": None}
     config = from_huggingface(data, vocab_multiple=vocab_multiple, ignore=ignore)
-    file = open_safetensors(directory)
-    modules = _match(config, formats, file, str(directory))
+    return load_unstacked(path, config, formats, dtype=dtype, layout=layout), config
+
+
+def load_unstacked(
+    path: Path,
+    config: ModelConfig,
+    formats: tuple[Format, ...] = (),
+    *,
+    dtype: Any = None,
+    layout: Layout | None = None,
+) -> ModelWeights:
+    """The weights in a directory, unstacked; `formats` are those its matrices may be in.
+
+    Arguments and errors are those of `load_quantized`.
+    """
+    file = open_safetensors(path)
+    modules = _match(config, formats, file, str(path))
     specs = unstacked_specs(config)
     spec_of = by_path(specs)
     done: dict[str, Any] = {}
@@ -89,7 +101,7 @@ def load_quantized(
             done[own] = _placed(weight, spec_of[own], layout, own)
         for name in module.names.values():
             file.release(name)
-    return tree_of(done, specs), config
+    return tree_of(done, specs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,49 +124,37 @@ def _match(
 ) -> list[_Module]:
     """What the file has for every tensor. Raises FormatError with every fault."""
     faults: list[str] = []
-    modules = [_find(tensor, formats, file, faults, config) for tensor in tensors(config)]
+    modules = [_find(tensor, formats, file, faults) for tensor in tensors(config)]
     known = {name for module in modules for name in module.names.values()}
-    quantized = {n.removesuffix(f".{m.format.marker}") for m in modules if m.format
-                 for n in m.names.values() if n.endswith(f".{m.format.marker}")}  # fmt: skip
-    ignored = (*family_of(config).huggingface.ignored, IGNORED, *(TIED if config.tied else ()))
-    for name in sorted(file.tensors.keys() - known):
-        if any(re.fullmatch(pattern, name) for pattern in ignored):
-            continue
-        stem = name.removesuffix(".bias")
+    markers = [m.names[m.format.marker] for m in modules if m.format and m.format.marker in m.names]
+    biases = {marker.rpartition(".")[0] + ".bias" for marker in markers}
+    for name in surplus_tensors(file.tensors.keys() - known, config, IGNORED):
         # Old GPTQ files have a bias of zeros where the model has none.
-        if stem != name and stem in quantized and not np.any(file.array(name)):
-            continue
-        faults.append(f"{name} {list(file.tensors[name].shape)} is not in this model")
+        if name not in biases or np.any(file.array(name)):
+            faults.append(f"{name} {list(file.tensors[name].shape)} is not in this model")
     refuse(faults, source, config)
     return modules
 
 
 def _find(
-    tensor: Tensor,
-    formats: tuple[Format, ...],
-    file: Safetensors,
-    faults: list[str],
-    config: ModelConfig,
+    tensor: Tensor, formats: tuple[Format, ...], file: Safetensors, faults: list[str]
 ) -> _Module:
+    if not tensor.name.endswith(".weight") or type(tensor.transform) in (Transform, Vocabulary):
+        formats = ()  # not a matrix
     for each in (tensor.name, *tensor.aliases):
         stem = each.removesuffix(".weight")
-        for form in formats if _is_matrix(tensor) else ():
+        for form in formats:
             if f"{stem}.{form.marker}" in file.tensors:
                 return _quantized(tensor, stem, form, file, faults)
         if each in file.tensors:
             info = file.tensors[each]
-            if fault := tensor_fault(tensor, each, info.shape, info.type, config):
+            if fault := tensor_fault(each, tensor.shape, (info.shape, info.dtype)):
                 faults.append(fault)
             return _Module(tensor, None, {"": each})
-    markers = " or ".join(form.marker for form in formats) if _is_matrix(tensor) else ""
+    markers = " or ".join(form.marker for form in formats)
     hint = f", and so is {markers} in its place" if markers else ""
     faults.append(f"{tensor.name} {list(tensor.shape)} is missing{hint}")
     return _Module(tensor, None, {})
-
-
-def _is_matrix(tensor: Tensor) -> bool:
-    kind = type(tensor.transform)
-    return tensor.name.endswith(".weight") and kind not in (Transform, Vocabulary)
 
 
 def _quantized(
@@ -171,18 +171,10 @@ def _quantized(
     except FormatError as error:
         faults.append(f"{stem}: {error}")
         return _Module(tensor, form, {end: prefix + end for end in present})
-    names = {}
     for end, (shape, dtypes) in wanted.items():
-        names[end] = name = prefix + end
-        if end not in present:
-            faults.append(f"{name} {list(shape or ())} is missing")
-            continue
-        found, dtype = present[end]
-        if dtype not in dtypes:
-            faults.append(f"{name} is of dtype {dtype}; expected {' or '.join(dtypes)}")
-        elif shape is not None and found != shape:
-            faults.append(f"{name} is {list(found)}, the model wants {list(shape)}")
-    return _Module(tensor, form, names)
+        if fault := tensor_fault(prefix + end, shape, present.get(end), dtypes):
+            faults.append(fault)
+    return _Module(tensor, form, {end: prefix + end for end in wanted})
 
 
 def _parts(module: _Module, file: Safetensors, dtype: Any) -> list[Any]:

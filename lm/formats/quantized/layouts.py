@@ -1,6 +1,6 @@
-"""How others lay out a quantized matrix, from their tensors to our leaves.
+"""How other libraries lay out a quantized matrix, and the leaf made from their tensors.
 
-A format says which tensors a module `[out, in]` has, and makes of them a leaf `[in, out]` of NumPy
+A format says which tensors a module `[out, in]` has and makes from them a leaf `[in, out]` of NumPy
 arrays. Sources: GPTQModel and AutoAWQ (their linear modules), compressed-tensors, bitsandbytes
 (`QuantState`).
 """
@@ -9,33 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from lm.files import FormatError
-from lm.formats.quantized.words import pack, unpack
 from lm.weights import NF4, Fp8, Int4, Int8, Int8Groups
 from lm.weights.blocked import Blocked
 from lm.weights.nf4 import LEVELS, NESTED_BLOCK, dynamic_map
 
 FLOATS = ("F16", "BF16", "F32")
+INDICES = ("I32", "I64")
 FP8, FP8_BLOCK = ("F8_E4M3", "F8_E5M2"), 128
 Arrays = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
-# Of a tensor: its shape, or None where any will do, and dtypes it may have.
+# Shape of a tensor, or None where any is accepted, and the dtypes it may have.
 Wanted = tuple[Shape | None, tuple[str, ...]]
 
 
 class Format:
-    """One way to store a matrix. `marker` is the tensor whose presence says that it is used."""
+    """One way to store a matrix. `marker` is the tensor whose presence shows that it is used."""
 
     marker: str
-    optional: tuple[str, ...] = ()  # further tensors that may be there, read if they are
 
     def wanted(self, shape: Shape, present: Mapping[str, tuple[Shape, str]]) -> dict[str, Wanted]:
-        """Ends of names -> what the tensors of a module [out, in] must be.
+        """Suffixes of names -> what the tensors of a module [out, in] must be.
 
         Raises:
           FormatError: the module's size does not fit the format.
@@ -43,8 +42,27 @@ class Format:
         raise NotImplementedError
 
     def leaf(self, arrays: Arrays, shape: Shape) -> Blocked:
-        """The matrix, from tensors by the ends of their names."""
+        """The matrix, from tensors by the suffixes of their names."""
         raise NotImplementedError
+
+
+def unpack(words: np.ndarray, bits: int, axis: int, order: Sequence[int] | None = None):
+    """The integers packed into int32 words, as uint8; `axis` becomes 32/bits times as long.
+
+    Args:
+      words: of any shape; a word's first integer is in its lowest bits.
+      bits: per integer, 4 or 8.
+      axis: along which they are packed.
+      order: from the lowest bits, a word's integers are number order[0], order[1], ...
+    """
+    moved = np.ascontiguousarray(np.moveaxis(words, axis, -1), "<i4")
+    data = moved.view(np.uint8)
+    if bits == 4:
+        data = np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
+    if order is not None:
+        grouped = data.reshape(*data.shape[:-1], -1, len(order))
+        data = grouped[..., np.argsort(order)].reshape(data.shape)
+    return np.moveaxis(data, -1, axis)
 
 
 def _whole(size: int, part: int, what: str) -> int:
@@ -53,22 +71,31 @@ def _whole(size: int, part: int, what: str) -> int:
     return size // part
 
 
-def _leaf_of(bits: int, values: Any, scale: Any, zero: Any, order: Any = None) -> Int4:
-    """Int4 or Int8Groups of values [in, out] in stored order; a zero in the middle is None."""
+def _groups(size: int, group: int) -> int:
+    return 1 if group == -1 else _whole(size, group, "in")
+
+
+def _leaf_of(bits: int, values: Any, scale: Any, zero: Any, g_idx: Any = None) -> Blocked:
+    """Int4 or Int8Groups of values [in, out], rows in the file's order.
+
+    Zero points [groups, out] that are all in the middle are dropped; `g_idx` [in] is the group of
+    each row, None where groups are consecutive rows.
+    """
     kind = Int4 if bits == 4 else Int8Groups
     if zero is not None:
         middle = 1 << (bits - 1)
         zero = None if np.all(zero == middle) else zero.astype(np.uint8 if bits == 4 else np.uint16)
-    scales: Any = np.ascontiguousarray(scale)
-    return kind.encode(values, scales, zero, order)
+    order = None if g_idx is None else _order(g_idx, len(scale))
+    values = np.ascontiguousarray(values if order is None else values[order])
+    return kind.encode(values, np.ascontiguousarray(scale), zero, order)  # pyright: ignore[reportArgumentType]
 
 
 def _order(g_idx: np.ndarray, groups: int) -> np.ndarray | None:
-    """The rows group by group; None where they are in that order already."""
+    """The rows sorted by group; None where they are sorted already."""
     rows = len(g_idx)
     counts = np.bincount(g_idx, minlength=groups) if g_idx.min(initial=0) >= 0 else np.zeros(1)
     if len(counts) != groups or np.any(counts != rows // groups):
-        raise FormatError(f"g_idx does not part {rows} rows into {groups} equal groups")
+        raise FormatError(f"g_idx does not divide {rows} rows into {groups} equal groups")
     order = np.argsort(g_idx, kind="stable").astype(np.int32)
     return None if np.array_equal(order, np.arange(rows)) else order
 
@@ -80,9 +107,9 @@ class GPTQ(Format):
 
     Attributes:
       bits: 4 or 8.
-      group: rows with one scale; -1 for all.
-      symmetric: the zero point is in the middle everywhere.
-      version: 1 stores zero points less one, 2 as they are.
+      group: rows per scale; -1 for one scale per column.
+      symmetric: every zero point is in the middle.
+      version: 1 stores zero points minus one, 2 as they are.
     """
 
     bits: int = 4
@@ -91,7 +118,6 @@ class GPTQ(Format):
     version: int = 1
 
     marker = "qweight"
-    optional = ("g_idx",)
 
     @classmethod
     def from_config(cls, q: Mapping[str, Any]) -> GPTQ:
@@ -110,17 +136,16 @@ class GPTQ(Format):
     def wanted(self, shape, present):
         out, rows = shape
         per_word = 32 // self.bits
-        groups = 1 if self.group == -1 else _whole(rows, self.group, "in")
-        packed = _whole(rows, per_word, "in"), _whole(out, per_word, "out")
+        groups = _groups(rows, self.group)
         wanted: dict[str, Wanted] = {
-            "qweight": ((packed[0], out), ("I32",)),
-            "qzeros": ((groups, packed[1]), ("I32",)),
+            "qweight": ((_whole(rows, per_word, "in"), out), ("I32",)),
+            "qzeros": ((groups, _whole(out, per_word, "out")), ("I32",)),
             "scales": ((groups, out), FLOATS),
         }
-        return wanted | ({"g_idx": ((rows,), ("I32", "I64"))} if "g_idx" in present else {})
+        return wanted | ({"g_idx": ((rows,), INDICES)} if "g_idx" in present else {})
 
     def version_of(self, stored: np.ndarray) -> int:
-        """1 or 2. Some files claim one and hold the other: symmetric zero points show which."""
+        """1 or 2. Some files claim one and hold the other; symmetric zero points show which."""
         middle = 1 << (self.bits - 1)
         if self.symmetric and np.all(stored == middle):
             return 2
@@ -131,39 +156,17 @@ class GPTQ(Format):
     def leaf(self, arrays, shape):
         stored = unpack(arrays["qzeros"], self.bits, 1)
         zero = stored.astype(np.uint16) + (2 - self.version_of(stored))
-        values, order = unpack(arrays["qweight"], self.bits, 0), None
-        if "g_idx" in arrays:
-            order = _order(arrays["g_idx"], len(zero))
-        if order is not None:
-            values = values[order]
-        return _leaf_of(self.bits, values, arrays["scales"], zero, order)
-
-    def tensors(self, leaf: Int4) -> dict[str, np.ndarray]:
-        """The inverse of `leaf`."""
-        values, scales = np.array(leaf.unpack()), np.asarray(leaf.scale)
-        rows, groups = len(values), len(scales)
-        g_idx = (np.arange(rows) // (rows // groups)).astype(np.int32)
-        if leaf.order is not None:
-            order = np.asarray(leaf.order)
-            values[order], g_idx[order] = values.copy(), g_idx.copy()
-        middle = np.full(scales.shape, 1 << (self.bits - 1), np.int32)
-        zero = middle if leaf.zero is None else np.asarray(leaf.zero, np.int32)
-        zero = (zero - (2 - self.version)) & ((1 << self.bits) - 1)
-        return {
-            "qweight": pack(values, self.bits, 0),
-            "qzeros": pack(zero, self.bits, 1),
-            "scales": scales,
-            "g_idx": g_idx,
-        }
+        values = unpack(arrays["qweight"], self.bits, 0)
+        return _leaf_of(self.bits, values, arrays["scales"], zero, arrays.get("g_idx"))
 
 
 @dataclasses.dataclass(frozen=True)
 class AWQ(Format):
-    """Version GEMM: `qweight` int32 [in, out/8] and `qzeros` [groups, out/8] packed along out in an
-    order of their own, `scales` [groups, out].
+    """Version GEMM: `qweight` int32 [in, out/8] and `qzeros` [groups, out/8] packed along out in
+    `order`, `scales` [groups, out].
 
     Attributes:
-      group: rows with one scale; -1 for all.
+      group: see `GPTQ`.
     """
 
     group: int = 128
@@ -183,8 +186,7 @@ class AWQ(Format):
 
     def wanted(self, shape, present):
         out, rows = shape
-        groups = 1 if self.group == -1 else _whole(rows, self.group, "in")
-        packed = _whole(out, 8, "out")
+        groups, packed = _groups(rows, self.group), _whole(out, 8, "out")
         return {
             "qweight": ((rows, packed), ("I32",)),
             "qzeros": ((groups, packed), ("I32",)),
@@ -195,21 +197,11 @@ class AWQ(Format):
         values, zero = (unpack(arrays[name], 4, 1, self.order) for name in ("qweight", "qzeros"))
         return _leaf_of(4, values, arrays["scales"], zero)
 
-    def tensors(self, leaf: Int4) -> dict[str, np.ndarray]:
-        """The inverse of `leaf`."""
-        values, scales = np.asarray(leaf.unpack()), np.asarray(leaf.scale)
-        zero = np.full(scales.shape, 8) if leaf.zero is None else np.asarray(leaf.zero)
-        return {
-            "qweight": pack(values, 4, 1, self.order),
-            "qzeros": pack(zero, 4, 1, self.order),
-            "scales": scales,
-        }
-
 
 @dataclasses.dataclass(frozen=True)
 class PackQuantized(Format):
-    """compressed-tensors `pack-quantized`: `weight_packed` int32 [out, in bits/32] along in, moved
-    up to start at 0; `weight_scale` [out, groups]; `weight_zero_point` packed along out."""
+    """compressed-tensors `pack-quantized`: `weight_packed` int32 [out, in bits/32] packed along in,
+    offset to start at 0; `weight_scale` [out, groups]; `weight_zero_point` packed along out."""
 
     marker = "weight_packed"
 
@@ -218,7 +210,7 @@ class PackQuantized(Format):
         words = present["weight_packed"][0][-1]
         bits = 32 * words // rows
         if bits not in (4, 8) or words * 32 != bits * rows:
-            raise FormatError(f"{words} words for in={rows} are neither 4 nor 8 bits a number")
+            raise FormatError(f"{words} words for in={rows} are neither 4 nor 8 bits per number")
         groups = present.get("weight_scale", ((out, 1),))[0][-1]
         _whole(rows, groups, "in")
         wanted: dict[str, Wanted] = {
@@ -230,7 +222,7 @@ class PackQuantized(Format):
             _whole(out, 32 // bits, "out")
             wanted["weight_zero_point"] = ((out * bits // 32, groups), ("I32",))
         if "weight_g_idx" in present:
-            wanted["weight_g_idx"] = ((rows,), ("I32", "I64"))
+            wanted["weight_g_idx"] = ((rows,), INDICES)
         return wanted
 
     def leaf(self, arrays, shape):
@@ -240,14 +232,12 @@ class PackQuantized(Format):
             )
         bits = 32 * arrays["weight_packed"].shape[1] // shape[1]
         values, scale = unpack(arrays["weight_packed"], bits, 1).T, arrays["weight_scale"].T
-        zero, order = None, None
-        if "weight_zero_point" in arrays:
-            zero = unpack(arrays["weight_zero_point"], bits, 0).T
-        if "weight_g_idx" in arrays and np.all(arrays["weight_g_idx"] >= 0):
-            order = _order(arrays["weight_g_idx"], len(scale))
-        if order is not None:
-            values = values[order]
-        return _leaf_of(bits, np.ascontiguousarray(values), scale, zero, order)
+        zero, g_idx = arrays.get("weight_zero_point"), arrays.get("weight_g_idx")
+        if zero is not None:
+            zero = unpack(zero, bits, 0).T
+        if g_idx is not None and np.any(g_idx < 0):  # -1 where it is not in use
+            g_idx = None
+        return _leaf_of(bits, values, scale, zero, g_idx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,8 +245,8 @@ class Plain(Format):
     """compressed-tensors `int-quantized`, `float-quantized` and `naive-quantized`: `weight` int8 or
     float8 [out, in], `weight_scale` [out, groups], [out, 1], [1] or [out/128, in/128].
 
-    Scales of activations are not read: what they meet stays in floating point, but for int8 whose
-    rows are rounded as they come.
+    Scales of activations are not read: activations stay in floating point, except with int8 where
+    their rows may be rounded dynamically.
 
     Attributes:
       dynamic: see `Int8`.
@@ -277,38 +267,31 @@ class Plain(Format):
 
     def leaf(self, arrays, shape):
         out, rows = shape
-        values, scale = arrays["weight"].T, np.atleast_1d(arrays["weight_scale"])
+        values = np.ascontiguousarray(arrays["weight"].T)
+        scale = np.atleast_1d(arrays["weight_scale"])
         zero = arrays.get("weight_zero_point")
         if zero is not None and np.any(zero.astype(np.float32)):
             raise FormatError("weight_zero_point is not 0: only symmetric eight-bit is read")
         if scale.size == 1:
             scale = scale.reshape(1, 1)
-        if values.dtype == np.int8:
-            return self._int8(values, scale, shape)
-        values = np.ascontiguousarray(values)
-        if scale.shape in ((1, 1), (out, 1)):
-            return Fp8(values, np.ascontiguousarray(scale.T))
-        if scale.shape == (-(-out // FP8_BLOCK), -(-rows // FP8_BLOCK)):
-            return Fp8(values, np.ascontiguousarray(scale.T), FP8_BLOCK)
-        raise FormatError(f"weight_scale {list(scale.shape)} is none of {list(shape)}'s")
-
-    def _int8(self, values: np.ndarray, scale: np.ndarray, shape: Shape) -> Blocked:
-        out, rows = shape
-        if scale.shape == (1, 1):
-            scale = np.broadcast_to(scale, (out, 1))
-        if scale.ndim != 2 or scale.shape[0] != out or rows % scale.shape[1]:
-            raise FormatError(f"weight_scale {list(scale.shape)} is none of {list(shape)}'s")
-        if scale.shape[1] == 1:
-            scale = np.ascontiguousarray(scale.T, np.float32)
-            return Int8(np.ascontiguousarray(values), scale, self.dynamic)
-        moved = (np.ascontiguousarray(values).view(np.uint8)) ^ np.uint8(128)
-        return _leaf_of(8, moved, scale.T, None)
+        transposed = np.ascontiguousarray(scale.T)
+        if values.dtype != np.int8:
+            if scale.shape in ((1, 1), (out, 1)):
+                return Fp8(values, transposed)
+            if scale.shape == (-(-out // FP8_BLOCK), -(-rows // FP8_BLOCK)):
+                return Fp8(values, transposed, FP8_BLOCK)
+        elif scale.shape in ((1, 1), (out, 1)):
+            columns = np.broadcast_to(transposed, (1, out)).astype(np.float32)
+            return Int8(values, columns, self.dynamic)
+        elif scale.ndim == 2 and scale.shape[0] == out and rows % scale.shape[1] == 0:
+            return _leaf_of(8, values.view(np.uint8) ^ np.uint8(128), transposed, None)
+        raise FormatError(f"weight_scale {list(scale.shape)} does not fit {list(shape)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class BitsAndBytes(Format):
     """`weight` uint8 [out in/2, 1], `weight.absmax`, `weight.quant_map` and, with double
-    quantization, `weight.nested_absmax` and `weight.nested_quant_map`; all else is JSON in
+    quantization, `weight.nested_absmax` and `weight.nested_quant_map`; the rest is JSON in
     `weight.quant_state.bitsandbytes__nf4`.
 
     Attributes:
@@ -352,15 +335,16 @@ class BitsAndBytes(Format):
         state = json.loads(arrays[self.state].tobytes())
         if tuple(state["shape"]) != tuple(shape) or state["quant_type"] != self.kind:
             raise FormatError(f"{self.state} says {state}, the model wants {list(shape)}")
+        out, rows = shape
         block, absmax = state["blocksize"], arrays["weight.absmax"]
-        blocks = -(-shape[0] * shape[1] // block)
+        blocks = -(-out * rows // block)
         levels = np.array(LEVELS[self.kind], np.float32)
-        # A map in another order, or of other levels, would make other numbers of the same codes.
+        # With a map in another order, or of other levels, the codes mean other numbers.
         if not np.allclose(arrays["weight.quant_map"], levels, atol=1e-6):
             raise FormatError(f"weight.quant_map is not that of {self.kind}")
-        nested = offset = None
-        if "weight.nested_absmax" in arrays:
-            nested, offset = arrays["weight.nested_absmax"], np.float32(state["nested_offset"])
+        nested, offset = arrays.get("weight.nested_absmax"), None
+        if nested is not None:
+            offset = np.asarray(np.float32(state["nested_offset"]))
             if state["nested_blocksize"] != NESTED_BLOCK or not np.allclose(
                 arrays["weight.nested_quant_map"], dynamic_map(), atol=1e-6
             ):
@@ -368,27 +352,23 @@ class BitsAndBytes(Format):
         if absmax.shape != (blocks,):
             raise FormatError(f"weight.absmax is {list(absmax.shape)}, not {[blocks]}")
         codes = arrays["weight"].reshape(-1)
-        offset = None if offset is None else np.asarray(offset)
-        return NF4.from_bytes(codes, absmax, nested, offset, (shape[0], shape[1]), self.kind, block)
+        return NF4.from_bytes(codes, absmax, nested, offset, (out, rows), self.kind, block)
 
 
 def formats_of(q: Mapping[str, Any]) -> tuple[Format, ...]:
     """The formats of a `quantization_config`.
 
     Raises:
-      ValueError: it asks for what is not read; the message names it.
+      ValueError: it names a method, format or setting that is not supported.
     """
     method = q.get("quant_method")
-    if method == "gptq":
-        return (GPTQ.from_config(q),)
-    if method == "awq":
-        return (AWQ.from_config(q),)
-    if method == "bitsandbytes":
-        return (BitsAndBytes.from_config(q),)
     if method == "compressed-tensors":
         return _compressed(q)
-    known = "gptq, awq, compressed-tensors, bitsandbytes"
-    raise ValueError(f"quant_method {method!r} is not read; use one of {known}")
+    known = {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": BitsAndBytes}
+    if method not in known:
+        names = ", ".join((*known, "compressed-tensors"))
+        raise ValueError(f"quant_method {method!r} is not read; use one of {names}")
+    return (known[method].from_config(q),)
 
 
 def _compressed(q: Mapping[str, Any]) -> tuple[Format, ...]:
