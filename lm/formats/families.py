@@ -18,7 +18,6 @@ from lm.formats.huggingface.transforms import (
     Rotated,
     Transpose,
     Vocabulary,
-    VocabularyTranspose,
 )
 from lm.model.config import Latent, ModelConfig, Norm, Rope, make_stacks
 from lm.model.traits import Kind, Traits, make_layer, nearest
@@ -39,7 +38,7 @@ _QKV = ("attention/query", "attention/key", "attention/value")
 _OUTSIDE = (
     Entry("model.embed_tokens.weight", ("embed",), Vocabulary()),
     *_norm("model.norm", "norm"),
-    Entry("lm_head.weight", ("output",), VocabularyTranspose()),
+    Entry("lm_head.weight", ("output",), Vocabulary(transposed=True)),
 )
 _OUT = _linear(_A + "o_proj", "attention/out")
 _GATE_UP = (
@@ -79,7 +78,7 @@ _LATENT_BLOCKS = (
 _NEOX = (
     Entry("gpt_neox.embed_in.weight", ("embed",), Vocabulary()),
     *_norm("gpt_neox.final_layer_norm", "norm"),
-    Entry("embed_out.weight", ("output",), VocabularyTranspose(), ("lm_head.weight",)),
+    Entry("embed_out.weight", ("output",), Vocabulary(transposed=True), ("lm_head.weight",)),
     *_norm(_X + "input_layernorm", "attention_norm"),
     *_norm(_X + "post_attention_layernorm", "feed_forward_norm"),
     Entry(_X + "attention.query_key_value.weight", _QKV, Interleaved()),
@@ -146,6 +145,14 @@ _QWEN3 = Family(
     ),
     GGUF(("qwen3",)),
 )
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 _GEMMA2 = Family(
     "gemma2",
     Traits(
@@ -165,12 +172,7 @@ _GEMMA2 = Family(
         "Gemma2ForCausalLM",
         _POST + _BLOCKS,
         {
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "tie_word_embeddings": True,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
+            **_GEMMA_DEFAULTS,
             "max_position_embeddings": 8192,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
@@ -201,23 +203,14 @@ _GEMMA3 = Family(
         local_rope=Rope(theta=10_000.0),
         pattern=("local",) * 5 + ("global",),
     ),
-    HuggingFace(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        _POST + _BLOCKS,
-        {
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "tie_word_embeddings": True,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "max_position_embeddings": 131072,
-        },
+    dataclasses.replace(
+        _GEMMA2.huggingface,
+        model_type="gemma3_text",
+        class_name="Gemma3ForCausalLM",
+        defaults={**_GEMMA_DEFAULTS, "max_position_embeddings": 131072},
         keys=_SOFT_CAPPED,
-        activation_key="hidden_activation",
-        window="pattern",
         period_keys=("sliding_window_pattern", "_sliding_window_pattern"),
+        other_keys=(),
     ),
     GGUF(
         ("gemma3",),
@@ -331,20 +324,14 @@ _DEEPSEEK_V3 = Family(
 )
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": _LLAMA,
+    **{
+        family.name: family
+        for family in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OLMO2, _PHI3)
+        + (_GPT_NEOX, _DEEPSEEK_V2, _DEEPSEEK_V3)
+    },
     "llama2": _LLAMA,
     "llama3": _LLAMA.variant(rope=Rope(theta=500_000.0)),
     "smollm2": _LLAMA.variant(rope=Rope(theta=100_000.0), tied=True),
-    "mistral": _MISTRAL,
-    "qwen2": _QWEN2,
-    "qwen3": _QWEN3,
-    "gemma2": _GEMMA2,
-    "gemma3": _GEMMA3,
-    "olmo2": _OLMO2,
-    "phi3": _PHI3,
-    "gpt_neox": _GPT_NEOX,
-    "deepseek_v2": _DEEPSEEK_V2,
-    "deepseek_v3": _DEEPSEEK_V3,
 }
 
 
@@ -390,9 +377,9 @@ def make_config(
     if family not in FAMILIES:
         raise ValueError(f"family {family!r} is unknown; {nearest(family, list(FAMILIES))}")
     names = [field.name for field in dataclasses.fields(Traits)]
-    for name in traits:
-        if name not in names:
-            raise ValueError(f"{name!r} is not a trait of a family; {nearest(name, names)}")
+    if unknown := traits.keys() - names:
+        name = min(unknown)
+        raise ValueError(f"{name!r} is not a trait of a family; {nearest(name, names)}")
     t = dataclasses.replace(FAMILIES[family].traits, **traits)
     if kinds is None:
         kinds = [t.pattern[i % len(t.pattern)] for i in range(num_layers)]

@@ -72,7 +72,6 @@ def from_gguf(
     tensors: Mapping[str, tuple[int, ...]],
     *,
     rope_factors: Callable[[str], np.ndarray] | None = None,
-    vocab_multiple: int = 128,
     source: str = "GGUF metadata",
 ) -> ModelConfig:
     """The `ModelConfig` of a GGUF file.
@@ -81,7 +80,6 @@ def from_gguf(
       metadata: every key of the file.
       tensors: shapes by name, row-major: biases and a tied output are known by them.
       rope_factors: gives the tensor of that name, where there is `rope_freqs.weight`.
-      vocab_multiple: see `ModelConfig`.
       source: of the metadata, for errors.
 
     Raises:
@@ -128,14 +126,14 @@ def from_gguf(
         changes["query_scalar"] = embed_dim // num_heads
     return make_config(
         keys.family.name,
-        vocab_size=_vocab_size(keys, tensors),
+        # Key `vocab_size` is not in every file, and counts padding in some.
+        vocab_size=(tensors.get("token_embd.weight") or (keys.size("vocab_size"),))[0],
         embed_dim=embed_dim,
         hidden_dim=keys.size("feed_forward_length"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=keys.size("attention.head_count_kv", num_heads),
         max_length=keys.size("context_length"),
-        vocab_multiple=vocab_multiple,
         kinds=_read_kinds(keys, num_layers, window),
         **changes,
     )
@@ -154,12 +152,6 @@ def _check_supported(keys: Keys, tensors: Collection[str]) -> None:
         faults.append(f"general.type={keys.metadata['general.type']!r}")
     if faults:
         raise FormatError(f"{keys.source} has {', '.join(faults)}, which is not supported")
-
-
-def _vocab_size(keys: Keys, tensors: Mapping[str, tuple[int, ...]]) -> int:
-    """Rows of the embedding: `vocab_size` is not in every file, and counts padding in some."""
-    shape = tensors.get("token_embd.weight")
-    return shape[0] if shape else keys.size("vocab_size")
 
 
 def _read_kinds(keys: Keys, num_layers: int, window: int | None) -> list[Kind]:
@@ -186,30 +178,30 @@ def _read_rope(
 ) -> Rope:
     theta = keys.number("rope.freq_base", 10_000.0)
     assert theta is not None
-    rotated = keys.size("rope.dimension_count", head_dim)
-    rope = Rope(theta, rotated / head_dim)
+    rope = Rope(theta, keys.size("rope.dimension_count", head_dim) / head_dim)
     kind = keys.get("rope.scaling.type", "none")
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
-    length = keys.get("rope.scaling.original_context_length", 0)
+    old_factor = keys.number("rope.scale_linear", 1.0)
+    factor = keys.number("rope.scaling.factor", old_factor) or 1.0
     if "rope_freqs.weight" in tensors and rope_factors is not None:
         return _llama3(keys, rope, head_dim, rope_factors("rope_freqs.weight"))
-    if kind == "yarn":
-        scaling = RopeScaling(
-            "yarn",
-            factor,
-            length or keys.size("context_length"),
-            beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0) or 32.0,
-            beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0) or 1.0,
-        )
-        return dataclasses.replace(rope, scaling=scaling)
-    if kind == "linear" or (kind == "none" and factor != 1.0 and keys.get("rope.scale_linear")):
-        return rope if factor == 1.0 else Rope(theta, rope.fraction, RopeScaling("linear", factor))
-    if kind != "none":
+    if kind not in ("none", "linear", "yarn"):
         raise FormatError(
             f"{keys.source}: {keys.arch}.rope.scaling.type is {kind!r}; supported are 'none', "
             "'linear' and 'yarn'"
         )
-    return rope
+    if kind == "yarn":
+        scaling = RopeScaling(
+            "yarn",
+            factor,
+            keys.get("rope.scaling.original_context_length") or keys.size("context_length"),
+            beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0) or 32.0,
+            beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0) or 1.0,
+        )
+    elif factor != 1.0 and (kind == "linear" or keys.get("rope.scale_linear")):
+        scaling = RopeScaling("linear", factor)
+    else:
+        return rope
+    return dataclasses.replace(rope, scaling=scaling)
 
 
 def _llama3(keys: Keys, rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:

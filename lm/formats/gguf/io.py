@@ -6,7 +6,6 @@ holds about the largest of them. Blocks may be kept as they are in the file.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.files import GGUF, dequantize, ggml, read_gguf
-from lm.formats.common import refuse, tree_of
+from lm.formats.common import Path, refuse, tree_of
 from lm.formats.gguf.config import Keys, from_gguf
 from lm.formats.gguf.tensors import IGNORED, Rows, rows
 from lm.model import ModelConfig, ModelWeights
@@ -27,18 +26,27 @@ from lm.weights.gguf import KINDS
 INTEGERS = ("I8", "I16", "I32", "I64")
 
 
-def read_gguf_config(path: str | pathlib.Path, *, vocab_multiple: int = 128) -> ModelConfig:
-    """The `ModelConfig` of a GGUF file. Errors as `load_gguf`."""
-    return config_of(read_gguf(path), vocab_multiple)
+def read_gguf_config(file: Path | GGUF) -> ModelConfig:
+    """The `ModelConfig` of a GGUF file. Arguments and errors as `load_gguf`."""
+    file = _opened(file)
+    return from_gguf(
+        file.metadata,
+        {name: info.shape for name, info in file.tensors.items()},
+        rope_factors=file.dequantize,
+        source=str(file.paths[0]),
+    )
+
+
+def _opened(file: Path | GGUF) -> GGUF:
+    return file if isinstance(file, GGUF) else read_gguf(file)
 
 
 def load_gguf(
-    file: str | pathlib.Path | GGUF,
+    file: Path | GGUF,
     *,
     dtype: Any = jnp.float32,
     keep_quantized: bool = False,
     layout: Layout | None = None,
-    vocab_multiple: int = 128,
 ) -> tuple[ModelWeights, ModelConfig]:
     """The weights of a GGUF file, unstacked, and the model's configuration.
 
@@ -48,7 +56,6 @@ def load_gguf(
       keep_quantized: keep matrices in blocks as `lm.weights.GGUFBlocks`; plain numbers, and blocks
         of types that are not computed on, become arrays all the same.
       layout: place each shard by these rules; None for the default device.
-      vocab_multiple: see `ModelConfig`. Rows of padding are zeros.
 
     Raises:
       FormatError: it is not a GGUF file, its architecture or something in it is not supported, or
@@ -56,10 +63,8 @@ def load_gguf(
       OSError: it cannot be opened.
       ValueError: sizes do not fit each other, or a mesh axis does not divide a weight.
     """
-    if not isinstance(file, GGUF):
-        file = read_gguf(file)
-    source = str(file.paths[0])
-    config = config_of(file, vocab_multiple)
+    file = _opened(file)
+    source, config = str(file.paths[0]), read_gguf_config(file)
     wanted = list(rows(config, Keys(file.metadata, source).gguf))
     _check_tensors(file, wanted, config, source)
     done = {}
@@ -67,17 +72,6 @@ def load_gguf(
         done[each.path] = _place(file, each, dtype, keep_quantized, layout)
         file.release(each.tensor)
     return tree_of(done, unstacked_specs(config)), config
-
-
-def config_of(file: GGUF, vocab_multiple: int = 128) -> ModelConfig:
-    """The `ModelConfig` of an open GGUF file. Errors as `load_gguf`."""
-    return from_gguf(
-        file.metadata,
-        {name: info.shape for name, info in file.tensors.items()},
-        rope_factors=file.dequantize,
-        vocab_multiple=vocab_multiple,
-        source=str(file.paths[0]),
-    )
 
 
 def _check_tensors(file: GGUF, wanted: list[Rows], config: ModelConfig, source: str) -> None:

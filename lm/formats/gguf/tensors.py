@@ -102,14 +102,14 @@ def rows(config: ModelConfig, gguf: GGUF) -> Iterator[Rows]:
     """Every weight of the model, layer by layer."""
     specs, layer_names = unstacked_specs(config), layer_tensors(gguf)
     for name, field in OUTSIDE.items():
-        yield from _rows(name, (field,), specs, "", config, None, False)
+        yield from _rows(name, (field,), specs, "", config, None)
     number = 0
     for s, stack in enumerate(config.stacks):
         for i, layer in enumerate(stack.layers):
             weights, prefix = specs.stacks[s].layers[i], f"stacks/{s}/layers/{i}/"
+            paired = layer if gguf.interleaved else None
             for name, fields in layer_names.items():
-                full = f"blk.{number}.{name}"
-                yield from _rows(full, fields, weights, prefix, config, layer, gguf.interleaved)
+                yield from _rows(f"blk.{number}.{name}", fields, weights, prefix, config, paired)
             number += 1
 
 
@@ -119,29 +119,26 @@ def _rows(
     weights: Any,
     prefix: str,
     config: ModelConfig,
-    layer: Layer | None,
-    interleaved: bool,
+    paired: Layer | None,
 ) -> Iterator[Rows]:
     """The weights in one of their tensors, or none where the model has no such weights."""
     specs: list[ParamSpec] = [attribute(weights, field) for field in fields]
-    if any(spec is None for spec in specs):
+    if None in specs:
         return
-    embed = fields == ("embed",)
+    embed, matrix = fields == ("embed",), len(specs[0].shape) == 2
     counts = [spec.shape[0] if embed else spec.shape[-1] for spec in specs]
-    if layer is None and "vocab" in specs[0].axes:
+    if fields[0] in ("embed", "output"):
         counts = [config.vocab_size]
-    matrix = len(specs[0].shape) == 2
     width = specs[0].shape[1 if embed else 0]
     shape = (sum(counts), width) if matrix else (sum(counts),)
     start = 0
     for field, spec, count in zip(fields, specs, counts, strict=True):
         rotated = field.rpartition("/")[2] in ("query", "key", "query_bias", "key_bias")
-        paired = layer if interleaved and rotated else None
         # Their weights of norms have the one added that ours are multiplied without.
         is_scale = "norm" in field and field.endswith(("scale", "query_norm", "key_norm"))
         minus = 1.0 if config.norm.plus_one and is_scale else 0.0
-        path, transposed = prefix + field, matrix and not embed
-        yield Rows(path, spec, name, shape, start, count, paired, transposed, minus)
+        pairs, transposed = paired if rotated else None, matrix and not embed
+        yield Rows(prefix + field, spec, name, shape, start, count, pairs, transposed, minus)
         start += count
 
 

@@ -96,8 +96,7 @@ def from_huggingface(
     arguments["norm"] = dataclasses.replace(family.traits.norm, eps=float(read(fmt.eps_key)))
     arguments["activation"] = _read_activation(read)
     if family.traits.latent is not None:
-        arguments["latent"] = _read_latent(read)
-        _check_dense(read, num_layers)
+        arguments["latent"] = _read_latent(read, num_layers)
     for key in fmt.keys:
         arguments |= KEYS[key].read(read(key))
     config = make_config(
@@ -116,19 +115,12 @@ def from_huggingface(
     return config
 
 
-def _read_latent(read: Reader) -> Latent:
+def _read_latent(read: Reader, num_layers: int) -> Latent:
     if not read("rope_interleave"):
         raise ValueError(
             "config.json key 'rope_interleave' is false; latent attention is read with rotated "
             "dimensions in pairs, true"
         )
-    kv_rank, nope, rope, value = map(read.size, LATENT_SIZES)
-    query_rank = None if read("q_lora_rank") is None else read.size("q_lora_rank")
-    return Latent(kv_rank, nope, rope, value, query_rank)
-
-
-def _check_dense(read: Reader, num_layers: int) -> None:
-    """Raises ValueError where a layer is a mixture of experts."""
     dense, experts = read("first_k_dense_replace") or 0, read("n_routed_experts")
     if experts and dense < num_layers:
         raise ValueError(
@@ -136,13 +128,14 @@ def _check_dense(read: Reader, num_layers: int) -> None:
             f"first_k_dense_replace={dense} on; of this model type only dense layers are supported "
             f"(first_k_dense_replace of at least num_hidden_layers={num_layers})"
         )
+    kv_rank, nope, rope, value = map(read.size, LATENT_SIZES)
+    query_rank = None if read("q_lora_rank") is None else read.size("q_lora_rank")
+    return Latent(kv_rank, nope, rope, value, query_rank)
 
 
 def _read_activation(read: Reader) -> str:
     key = read.fmt.activation_key
-    name = read(key)
-    if name is None:
-        name = read.defaults.get(key, DEFAULTS["hidden_act"])
+    name = read(key) or read.defaults.get(key, DEFAULTS["hidden_act"])
     if name not in ACTIVATIONS:
         raise ValueError(
             f"config.json key {key!r} is {name!r}; supported are {', '.join(ACTIVATIONS)}"
@@ -156,8 +149,7 @@ def _read_window(
     """Kinds of the layers and the window of the local ones."""
     how = read.fmt.window
     if how is None:
-        kinds: list[Kind] = ["global"] * num_layers
-        return kinds, None
+        return ["global" for _ in range(num_layers)], None
     window = read("sliding_window")
     if how == "flag" and not read("use_sliding_window"):
         window = None
@@ -168,12 +160,14 @@ def _read_window(
     periods = [period for key in read.fmt.period_keys if (period := read(key))]
     if types is not None:
         return _read_types(types, window, num_layers), window
-    if how == "pattern":
-        period = periods[0] if periods else len(family.traits.pattern)
-        local = [(i + 1) % period != 0 for i in range(num_layers)]
-    else:
-        local = [window is not None and i >= first_local for i in range(num_layers)]
-    return ["local" if is_local else "global" for is_local in local], window
+    period = (*periods, len(family.traits.pattern))[0]
+
+    def is_local(i: int) -> bool:
+        if how == "pattern":
+            return (i + 1) % period != 0
+        return window is not None and i >= first_local
+
+    return ["local" if is_local(i) else "global" for i in range(num_layers)], window
 
 
 def _read_types(types: Sequence[str], window: int | None, num_layers: int) -> list[Kind]:
@@ -195,11 +189,12 @@ def _read_rope(read: Reader, family: Family, max_length: int) -> dict[str, Rope]
     theta_key, fraction_key = read.fmt.rope_keys
     traits = family.traits
     old, new = read("rope_scaling") or {}, read("rope_parameters") or {}
-    theta = read(theta_key)
-    outside = {"rope_theta": theta} if theta is not None else {}
-    fraction = read(fraction_key or "partial_rotary_factor")
-    if fraction is not None:
-        outside["partial_rotary_factor"] = fraction
+    outside = {
+        "rope_theta": read(theta_key),
+        "partial_rotary_factor": read(fraction_key or "partial_rotary_factor"),
+    }
+    outside = {key: value for key, value in outside.items() if value is not None}
+    is_partial, has_latent = fraction_key is not None, traits.latent is not None
 
     def parse(parameters: Mapping[str, Any], default_theta: float) -> Rope:
         parameters = {"rope_theta": default_theta, **outside, **parameters}
@@ -207,21 +202,14 @@ def _read_rope(read: Reader, family: Family, max_length: int) -> dict[str, Rope]
             # Where both say it, transformers believes this one.
             original = "original_max_position_embeddings"
             parameters[original] = read(original) or parameters.get(original)
-        return read_rope(
-            parameters,
-            max_length,
-            read.fmt.scalings,
-            partial=fraction_key is not None,
-            scores=traits.latent is not None,
-        )
+        return read_rope(parameters, max_length, read.fmt.scalings, is_partial, has_latent)
 
     if traits.local_rope is None:
         return {"rope": parse(old or new, 10_000.0)}
     everywhere = {**(new.get("full_attention") or {}), **old}
-    local = dict(new.get("sliding_attention") or {})
-    local_theta = read("rope_local_base_freq")
+    local, theta = dict(new.get("sliding_attention") or {}), read("rope_local_base_freq")
     default = traits.local_rope.theta
-    local.setdefault("rope_theta", default if local_theta is None else local_theta)
+    local.setdefault("rope_theta", default if theta is None else theta)
     surplus = new.keys() - {"full_attention", "sliding_attention"}
     if surplus:
         raise ValueError(

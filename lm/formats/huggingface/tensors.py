@@ -8,7 +8,6 @@ from typing import Any
 
 from lm.formats.common import attribute
 from lm.formats.families import family_of
-from lm.formats.family import Entry
 from lm.formats.huggingface.transforms import Shape, Transform
 from lm.model import Layer, ModelConfig, ModelWeights, Unstacked
 from lm.model.params import layer_specs, param_specs
@@ -87,33 +86,21 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
       ValueError: the family is unknown.
     """
     entries = family_of(config).huggingface.tensors
-    specs = param_specs(config)
-    for entry in entries:
-        if "{i}" not in entry.name:
-            yield from _tensor(entry, entry.name, specs, Place("", ()), None, config)
-    number = 0
+    scopes: list[tuple[Any, Place, Layer | None]] = [(param_specs(config), Place("", ()), None)]
     for s, stack in enumerate(config.stacks):
         for i, layer in enumerate(stack.layers):
             repeat, position = divmod(i, len(stack.pattern))
-            layer_spec = layer_specs(layer, config.embed_dim, config.num_layers)
-            base = Place("", (), s, i, position, repeat)
-            for entry in entries:
-                if "{i}" in entry.name:
-                    name = entry.name.format(i=number)
-                    yield from _tensor(entry, name, layer_spec, base, layer, config)
-            number += 1
-
-
-def _tensor(
-    entry: Entry, name: str, specs: Any, base: Place, layer: Layer | None, config: ModelConfig
-) -> Iterator[Tensor]:
-    """The tensor of an entry, if the model has such weights."""
-    found = [attribute(specs, field) for field in entry.ours]
-    if any(spec is None for spec in found):
-        return
-    places = tuple(
-        dataclasses.replace(base, field=field, shape=spec.shape)
-        for field, spec in zip(entry.ours, found, strict=True)
-    )
-    shape = entry.transform.shape([place.shape for place in places], config)
-    yield Tensor(name, entry.aliases, shape, places, entry.transform, layer)
+            specs = layer_specs(layer, config.embed_dim, config.num_layers)
+            scopes.append((specs, Place("", (), s, i, position, repeat), layer))
+    for number, (specs, base, layer) in enumerate(scopes, -1):
+        for entry in entries:
+            found = [attribute(specs, field) for field in entry.ours]
+            if ("{i}" in entry.name) != (layer is not None) or None in found:
+                continue
+            places = tuple(
+                dataclasses.replace(base, field=field, shape=spec.shape)
+                for field, spec in zip(entry.ours, found, strict=True)
+            )
+            shape = entry.transform.shape([place.shape for place in places], config)
+            name = entry.name.format(i=number)
+            yield Tensor(name, entry.aliases, shape, places, entry.transform, layer)

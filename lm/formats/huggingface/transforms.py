@@ -44,32 +44,27 @@ class Transpose(Transform):
         return arrays[0].T
 
 
+@dataclasses.dataclass(frozen=True)
 class Vocabulary(Transform):
-    """[vocab_size, D] <-> [padded, D]: padding rows are zeros when read, and not written."""
+    """[vocab_size, D] <-> [padded, D]: padding rows are zeros when read, and not written.
+
+    Attributes:
+      transposed: ours is [D, padded].
+    """
+
+    transposed: bool = False
 
     def shape(self, ours, config):
-        return (config.vocab_size, ours[0][1])
+        return (config.vocab_size, ours[0][0 if self.transposed else 1])
 
     def read(self, tensor, ours, layer):
-        padding = ours[0][0] - tensor.shape[0]
-        return [np.pad(tensor, ((0, padding), (0, 0))) if padding else tensor]
+        padding = ours[0][1 if self.transposed else 0] - tensor.shape[0]
+        rows = np.pad(tensor, ((0, padding), (0, 0))) if padding else tensor
+        return [rows.T if self.transposed else rows]
 
     def write(self, arrays, config, layer):
-        return arrays[0][: config.vocab_size]
-
-
-class VocabularyTranspose(Transform):
-    """[vocab_size, D] <-> [D, padded]."""
-
-    def shape(self, ours, config):
-        return (config.vocab_size, ours[0][0])
-
-    def read(self, tensor, ours, layer):
-        padding = ours[0][1] - tensor.shape[0]
-        return [np.pad(tensor.T, ((0, 0), (0, padding))) if padding else tensor.T]
-
-    def write(self, arrays, config, layer):
-        return arrays[0][:, : config.vocab_size].T
+        rows = arrays[0].T if self.transposed else arrays[0]
+        return rows[: config.vocab_size]
 
 
 class Concatenated(Transform):

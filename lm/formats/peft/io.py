@@ -1,8 +1,8 @@
-"""LoRA adapters in PEFT's directories, in and out: `adapter_config.json` and safetensors.
+"""Reads and writes LoRA adapters in PEFT's directories (`adapter_config.json` and safetensors).
 
-An adapter of module m is `base_model.model.m.lora_A.weight` [r, in] and `lora_B.weight` [out, r],
-of an embedding `lora_embedding_A` [r, vocab] and `lora_embedding_B` [dim, r]; DoRA adds
-`lora_magnitude_vector` [out]. The family's record says which of our weights m is.
+The adapter of module m is `base_model.model.m.lora_A.weight` [r, in] and `lora_B.weight` [out, r];
+of an embedding, `lora_embedding_A` [r, vocab] and `lora_embedding_B` [dim, r]; DoRA adds
+`lora_magnitude_vector` [out]. The family's record maps m to our weights.
 Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.files import FormatError, Safetensors, open_safetensors, write_safetensors
-from lm.formats.common import DTYPES, Path, refuse
+from lm.formats.common import Path, refuse, tensor_fault
 from lm.formats.huggingface.tensors import Place, Tensor, tensors
-from lm.formats.huggingface.transforms import Transform, Vocabulary
+from lm.formats.huggingface.transforms import Transform
 from lm.formats.peft.config import CONFIG, AdapterConfig, read_adapter_config, write_adapter_config
 from lm.model import ModelConfig, ModelWeights, Unstacked
 from lm.weights import LoRA, MultiLoRA, StructuredWeight, is_structured, path_name
@@ -33,7 +33,7 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """A module of theirs that may have an adapter."""
+    """One of PEFT's modules that may have an adapter."""
 
     name: str
     tensor: Tensor
@@ -41,49 +41,39 @@ class _Module:
 
     @property
     def is_embedding(self) -> bool:
-        return isinstance(self.tensor.transform, Vocabulary)
+        return self.tensor.places[0].field == "embed"
 
     def names(self) -> tuple[str, str, str]:
-        """Tensors of a, b and the magnitude."""
+        """Names of the tensors of a, b and the magnitude."""
         stem = PREFIX + self.name
+        a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
         if self.is_embedding:
             a, b = f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
-        else:
-            a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
         return a, b, f"{stem}.lora_magnitude_vector"
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """Of those tensors."""
-        if self.is_embedding:
-            dim = self.tensor.places[0].shape[1]
-            return (rank, self.config.vocab_size), (dim, rank), (dim,)
-        out = self._shape(rank)[0]
-        return (rank, self.tensor.places[0].shape[0]), (out, rank), (out,)
-
-    def _shape(self, rank: int) -> tuple[int, ...]:
-        ours = [(rank, place.shape[1]) for place in self.tensor.places]
-        return self.tensor.transform.shape(ours, self.config)
+        """Shapes of the tensors of a, b and the magnitude."""
+        inside, out = self.tensor.shape if self.is_embedding else self.tensor.shape[::-1]
+        return (rank, inside), (out, rank), (out,)
 
     def read(
         self, a: np.ndarray, b: np.ndarray, length: np.ndarray | None
     ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
         """a [in, r], b [r, out] and magnitude [out] of each of our weights in the module."""
+        shapes, rank = [place.shape for place in self.tensor.places], len(a)
         if self.is_embedding:
-            (rows,) = self._read(a.T, a.shape[0], ours=0)
+            (rows,) = self.tensor.read(a.T, [(shapes[0][0], rank)])
             return [(rows, b.T, length)]
-        lengths = [None] * len(self.tensor.places)
+        lengths = [None] * len(shapes)
         if length is not None:
-            lengths = [x[0] for x in self._read(length[:, None], 1)]
-        return [(a.T, own, x) for own, x in zip(self._read(b, b.shape[1]), lengths, strict=True)]
-
-    def _read(self, theirs: np.ndarray, rank: int, ours: int = 1) -> list[np.ndarray]:
-        sizes = [place.shape[ours] for place in self.tensor.places]
-        shapes = [(rank, n) if ours else (n, rank) for n in sizes]
-        return self.tensor.read(theirs, shapes)
+            ones = self.tensor.read(length[:, None], [(1, shape[1]) for shape in shapes])
+            lengths = [one[0] for one in ones]
+        parts = self.tensor.read(b, [(rank, shape[1]) for shape in shapes])
+        return [(a.T, part, own) for part, own in zip(parts, lengths, strict=True)]
 
     def write(self, b: list[np.ndarray]) -> np.ndarray:
-        """Their [out, r] from our [r, out]."""
-        return self.tensor.transform.write(b, self.config, self.tensor.layer)
+        """The module's [out, r] from our [r, out]; of an embedding [vocab, r] from [padded, r]."""
+        return np.ascontiguousarray(self.tensor.transform.write(b, self.config, self.tensor.layer))
 
 
 def _modules(config: ModelConfig) -> Iterator[_Module]:
@@ -95,24 +85,24 @@ def _modules(config: ModelConfig) -> Iterator[_Module]:
 def load_peft(
     path: Path, params: ModelWeights, config: ModelConfig, *, dtype: Any = None
 ) -> ModelWeights:
-    """The model with a LoRA adapter of PEFT.
+    """The model with one of PEFT's LoRA adapters.
 
-    Stacked layers share a rank: in a stack, smaller adapters get zeros, and layers without one are
-    zeros. A module that the adapter holds whole (`modules_to_save`, or the embedding beneath its
-    adapter) takes the place of ours; only those outside the layers are read.
+    Stacked layers share a rank: smaller adapters, and those of layers without one, are filled up
+    with zeros. Modules stored whole in the adapter (`modules_to_save`, or the embedding beneath its
+    adapter) replace ours; only those outside the layers are read.
 
     Args:
       path: directory with `adapter_config.json` and `adapter_model.safetensors`.
-      params: the model, stacked or not, of any leaves. Its layout on a mesh is the caller's to
-        extend: `jax.device_put(params, lm.weights.shardings(lm.weights.specs_of(...), ...))`.
+      params: the model, stacked or not, with leaves of any type. The caller places the result on a
+        mesh: `jax.device_put(params, lm.weights.shardings(lm.weights.specs_of(...), ...))`.
       config: the model.
       dtype: of `a` and `b`; None for the file's.
 
     Raises:
-      FormatError: no such adapter, or one for another model: tensors are missing, surplus, of
-        another shape or not floating-point; all are named.
-      ValueError: `adapter_config.json` asks for what is not supported, or a weight of the model
-        has an adapter already.
+      FormatError: there is no adapter, or it is for another model: tensors are missing, surplus,
+        of another shape or not floating-point; all are named.
+      ValueError: `adapter_config.json` has a setting that is not supported, a weight of the model
+        has an adapter already, or the adapter changes an embedding that the output is tied to.
     """
     directory = pathlib.Path(path)
     adapter = read_adapter_config(directory)
@@ -122,67 +112,51 @@ def load_peft(
     whole = _whole(adapter, file, config)
     modules = _targeted(adapter, file, config)
     _check(adapter, modules, whole, file, config, str(directory))
-    _check_tied(modules, whole, config)
+    embeddings = [module.name for module in modules if module.is_embedding]
+    embeddings += [tensor.name for tensor in whole.values() if tensor.places[0].field == "embed"]
+    _refuse_tied(embeddings, config)
     found: dict[str, dict[int, LoRA]] = {}
     for module in modules:
-        names, scale = module.names(), adapter.scale_of(module.name)
-        a, b = (file.array(name) for name in names[:2])
-        length = file.array(names[2]) if adapter.dora else None
-        parts = module.read(a, b, length)
-        for place, part in zip(module.tensor.places, parts, strict=True):
-            leaf = _leaf(part, scale, dtype)
+        names, scale = module.names(), np.float32(adapter.scale_of(module.name))
+        a, b = (np.asarray(array, dtype) for array in map(file.array, names[:2]))
+        length = np.asarray(file.array(names[2]), np.float32) if adapter.dora else None
+        for place, part in zip(module.tensor.places, module.read(a, b, length), strict=True):
             key, index = _ours(place, params)
-            found.setdefault(key, {})[index] = leaf
-    replaced = {}
-    for name, tensor in whole.items():
-        (value,) = tensor.read(file.array(name))
-        replaced[tensor.places[0].path] = jnp.array(value)
+            found.setdefault(key, {})[index] = LoRA(None, *part[:2], scale, part[2])
+    replaced = {
+        tensor.places[0].path: jnp.array(tensor.read(file.array(name))[0])
+        for name, tensor in whole.items()
+    }
     return _insert(params, found, replaced)
 
 
-def _leaf(part: tuple[Any, Any, Any], scale: float, dtype: Any) -> LoRA:
-    a, b, length = part
-    return LoRA(
-        None,
-        np.asarray(a, dtype or a.dtype),
-        np.asarray(b, dtype or b.dtype),
-        np.float32(scale),
-        None if length is None else np.asarray(length, np.float32),
-    )
-
-
 def _ours(place: Place, params: ModelWeights) -> tuple[str, int]:
-    """Path of a weight in the tree, stacked or not, and its repeat."""
+    """Path of a weight in the tree, stacked or not, and its index in the stack."""
     if place.stack is not None and isinstance(params.stacks[place.stack], Unstacked):
         return place.unstacked_path, 0
     return place.path, place.repeat
 
 
 def _targeted(adapter: AdapterConfig, file: Safetensors, config: ModelConfig) -> list[_Module]:
-    """The modules with an adapter; those the file has where the configuration does not say."""
+    """The modules with an adapter; where the configuration names none, those in the file."""
     found = []
     for module in _modules(config):
         is_output = module.tensor.places[0].field == "output"
         wanted = adapter.targets(module.name, is_output, module.is_embedding)
-        if wanted is None:
-            wanted = module.names()[0] in file.tensors
-        if wanted:
+        if module.names()[0] in file.tensors if wanted is None else wanted:
             found.append(module)
     return found
 
 
 def _whole(adapter: AdapterConfig, file: Safetensors, config: ModelConfig) -> dict[str, Tensor]:
-    """Tensors in the file of modules that are replaced, outside the layers."""
+    """Tensors in the file that replace modules outside the layers."""
     found = {}
     for tensor in tensors(config):
         name = tensor.name.removesuffix(".weight")
-        names = [f"{PREFIX}{name}.base_layer.weight"]
+        found[f"{PREFIX}{name}.base_layer.weight"] = tensor
         if adapter.replaces(name):
-            names += [PREFIX + tensor.name]
-        for each in names:
-            if each in file.tensors and tensor.layer is None:
-                found[each] = tensor
-    return found
+            found[PREFIX + tensor.name] = tensor
+    return {name: t for name, t in found.items() if name in file.tensors and t.layer is None}
 
 
 def _check(
@@ -199,15 +173,9 @@ def _check(
         shapes = module.shapes(adapter.rank_of(module.name))
         names = module.names() if adapter.dora else module.names()[:2]
         wanted |= dict(zip(names, shapes, strict=False))
-    faults = []
-    for name, shape in wanted.items():
-        info = file.tensors.get(name)
-        if info is None:
-            faults.append(f"{name} {list(shape)} is missing")
-        elif info.type not in DTYPES:
-            faults.append(f"{name} is of dtype {info.type}; adapters are {', '.join(DTYPES)}")
-        elif info.shape != shape:
-            faults.append(f"{name} is {list(info.shape)}, the model wants {list(shape)}")
+    headers = {name: (info.shape, info.dtype) for name, info in file.tensors.items()}
+    found = (tensor_fault(name, shape, headers.get(name)) for name, shape in wanted.items())
+    faults = [fault for fault in found if fault]
     for name in sorted(file.tensors.keys() - wanted.keys()):
         shape = list(file.tensors[name].shape)
         faults.append(f"{name} {shape} is not in this model, or not among its target_modules")
@@ -216,15 +184,13 @@ def _check(
     refuse(faults, source, config, "is not an adapter for this")
 
 
-def _check_tied(modules: list[_Module], whole: dict[str, Tensor], config: ModelConfig) -> None:
-    """Refuses adapters of a tied embedding: PEFT leaves the output as it was, ours would follow."""
-    touched = [m.name for m in modules if m.is_embedding]
-    touched += [tensor.name for tensor in whole.values() if tensor.places[0].field == "embed"]
-    if config.tied and touched:
+def _refuse_tied(embeddings: list[str], config: ModelConfig) -> None:
+    """Raises ValueError for an adapter of a tied embedding: only ours would change the output."""
+    if config.tied and embeddings:
         raise ValueError(
-            f"the adapter changes {touched[0]}, and the model's output is tied to it, which PEFT "
-            "does not adapt; untie the model first (tied=False, and the embedding's transpose as "
-            "output)"
+            f"the adapter changes {embeddings[0]}, and the model's output is tied to it, which "
+            "PEFT does not adapt; untie the model first (tied=False, and the embedding's transpose "
+            "as output)"
         )
 
 
@@ -244,7 +210,7 @@ def _insert(
 
 
 def _joined(base: Any, parts: dict[int, LoRA]) -> LoRA:
-    """The adapter of a weight, or of a stack of them, from those of its layers."""
+    """The adapter of a weight, or of a stacked weight from those of its layers."""
     if len(base.shape) == 2:
         return dataclasses.replace(jax.tree.map(jnp.asarray, parts[0]), base=base)
     repeats, rows, columns = base.shape
@@ -273,21 +239,21 @@ def save_peft(
     dtype: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the adapters of a model as PEFT's directory; the weights beneath are not written.
+    """Write the adapters of a model as a PEFT directory; the base weights are not written.
 
-    Weights that are one module there (Phi-3's `qkv_proj`) become one adapter: of their rank where
-    they share `a`, else of the sum of their ranks. Ranks that are zeros throughout are left out.
+    Weights that share a module in PEFT (Phi-3's `qkv_proj`) become one adapter: with their rank if
+    they share `a`, else with the sum of their ranks. Ranks whose numbers are all zero are left out.
 
     Args:
       params: the model, stacked or not.
       config: the model.
-      path: directory; made where it does not exist.
-      base_model: name or path of the model beneath, for the reader.
+      path: directory; created if it does not exist.
+      base_model: name or path of the base model, recorded for the reader.
       dtype: of the tensors; None for that of `a`.
-      overwrite: replace the adapter that is there.
+      overwrite: replace an existing adapter.
 
     Raises:
-      FormatError: an adapter is there already.
+      FormatError: the directory has an adapter already.
       ValueError: no weight has an adapter, one has several, only some have magnitudes, or the
         embedding has one and the output is tied to it.
     """
@@ -302,16 +268,13 @@ def save_peft(
         if adapter is None:
             others.add(module.name)
             continue
-        if module.is_embedding and config.tied:
-            raise ValueError(
-                "the embedding has an adapter and the output is tied to it; PEFT would leave the "
-                "output as it was: untie the model first"
-            )
+        if module.is_embedding:
+            _refuse_tied([module.name], config)
         a, b, scale, magnitude = adapter
         modules[module.name] = (a.shape[0], scale)
         lengths[module.name] = magnitude is not None
         names = module.names()
-        written |= {names[0]: _as(a, dtype), names[1]: _as(b, dtype)}
+        written |= {names[0]: np.asarray(a, dtype), names[1]: np.asarray(b, dtype)}
         if magnitude is not None:
             written[names[2]] = magnitude
     if not modules:
@@ -325,10 +288,6 @@ def save_peft(
     data = write_adapter_config(modules, others, any(lengths.values()), base_model)
     write_safetensors(directory / WEIGHTS, written, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _as(array: np.ndarray, dtype: Any) -> np.ndarray:
-    return array if dtype is None else array.astype(dtype)
 
 
 def _adapter_at(params: ModelWeights, place: Place) -> LoRA | None:
@@ -349,7 +308,7 @@ def _adapter_at(params: ModelWeights, place: Place) -> LoRA | None:
 def _of_module(
     weights: list[LoRA | None], module: _Module
 ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray | None] | None:
-    """Their a [r, in], b [out, r], scale and magnitude, of a module; None where it has none."""
+    """PEFT's a [r, in], b [out, r], scale and magnitude [out] of a module; None without adapter."""
     present = [w for w in weights if w is not None and w.a.shape[1]]
     if not present:
         return None
@@ -357,26 +316,21 @@ def _of_module(
         (one,) = present
         a = module.write([one.a])
         return a.T, np.ascontiguousarray(one.b.T), float(one.scale), one.magnitude
-    sizes = [place.shape[1] for place in module.tensor.places]
-    first, missing = present[0], [w is None or not w.a.shape[1] for w in weights]
-    magnitudes = [None if w is None else w.magnitude for w in weights]
-    if any(missing) and any(m is not None for m in magnitudes):
+    first = present[0]
+    magnitudes = [w.magnitude for w in weights if w is not None and w.magnitude is not None]
+    if magnitudes and min(len(present), len(magnitudes)) < len(weights):
         raise ValueError(f"{module.name}: only some of its weights have magnitudes (DoRA)")
     scale = Counter(float(w.scale) for w in present).most_common(1)[0][0]
     shared = all(np.array_equal(w.a, first.a) and w.scale == first.scale for w in present)
     rank = first.a.shape[1] if shared else sum(w.a.shape[1] for w in present)
     blocks, at = [], 0
-    for weight, size in zip(weights, sizes, strict=True):
-        block = np.zeros((rank, size), first.b.dtype)
+    for weight, place in zip(weights, module.tensor.places, strict=True):
+        block = np.zeros((rank, place.shape[1]), first.b.dtype)
         if weight is not None and weight.a.shape[1]:
             own = weight.a.shape[1]
             block[at : at + own] = weight.b * np.asarray(weight.scale / scale, weight.b.dtype)
             at += 0 if shared else own
         blocks.append(block)
     a = first.a if shared else np.concatenate([w.a for w in present], axis=1)
-    b = np.ascontiguousarray(module.write(blocks))
-    magnitude = None
-    if magnitudes[0] is not None:
-        magnitude = module.write([m[None] for m in magnitudes if m is not None])[:, 0]
-        magnitude = np.ascontiguousarray(magnitude)
-    return np.ascontiguousarray(a.T), b, scale, magnitude
+    magnitude = module.write([m[None] for m in magnitudes])[:, 0] if magnitudes else None
+    return np.ascontiguousarray(a.T), module.write(blocks), scale, magnitude

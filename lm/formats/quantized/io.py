@@ -47,7 +47,6 @@ def load_quantized(
     *,
     dtype: Any = None,
     layout: Layout | None = None,
-    vocab_multiple: int = 128,
     ignore: Collection[str] = (),
 ) -> tuple[ModelWeights, ModelConfig]:
     """The weights of a quantized Hugging Face model, unstacked, and its configuration.
@@ -60,7 +59,6 @@ def load_quantized(
       path: directory with `config.json` and safetensors.
       dtype: of the weights that are arrays; None for the file's.
       layout: place each shard by these rules; None for the default device.
-      vocab_multiple: see `ModelConfig`. Padding is zeros.
       ignore: see `from_huggingface`.
 
     Raises:
@@ -74,7 +72,7 @@ def load_quantized(
         raise FormatError(f"{path} is not quantized: config.json has no 'quantization_config'")
     formats = formats_of(q)
     data = {**read_json(pathlib.Path(path) / "config.json"), "quantization_config": None}
-    config = from_huggingface(data, vocab_multiple=vocab_multiple, ignore=ignore)
+    config = from_huggingface(data, ignore=ignore)
     return load_unstacked(path, config, formats, dtype=dtype, layout=layout), config
 
 
@@ -139,7 +137,7 @@ def _match(
 def _find(
     tensor: Tensor, formats: tuple[Format, ...], file: Safetensors, faults: list[str]
 ) -> _Module:
-    if not tensor.name.endswith(".weight") or type(tensor.transform) in (Transform, Vocabulary):
+    if not tensor.name.endswith(".weight") or tensor.transform in (Transform(), Vocabulary()):
         formats = ()  # not a matrix
     for each in (tensor.name, *tensor.aliases):
         stem = each.removesuffix(".weight")
