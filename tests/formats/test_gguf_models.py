@@ -1,6 +1,5 @@
 """Models out of GGUF files, against the models of transformers they were converted from."""
 
-import dataclasses
 import tracemalloc
 
 import gguf
@@ -9,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.files import FormatError, quantize, read_gguf, write_gguf
-from lm.files.gguf_writer import GGUFTensor
+from lm.files import FormatError, read_gguf
 from lm.formats import load_gguf, load_pretrained, read_gguf_config
 from lm.model import Tokens, forward, make_head
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
-from lm.weights import GGUFBlocks, StructuredWeight, is_structured
+from lm.weights import GGUFBlocks, is_structured
 from tests.formats.tiny_gguf import write_tiny
 from tests.model.huggingface_oracle import BASE, CASES, GQA, YARN, build_oracle
+from tests.refuses import refuses
 
 GEMMA3_ROPE = {
     "rope_parameters": {
@@ -24,38 +23,30 @@ GEMMA3_ROPE = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
     }
 }
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+LINEAR = {"rope.scaling.type": "linear"}
 # transformers' model and what the converter writes besides sizes, norms and rotary base.
 MODELS = {
     "llama": (*CASES["llama"], "llama", {}),
     "llama3": (*CASES["llama3"], "llama", {}),
     "smollm2": (*CASES["smollm2"], "llama", {}),
-    "linear": (
-        *CASES["llama_linear"],
-        "llama",
-        {"rope.scaling.type": "linear", "rope.scaling.factor": 2.5},
-    ),
+    "linear": (*CASES["llama_linear"], "llama", LINEAR | {"rope.scaling.factor": 2.5}),
     "qwen2": (
         "qwen2",
         GQA | YARN,
         "qwen2",
-        {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": 4.0,
-            "rope.scaling.original_context_length": 32,
-        },
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+        | {"rope.scaling.original_context_length": 32},
     ),
     "qwen3": ("qwen3", GQA | {"head_dim": 16, "tie_word_embeddings": True}, "qwen3", {}),
     "gemma2": (
         "gemma2",
         GQA
         | {"num_hidden_layers": 5, "head_dim": 12, "query_pre_attn_scalar": 12}
-        | {"sliding_window": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        | {"sliding_window": 4}
+        | CAPS,
         "gemma2",
-        {
-            "attention.sliding_window": 4,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
-        },
+        {"attention.sliding_window": 4} | CAPS,
     ),
     "gemma3": (
         "gemma3_text",
@@ -65,13 +56,9 @@ MODELS = {
         | {"sliding_window_pattern": 6}
         | GEMMA3_ROPE,
         "gemma3",
-        {
-            "attention.sliding_window": 4,
-            "rope.scaling.type": "linear",
-            "rope.scaling.factor": 8.0,
-            "rope.freq_base": 1e5,
-            "rope.freq_base_swa": 1e3,
-        },
+        LINEAR
+        | {"attention.sliding_window": 4, "rope.scaling.factor": 8.0}
+        | {"rope.freq_base": 1e5, "rope.freq_base_swa": 1e3},
     ),
     "olmo2": (*CASES["olmo2"], "olmo2", {}),
     "phi3": (*CASES["phi3"], "phi3", {"attention.sliding_window": 6}),
@@ -177,71 +164,34 @@ def test_logits_equal_those_of_the_converted_model(tmp_path, case):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A Llama of GGUF blocks: metadata, arrays, path. Eight layers of the stack differ in type."""
-    rng = np.random.default_rng(1)
-    metadata = {
-        "general.architecture": "llama",
-        "llama.context_length": 64,
-        "llama.embedding_length": 64,
-        "llama.block_count": 2,
-        "llama.feed_forward_length": 128,
-        "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.dimension_count": 16,
-    }
-    shapes = {
-        "token_embd.weight": (130, 64),
-        "output_norm.weight": (64,),
-        "output.weight": (130, 64),
-    }
-    for i in range(2):
-        shapes |= {
-            f"blk.{i}.{name}.weight": shape
-            for name, shape in {
-                "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64),
-                "attn_v": (32, 64), "attn_output": (64, 64), "ffn_gate": (128, 64),
-                "ffn_up": (128, 64), "ffn_down": (64, 128),
-            }.items()
-        }  # fmt: skip
-    tensors = {}
-    kinds = ["Q8_0", "Q4_1", "F16", "Q5_0"]
-    for n, (name, shape) in enumerate(shapes.items()):
-        array = rng.normal(0, 0.3 if len(shape) > 1 else 1, shape).astype(np.float32)
-        kind = kinds[n % 4] if len(shape) > 1 else "F32"
-        raw = quantize(array, kind)
-        tensors[name] = GGUFTensor(kind, shape, lambda raw=raw: raw)
+    """A Llama of blocks whose layers differ in type."""
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
-    write_gguf(path, metadata, tensors)
-    return metadata, tensors, path
+    return write_tiny(path, kinds=("Q8_0", "Q4_1", "F16", "Q5_0"), tied=False)
 
 
 def test_blocks_are_kept_and_compute_the_same(small):
     """Rows of queries and keys are put in order as rows of blocks; the vocabulary is padded."""
-    _, tensors, path = small
-    params, config = load_gguf(path)
-    kept, _ = load_gguf(path, keep_quantized=True)
+    params, config = load_gguf(small)
+    kept, _ = load_gguf(small, keep_quantized=True)
     leaves = jax.tree.leaves(kept, is_leaf=is_structured)
     blocks = [leaf for leaf in leaves if isinstance(leaf, GGUFBlocks)]
-    assert len(blocks) == sum(tensor.type[0] == "Q" for tensor in tensors.values())
-    assert config.padded_vocab_size == 256
-    ids = np.random.default_rng(0).integers(0, 130, (1, 20))
+    assert len(blocks) == sum(info.type[0] == "Q" for info in read_gguf(small).tensors.values())
+    assert config.padded_vocab_size == 768
+    ids = np.random.default_rng(0).integers(0, 700, (1, 20))
     np.testing.assert_allclose(
         logits(kept, config, ids), logits(params, config, ids), rtol=1e-4, atol=1e-4
     )
-    assert not np.asarray(params.embed[130:]).any()
-    (query,) = [kept.stacks[0].layers[0].attention.query]
-    dense = params.stacks[0].layers[0].attention.query
-    both = query.dequantize(jnp.float32) if isinstance(query, StructuredWeight) else query
-    np.testing.assert_array_equal(both, dense)
+    assert not np.asarray(params.embed[700:]).any()
+    query, dense = (x.stacks[0].layers[0].attention.query for x in (kept, params))
+    assert isinstance(query, GGUFBlocks)
+    np.testing.assert_array_equal(query.dequantize(jnp.float32), dense)
 
 
 @pytest.mark.parametrize("keep_quantized", [False, True])
 def test_shards_are_those_of_the_whole(small, keep_quantized):
-    path = small[2]
-    whole, _ = load_gguf(path, keep_quantized=keep_quantized)
+    whole, _ = load_gguf(small, keep_quantized=keep_quantized)
     layout = Layout(make_mesh(MeshShape(tensor=2), jax.devices()[:2]), make_rules(zero=0))
-    shards, _ = load_gguf(path, keep_quantized=keep_quantized, layout=layout)
+    shards, _ = load_gguf(small, keep_quantized=keep_quantized, layout=layout)
     split = [leaf for leaf in jax.tree.leaves(shards) if not leaf.sharding.is_fully_replicated]
     assert len(split) >= 2 + 2 * 7
     for ours, theirs in zip(jax.tree.leaves(shards), jax.tree.leaves(whole), strict=True):
@@ -249,85 +199,59 @@ def test_shards_are_those_of_the_whole(small, keep_quantized):
 
 
 def test_dtypes(small):
-    params, _ = load_gguf(small[2], dtype=jnp.bfloat16)
+    params, _ = load_gguf(small, dtype=jnp.bfloat16)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 
 
-def rewritten(tmp_path, small, change_metadata=None, change_tensors=None):
-    metadata, tensors = dict(small[0]), dict(small[1])
-    metadata |= change_metadata or {}
-    metadata = {key: value for key, value in metadata.items() if value is not None}
-    for name, tensor in (change_tensors or {}).items():
-        tensors.pop(name, None)
-        if tensor is not None:
-            tensors[name] = tensor
-    path = tmp_path / "changed.gguf"
-    write_gguf(path, metadata, tensors)
-    return path
-
-
-def test_every_fault_of_the_tensors_is_named(tmp_path, small):
+def test_every_fault_of_the_tensors_is_named(tmp_path):
     changes = {
         "blk.1.attn_q.weight": None,
         "blk.0.ffn_up.weight": np.zeros((95, 64), np.float32),
         "blk.0.attn_sinks.weight": np.zeros(4, np.float32),
         "output_norm.weight": np.zeros(64, np.int32),
     }
-    with pytest.raises(FormatError) as error:
-        load_gguf(rewritten(tmp_path, small, change_tensors=changes))
-    message = str(error.value)
-    for part in (
-        "changed.gguf does not fit a 'llama' model of 2 layers, 4 faults",
+    path = write_tiny(tmp_path / "model.gguf", tensors=changes)
+    refuses(
+        lambda: load_gguf(path),
+        "model.gguf does not fit a 'llama' model of 2 layers, 4 faults",
         "blk.1.attn_q.weight [64, 64] is missing",
         "blk.0.ffn_up.weight is [95, 64], the model wants [128, 64]",
         "blk.0.attn_sinks.weight [4] is not in this model",
         "output_norm.weight is of type I32",
-    ):
-        assert part in message
+        error=FormatError,
+    )
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "lama"}, r"'lama', which is not supported; did you mean 'llama'"),
-        ({"general.architecture": None}, r"general.architecture is None"),
-        ({"llama.block_count": None}, r"llama.block_count is missing"),
-        ({"llama.block_count": 0}, r"llama.block_count is 0"),
-        ({"llama.attention.layer_norm_rms_epsilon": None}, r"layer_norm_rms_epsilon is missing"),
-        ({"llama.expert_count": 8}, r"llama.expert_count=8, which is not supported"),
-        ({"llama.rope.scaling.type": "longrope"}, r"rope.scaling.type is 'longrope'; supported"),
-        ({"llama.attention.head_count": np.array([4, 2])}, r"one positive integer"),
-        ({"llama.rope.freq_base": "high"}, r"rope.freq_base is 'high', not a number"),
+        ({"general.architecture": "lama"}, "'lama', which is not supported; did you mean 'llama'"),
+        ({"general.architecture": None}, "general.architecture is None"),
+        ({"llama.block_count": None}, "llama.block_count is missing"),
+        ({"llama.block_count": 0}, "llama.block_count is 0"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
+        ({"llama.expert_count": 8}, "llama.expert_count=8, which is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope'; supported"),
+        ({"llama.attention.head_count": np.array([4, 2])}, "one positive integer"),
+        ({"llama.rope.freq_base": "high"}, "rope.freq_base is 'high', not a number"),
     ],
 )
-def test_metadata_that_cannot_be(tmp_path, small, metadata, message):
-    with pytest.raises(FormatError, match=message):
-        read_gguf_config(rewritten(tmp_path, small, metadata))
+def test_metadata_that_cannot_be(tmp_path, metadata, message):
+    path = write_tiny(tmp_path / "model.gguf", metadata)
+    refuses(lambda: read_gguf_config(path), message, error=FormatError)
 
 
-def test_not_a_gguf_file(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGML and the rest of it")
-    with pytest.raises(FormatError, match="magic"):
-        load_gguf(path)
-
-
-def test_a_float_is_read_as_it_was_written(small):
-    assert read_gguf_config(small[2]).norm.eps == 1e-5
-
-
-def test_stretchings_that_are_not_llama3s(tmp_path, small):
+def test_stretchings_that_are_not_llama3s(tmp_path):
     factors = {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}
-    with pytest.raises(FormatError, match="not Llama 3's"):
-        read_gguf_config(rewritten(tmp_path, small, change_tensors=factors))
+    path = write_tiny(tmp_path / "model.gguf", tensors=factors)
+    refuses(lambda: read_gguf_config(path), "not Llama 3's", error=FormatError)
 
 
-def test_only_what_is_needed_is_read(small):
-    """The configuration of a file comes from its header."""
-    config = read_gguf_config(small[2])
-    assert config == load_gguf(small[2])[1]
-    assert dataclasses.replace(config, max_length=1) != config
-    assert read_gguf(small[2]).metadata["llama.context_length"] == config.max_length
+def test_the_configuration_alone_is_that_of_the_model(small):
+    """And a float is read as it was written."""
+    config = read_gguf_config(small)
+    assert config == load_gguf(small)[1]
+    assert config.norm.eps == 1e-5 and config.max_length == 128
 
 
 @pytest.mark.parametrize("size", [10**9, 2**40])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,22 @@ def vocabulary(name: str) -> dict[str, Any]:
     return json.loads(file.read_text())["vocabularies"][name] | {"tokenizer.ggml.pre": "gpt-2"}
 
 
-def write_tiny(path: pathlib.Path, changes: Mapping[str, Any] | None = None) -> pathlib.Path:
-    """Two layers of width 64, output tied to the embedding, a context of 128.
+def write_tiny(
+    path: pathlib.Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
+    kinds: Sequence[str] = ("Q8_0",),
+    tied: bool = True,
+) -> pathlib.Path:
+    """Two layers of width 64 and a context of 128.
 
-    `changes` are metadata that the file has instead.
+    Args:
+      path: of the file.
+      changes: metadata to write instead; None leaves a key out.
+      tensors: tensors to write instead; None leaves one out.
+      kinds: types of the matrices, in turn.
+      tied: the output is the embedding.
     """
     rng = np.random.default_rng(0)
     metadata = vocabulary("bytes") | {
@@ -39,6 +51,7 @@ def write_tiny(path: pathlib.Path, changes: Mapping[str, Any] | None = None) -> 
     }
     metadata |= changes or {}
     shapes = {"token_embd.weight": (700, 64), "output_norm.weight": (64,)}
+    shapes |= {} if tied else {"output.weight": (700, 64)}
     for i in range(2):
         for name, shape in {
             "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64),
@@ -46,12 +59,13 @@ def write_tiny(path: pathlib.Path, changes: Mapping[str, Any] | None = None) -> 
             "ffn_up": (128, 64), "ffn_down": (64, 128),
         }.items():  # fmt: skip
             shapes[f"blk.{i}.{name}.weight"] = shape
-    tensors = {}
-    for name, shape in shapes.items():
+    made: dict[str, Any] = {}
+    for n, (name, shape) in enumerate(shapes.items()):
         matrix = len(shape) > 1
         array = rng.normal(not matrix, 0.2, shape).astype(np.float32)
-        kind = "Q8_0" if matrix else "F32"
+        kind = kinds[n % len(kinds)] if matrix else "F32"
         raw = quantize(array, kind)
-        tensors[name] = GGUFTensor(kind, shape, lambda raw=raw: raw)
-    write_gguf(path, metadata, tensors)
+        made[name] = GGUFTensor(kind, shape, lambda raw=raw: raw)
+    made |= tensors or {}
+    write_gguf(path, *({k: v for k, v in x.items() if v is not None} for x in (metadata, made)))
     return path
