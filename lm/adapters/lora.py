@@ -18,7 +18,15 @@ import jax.numpy as jnp
 from lm.model import ModelConfig, ModelWeights
 from lm.model.params import Stacked, param_specs, specs_for, unstacked_specs
 from lm.sharding import Layout
-from lm.weights import LoRA, MultiLoRA, ParamSpec, StructuredWeight, is_spec, path_name, shardings
+from lm.weights import (
+    LoRA,
+    MultiLoRA,
+    ParamSpec,
+    is_spec,
+    is_structured,
+    path_name,
+    shardings,
+)
 
 Tree = Any
 
@@ -36,14 +44,10 @@ def trains(path: str) -> bool:
     return path.rsplit("/", 1)[-1] in ("a", "b", "magnitude")
 
 
-def _is_leaf(x: Any) -> bool:
-    return isinstance(x, StructuredWeight)
-
-
 def _map(f: Callable[..., Any], params: Tree, *others: Tree) -> Tree:
     """f(path, weight, ...) over whole weights."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, *weights: f(path_name(path), *weights), params, *others, is_leaf=_is_leaf
+        lambda path, *weights: f(path_name(path), *weights), params, *others, is_leaf=is_structured
     )
 
 
@@ -78,7 +82,7 @@ def add_lora(
       layout: make every part in its place on a mesh.
 
     Raises:
-      ValueError: the rank is not positive, no weight is chosen, or one is no matrix or has an
+      ValueError: the rank is not positive, no weight is chosen, or one is not a matrix or has an
         adapter.
     """
     if rank < 1:
@@ -115,7 +119,7 @@ def _check_matrix(params: ModelWeights, path: str, weight: Any) -> None:
     parts = path.split("/")
     stacked = parts[0] == "stacks" and isinstance(params.stacks[int(parts[1])], Stacked)
     if len(weight.shape) < 2 + stacked:
-        raise ValueError(f"{path} {list(weight.shape)} is no matrix; choose another weight")
+        raise ValueError(f"{path} {list(weight.shape)} is not a matrix; choose another weight")
 
 
 def _parts(
@@ -131,13 +135,13 @@ def _parts(
         a = jax.random.uniform(key, a_shape, dtype, -(rows**-0.5), rows**-0.5)
     magnitude = None
     if dora:
-        dense = weight.dequantize(jnp.float32) if isinstance(weight, StructuredWeight) else weight
+        dense = weight.dequantize(jnp.float32) if is_structured(weight) else weight
         magnitude = jnp.linalg.norm(dense.astype(jnp.float32), axis=-2)
     return LoRA(None, a, b, jnp.full(tuple(stack), scale, jnp.float32), magnitude)
 
 
 def count(params: Tree) -> int:
-    """Numbers in adapters that train."""
+    """The number of trainable parameters in adapters."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return sum(x.size for path, x in leaves if trains(path_name(path)))
 
@@ -152,7 +156,7 @@ def merge(params: ModelWeights, dtype: Any = None, base: Tree = None) -> ModelWe
 
     Args:
       params: with adapters; weights without stay as they are.
-      dtype: of the merged arrays; None for the base's, or float32 where the base is no array.
+      dtype: of the merged arrays; None for the base's, or float32 where the base is not an array.
       base: merge into these weights instead. An adapter trained over a quantized model is better
         added to the weights that were quantized than to what the format kept of them.
 
@@ -165,7 +169,7 @@ def merge(params: ModelWeights, dtype: Any = None, base: Tree = None) -> ModelWe
             raise ValueError(f"{path} has {weight.num_adapters} adapters; select one first")
         if not isinstance(weight, LoRA):
             return beneath
-        own = jnp.float32 if isinstance(beneath, StructuredWeight) else beneath.dtype
+        own = jnp.float32 if is_structured(beneath) else beneath.dtype
         return dataclasses.replace(weight, base=beneath).dequantize(own if dtype is None else dtype)
 
     return _map(leaf, params, remove(params) if base is None else base)
@@ -214,7 +218,7 @@ def _padded(
 
 
 def select(params: ModelWeights, index: int) -> ModelWeights:
-    """The model with adapter `index` of several, alone.
+    """The model with only adapter `index` of several.
 
     Raises:
       ValueError: there is no such adapter.

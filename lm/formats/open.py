@@ -166,7 +166,12 @@ def locate(model: Path) -> pathlib.Path:
         name = str(model)
         if name in PACKAGED:
             return find_packaged(name)
-        raise FormatError(_unknown(name))
+        close = difflib.get_close_matches(name.lower(), list(PACKAGED), 1, 0.4)
+        guess = f"Did you mean {close[0]!r} ({PACKAGED[close[0]].pip})? " if close else ""
+        raise FormatError(
+            f"no model {name!r}: no such path, and no package's model of that name. {guess}"
+            f"Packages' models: {', '.join(PACKAGED)}. As a path, {_EXPECTED}"
+        )
     if path.is_file():
         if path.suffix == ".gguf":
             return path
@@ -213,19 +218,9 @@ def tokenizer_path(path: pathlib.Path) -> pathlib.Path:
         return path
     for folder in (path, *path.absolute().parents[:3]):
         for data in (folder, folder / "data"):
-            for name in ("tokenizer.json", "tokenizer.model"):
-                if (data / name).is_file():
-                    return data
+            if any((data / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+                return data
     raise FileNotFoundError(
         f"no tokenizer for {path}: neither tokenizer.json nor tokenizer.model is in it, in the "
         "run it belongs to, or in the run's data/; give the tokenizer's path as well"
-    )
-
-
-def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), list(PACKAGED), 1, 0.4)
-    guess = f"Did you mean {close[0]!r} ({PACKAGED[close[0]].pip})? " if close else ""
-    return (
-        f"no model {name!r}: no such path, and no package's model of that name. {guess}"
-        f"Packages' models: {', '.join(PACKAGED)}. As a path, {_EXPECTED}"
     )

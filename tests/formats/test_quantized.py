@@ -16,7 +16,7 @@ from lm.formats import from_tensors, save_huggingface
 from lm.formats.families import make_config
 from lm.formats.quantized.io import load_quantized
 from lm.formats.quantized.layouts import AWQ, formats_of, unpack
-from lm.model import Tokens, forward, make_head, param_specs, stack
+from lm.model import param_specs, stack
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.weights import (
     NF4,
@@ -29,6 +29,8 @@ from lm.weights import (
     is_structured,
     path_name,
 )
+from tests.formats.directories import edit, logits
+from tests.refuses import refuses
 
 SIZES = {"vocab_size": 136, "embed_dim": 64, "hidden_dim": 96, "num_layers": 2, "num_heads": 4}
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 136, (2, 7)), jnp.int32)
@@ -51,8 +53,9 @@ def words(values: np.ndarray, bits: int, order=None) -> np.ndarray:
     return out.astype(np.uint32).view(np.int32)
 
 
-def numbers(name: str, out: int, rows: int, bits: int, groups: int, middle: bool):
-    """Random codes [in, out], scales and zero points [groups, out] of a module."""
+def numbers(name, out, rows, bits, groups, middle, act_order=False):
+    """A random module: codes [in, out], scales and zero points [groups, out], the group of each row
+    [in], and the matrix [out, in] that they are."""
     rng = rng_of(name)
     codes = rng.integers(0, 1 << bits, (rows, out))
     scales = rng.uniform(0.01, 0.02, (groups, out)).astype(np.float16)
@@ -60,40 +63,38 @@ def numbers(name: str, out: int, rows: int, bits: int, groups: int, middle: bool
     zeros = np.full((groups, out), 1 << (bits - 1))
     if not middle:
         zeros = rng.integers(1, (1 << bits) - 1, (groups, out))
-    return codes, scales, zeros
-
-
-def gptq(name, out, rows, *, bits=4, group=GROUP, version=1, symmetric=True, act_order=False):
-    groups = 1 if group == -1 else rows // group
-    codes, scales, zeros = numbers(name, out, rows, bits, groups, symmetric)
     g_idx = np.arange(rows) // (rows // groups)
     if act_order:
         g_idx = rng_of(name).permutation(g_idx)
     weight = scales[g_idx].astype(np.float64) * (codes - zeros[g_idx])
+    return codes, scales, zeros, g_idx, weight.T
+
+
+def gptq(name, out, rows, *, bits=4, group=GROUP, version=1, symmetric=True, act_order=False):
+    groups = 1 if group == -1 else rows // group
+    codes, scales, zeros, g_idx, weight = numbers(
+        name, out, rows, bits, groups, symmetric, act_order
+    )
     files = {
         "qweight": np.ascontiguousarray(words(codes.T, bits).T),
         "qzeros": words(zeros - (2 - version), bits),
         "scales": scales,
         "g_idx": g_idx.astype(np.int32),
     }
-    return files, weight.T
+    return files, weight
 
 
 def awq(name, out, rows):
-    codes, scales, zeros = numbers(name, out, rows, 4, rows // GROUP, False)
+    codes, scales, zeros, _, weight = numbers(name, out, rows, 4, rows // GROUP, False)
     order = [0, 2, 4, 6, 1, 3, 5, 7]
-    weight = np.repeat(scales, GROUP, 0).astype(np.float64) * (codes - np.repeat(zeros, GROUP, 0))
     files = {"qweight": words(codes, 4, order), "qzeros": words(zeros, 4, order), "scales": scales}
-    return files, weight.T
+    return files, weight
 
 
 def packed(name, out, rows, *, bits=4, symmetric=True, act_order=False):
-    groups = rows // GROUP
-    codes, scales, zeros = numbers(name, out, rows, bits, groups, symmetric)
-    g_idx = np.arange(rows) // GROUP
-    if act_order:
-        g_idx = rng_of(name).permutation(g_idx)
-    weight = scales[g_idx].astype(np.float64) * (codes - zeros[g_idx])
+    codes, scales, zeros, g_idx, weight = numbers(
+        name, out, rows, bits, rows // GROUP, symmetric, act_order
+    )
     files = {
         "weight_packed": words(codes.T, bits),
         "weight_scale": scales.T,
@@ -103,7 +104,7 @@ def packed(name, out, rows, *, bits=4, symmetric=True, act_order=False):
         files["weight_zero_point"] = words(zeros, bits).T
     if act_order:
         files["weight_g_idx"] = g_idx.astype(np.int32)
-    return files, weight.T
+    return files, weight
 
 
 def plain(name, out, rows, *, dtype="int8", per="channel"):
@@ -145,16 +146,15 @@ def nf4(name, out, rows, *, double=True):
     return files, decoded
 
 
+GROUPED = {"type": "int", "strategy": "group", "group_size": GROUP}
 SCHEMES = {
-    "w4a16": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP},
-    "w4a16_asymmetric": {
-        "num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": False,
-    },
-    "w8a16": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": GROUP},
+    "w4a16": GROUPED | {"num_bits": 4},
+    "w4a16_asymmetric": GROUPED | {"num_bits": 4, "symmetric": False},
+    "w8a16": GROUPED | {"num_bits": 8},
     "w8": {"num_bits": 8, "type": "int", "strategy": "channel"},
     "fp8": {"num_bits": 8, "type": "float", "strategy": "tensor"},
     "fp8_channel": {"num_bits": 8, "type": "float", "strategy": "channel"},
-}  # fmt: skip
+}
 
 
 def by_the_library(name, out, rows, *, scheme):
@@ -204,34 +204,33 @@ AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point
 NF4_CONFIG = {
     "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
 }  # fmt: skip
+ACT_ORDER = {"symmetric": False, "act_order": True}
+PACKED = compressed("pack-quantized")
+FLOAT = compressed("float-quantized")
 FORMATS = {
     "gptq": (gptq, {}, gptq_config(), Int4),
     "gptq_v2": (gptq, {"version": 2}, gptq_config(checkpoint_format="gptq_v2"), Int4),
-    # It says v1 and is v2: symmetric zero points tell.
+    # It says v1 and is v2: symmetric zero points show which.
     "gptq_mislabeled": (gptq, {"version": 2}, gptq_config(checkpoint_format="gptq"), Int4),
     "gptq_asymmetric": (gptq, {"symmetric": False}, gptq_config(sym=False), Int4),
-    "gptq_act_order": (
-        gptq, {"act_order": True, "symmetric": False}, gptq_config(sym=False, desc_act=True), Int4,
-    ),
+    "gptq_act_order": (gptq, ACT_ORDER, gptq_config(sym=False, desc_act=True), Int4),
     "gptq_column": (gptq, {"group": -1}, gptq_config(group_size=-1), Int4),
     "gptq_8bit": (gptq, {"bits": 8}, gptq_config(bits=8), Int8Groups),
     "gptq_8bit_asymmetric": (
-        gptq, {"bits": 8, "symmetric": False, "act_order": True},
-        gptq_config(bits=8, sym=False, desc_act=True), Int8Groups,
+        *(gptq, {"bits": 8, **ACT_ORDER}, gptq_config(bits=8, sym=False, desc_act=True)),
+        Int8Groups,
     ),
     "awq": (awq, {}, AWQ_CONFIG, Int4),
-    "packed": (packed, {}, compressed("pack-quantized"), Int4),
-    "packed_asymmetric": (
-        packed, {"symmetric": False, "act_order": True}, compressed("pack-quantized"), Int4,
-    ),
-    "packed_8bit": (packed, {"bits": 8}, compressed("pack-quantized"), Int8Groups),
+    "packed": (packed, {}, PACKED, Int4),
+    "packed_asymmetric": (packed, ACT_ORDER, PACKED, Int4),
+    "packed_8bit": (packed, {"bits": 8}, PACKED, Int8Groups),
     "int8": (plain, {}, compressed("int-quantized"), Int8),
     "int8_groups": (plain, {"per": "group"}, compressed("naive-quantized"), Int8Groups),
-    "fp8": (plain, {"dtype": "fp8"}, compressed("float-quantized"), Fp8),
-    "fp8_tensor": (plain, {"dtype": "fp8", "per": "tensor"}, compressed("float-quantized"), Fp8),
+    "fp8": (plain, {"dtype": "fp8"}, FLOAT, Fp8),
+    "fp8_tensor": (plain, {"dtype": "fp8", "per": "tensor"}, FLOAT, Fp8),
     "nf4": (nf4, {"double": False}, NF4_CONFIG, NF4),
     "nf4_double": (nf4, {}, NF4_CONFIG, NF4),
-}  # fmt: skip
+}
 NAIVE = compressed("naive-quantized")
 LIBRARY = {
     f"library_{name}": (by_the_library, {"scheme": name}, NAIVE, StructuredWeight)
@@ -258,15 +257,15 @@ def quantized_model(directory, family, form, *, with_head=False, **changes):
         files |= {f"{stem}.{end}": np.ascontiguousarray(part) for end, part in parts.items()}
         expected[name] = weight.astype(np.float32)
     save_file(files, directory / "model.safetensors")
+    requantize(directory, quantization)
+    return expected, config
+
+
+def requantize(directory, quantization):
+    """Write another `quantization_config`."""
     data = json.loads((directory / "config.json").read_text())
     data["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(data))
-    return files, expected, config
-
-
-def logits(params, config):
-    hidden = forward(params, Tokens.of(IDS), config).hidden
-    return make_head(params, config).logits(hidden)[..., : config.vocab_size]
 
 
 def leaves_of(params):
@@ -297,7 +296,7 @@ def assert_is(params, expected, config, tolerance=1e-6):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_is_read(form, tmp_path):
-    _, expected, config = quantized_model(tmp_path, "llama", form)
+    expected, config = quantized_model(tmp_path, "llama", form)
     params, found = load_quantized(tmp_path)
     assert found == config
     leaves = leaves_of(params)
@@ -305,7 +304,7 @@ def test_every_format_is_read(form, tmp_path):
     dense = assert_is(params, expected, config)
     if form == "gptq_act_order":
         np.testing.assert_allclose(
-            logits(params, config), logits(dense, config), rtol=1e-3, atol=1e-4
+            logits(params, IDS, config), logits(dense, IDS, config), rtol=1e-3, atol=1e-4
         )
 
 
@@ -317,7 +316,7 @@ def test_every_format_is_read(form, tmp_path):
 def test_modules_that_hold_several_weights(family, form, tmp_path):
     """Fused and interleaved projections, and a vocabulary that is padded."""
     changes = {"hidden_dim": 128} if "nf4" in form else {}
-    _, expected, config = quantized_model(tmp_path, family, form, with_head=True, **changes)
+    expected, config = quantized_model(tmp_path, family, form, with_head=True, **changes)
     params, _ = load_quantized(tmp_path)
     assert len(leaves_of(params)) >= 12
     assert_is(params, expected, config)
@@ -332,15 +331,13 @@ def test_any_words_round_trip(bits, order):
 
 def test_activations_in_int8(tmp_path):
     quantized_model(tmp_path, "llama", "int8")
-    data = json.loads((tmp_path / "config.json").read_text())
-    data["quantization_config"] = compressed("int-quantized", input_activations=INT8_ROWS)
-    (tmp_path / "config.json").write_text(json.dumps(data))
+    requantize(tmp_path, compressed("int-quantized", input_activations=INT8_ROWS))
     params, _ = load_quantized(tmp_path)
     assert all(w.dynamic for w in leaves_of(params).values())
 
 
 def test_placed_on_a_mesh(tmp_path):
-    _, expected, config = quantized_model(tmp_path, "llama", "gptq_asymmetric", hidden_dim=128)
+    expected, config = quantized_model(tmp_path, "llama", "gptq_asymmetric", hidden_dim=128)
     layout = Layout(make_mesh(MeshShape(tensor=2)), make_rules())
     params, _ = load_quantized(tmp_path, layout=layout, dtype=jnp.float32)
     query = params.stacks[0].layers[0].attention.query
@@ -349,14 +346,8 @@ def test_placed_on_a_mesh(tmp_path):
     assert_is(params, expected, config)
     (tmp_path / "odd").mkdir()
     quantized_model(tmp_path / "odd", "llama", "gptq")
-    with pytest.raises(ValueError, match=r"feed_forward/down: .*blocks of 32 along ffn=3; use 1"):
-        load_quantized(tmp_path / "odd", layout=layout)
-
-
-def edit(directory, change):
-    files = load_file(directory / "model.safetensors")
-    change(files)
-    save_file(files, directory / "model.safetensors")
+    words = "feed_forward/down: ", "blocks of 32 along ffn=3; use 1"
+    refuses(lambda: load_quantized(tmp_path / "odd", layout=layout), *words)
 
 
 def test_exactly_what_is_wrong_is_named(tmp_path):
@@ -372,18 +363,16 @@ def test_exactly_what_is_wrong_is_named(tmp_path):
         files[f"{q}.bias"] = np.zeros(64, np.float16)  # of zeros, as old files have it
 
     edit(tmp_path, change)
-    with pytest.raises(FormatError) as caught:
-        load_quantized(tmp_path)
-    message = str(caught.value)
-    for part in (
+    error = refuses(
+        lambda: load_quantized(tmp_path),
         f"{q}.scales [2, 64] is missing",
         "layers.1.self_attn.k_proj.qzeros is [2, 5], the model wants [2, 4]",
         "layers.1.mlp.up_proj.qweight is of dtype F32; expected I32",
         "layers.1.mlp.down_proj.weight [64, 96] is missing, and so is qweight in its place",
         "layers.2.mlp.up_proj.scales [2, 96] is not in this model",
-    ):
-        assert part in message
-    assert "bias" not in message
+        error=FormatError,
+    )
+    assert "bias" not in str(error)
 
 
 def test_damaged_numbers_are_refused(tmp_path):
@@ -393,8 +382,8 @@ def test_damaged_numbers_are_refused(tmp_path):
         files["model.layers.0.self_attn.q_proj.g_idx"][:] = 0
 
     edit(tmp_path, one_group)
-    with pytest.raises(FormatError, match=r"q_proj\.weight: g_idx does not divide 64 rows"):
-        load_quantized(tmp_path)
+    words = "q_proj.weight: g_idx does not divide 64 rows"
+    refuses(lambda: load_quantized(tmp_path), words, error=FormatError)
 
 
 @pytest.mark.parametrize(
@@ -412,15 +401,13 @@ def test_damaged_numbers_are_refused(tmp_path):
     ],
 )
 def test_what_is_not_read(config, message):
-    with pytest.raises(ValueError, match=message):
-        formats_of(config)
+    refuses(lambda: formats_of(config), message)
 
 
 def test_not_quantized(tmp_path):
     config = make_config("llama", **SIZES)
     save_huggingface(initialize(param_specs(config), jax.random.key(0)), config, tmp_path)
-    with pytest.raises(FormatError, match="is not quantized"):
-        load_quantized(tmp_path)
+    refuses(lambda: load_quantized(tmp_path), "is not quantized", error=FormatError)
 
 
 @pytest.mark.oracle
@@ -428,7 +415,7 @@ def test_not_quantized(tmp_path):
 def test_files_of_compressed_tensors(scheme, tmp_path):
     """Tensors that the library itself compresses, and its own decompression of them."""
     pytest.importorskip("compressed_tensors")
-    _, expected, config = quantized_model(tmp_path, "llama", f"library_{scheme}")
+    expected, config = quantized_model(tmp_path, "llama", f"library_{scheme}")
     params, _ = load_quantized(tmp_path)
     assert len(leaves_of(params)) == 14
     assert_is(params, expected, config, tolerance=1e-5)

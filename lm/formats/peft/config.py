@@ -135,9 +135,6 @@ def parse_adapter_config(values: Values) -> AdapterConfig:
     for key, value in values.items():
         if key not in _METADATA | _READ and value:
             raise ValueError(f"{CONFIG} key {key!r}={value!r} is not supported")
-    layers = values.get("layers_to_transform")
-    if isinstance(layers, int):
-        layers = [layers]
     config = AdapterConfig(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),
@@ -145,7 +142,7 @@ def parse_adapter_config(values: Values) -> AdapterConfig:
         exclude_modules=_strings(values.get("exclude_modules")),
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern=values.get("alpha_pattern") or {},
-        layers=tuple(layers) if layers else None,
+        layers=_tuple(values.get("layers_to_transform")) or None,
         layers_pattern=_tuple(values.get("layers_pattern")),
         rslora=bool(values.get("use_rslora")),
         dora=bool(values.get("use_dora")),
@@ -164,8 +161,8 @@ def _strings(value: Any) -> str | tuple[str, ...] | None:
     return "all-linear" if value == ["all-linear"] else tuple(value)
 
 
-def _tuple(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return (value,) if isinstance(value, str | int) else tuple(value or ())
 
 
 def write_adapter_config(

@@ -71,6 +71,12 @@ def _whole(size: int, part: int, what: str) -> int:
     return size // part
 
 
+def _check_setting(method: str, key: str, value: Any, *allowed: Any) -> None:
+    if value not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(f"{method} with {key}={value!r} is not read; use {names}")
+
+
 def _groups(size: int, group: int) -> int:
     return 1 if group == -1 else _whole(size, group, "in")
 
@@ -121,15 +127,11 @@ class GPTQ(Format):
 
     @classmethod
     def from_config(cls, q: Mapping[str, Any]) -> GPTQ:
-        if q.get("bits") not in (4, 8):
-            raise ValueError(f"GPTQ of bits={q.get('bits')!r} is not read; use 4 or 8")
         kind = q.get("checkpoint_format", "gptq")
-        if kind not in ("gptq", "gptq_v2"):
-            raise ValueError(f"GPTQ checkpoint_format {kind!r} is not read; use gptq or gptq_v2")
-        if q.get("pack_dtype", "int32") != "int32":
-            raise ValueError(f"GPTQ pack_dtype {q['pack_dtype']!r} is not read; use int32")
-        if q.get("dynamic"):
-            raise ValueError("GPTQ with `dynamic` settings for each module is not read")
+        _check_setting("GPTQ", "bits", q.get("bits"), 4, 8)
+        _check_setting("GPTQ", "checkpoint_format", kind, "gptq", "gptq_v2")
+        _check_setting("GPTQ", "pack_dtype", q.get("pack_dtype", "int32"), "int32")
+        _check_setting("GPTQ", "dynamic", q.get("dynamic") or None, None)
         group = q.get("group_size", 128)
         return cls(q["bits"], group, q.get("sym", True), 2 if kind == "gptq_v2" else 1)
 
@@ -176,12 +178,9 @@ class AWQ(Format):
 
     @classmethod
     def from_config(cls, q: Mapping[str, Any]) -> AWQ:
-        bits, version = q.get("bits", q.get("w_bit")), str(q.get("version", "gemm")).lower()
-        if bits != 4 or version != "gemm" or not q.get("zero_point", True):
-            raise ValueError(
-                f"AWQ of bits={bits!r}, version={version!r}, zero_point={q.get('zero_point')!r} is "
-                "not read; use 4, gemm and true"
-            )
+        _check_setting("AWQ", "bits", q.get("bits", q.get("w_bit")), 4)
+        _check_setting("AWQ", "version", str(q.get("version", "gemm")).lower(), "gemm")
+        _check_setting("AWQ", "zero_point", q.get("zero_point", True), True)
         return cls(q.get("group_size", q.get("q_group_size", 128)))
 
     def wanted(self, shape, present):
@@ -257,13 +256,9 @@ class Plain(Format):
     marker = "weight_scale"
 
     def wanted(self, shape, present):
-        wanted: dict[str, Wanted] = {
-            "weight": (shape, ("I8", *FP8)),
-            "weight_scale": (None, FLOATS),
-        }
-        if "weight_zero_point" in present:
-            wanted["weight_zero_point"] = (None, ("I8", *FP8))
-        return wanted
+        wanted = {"weight": (shape, ("I8", *FP8)), "weight_scale": (None, FLOATS)}
+        zero = {"weight_zero_point": (None, ("I8", *FP8))}
+        return wanted | (zero if "weight_zero_point" in present else {})
 
     def leaf(self, arrays, shape):
         out, rows = shape
@@ -307,10 +302,8 @@ class BitsAndBytes(Format):
         kind = q.get("bnb_4bit_quant_type", "fp4")
         if not q.get("load_in_4bit", q.get("_load_in_4bit")) or kind not in ("nf4", "fp4"):
             raise ValueError("of bitsandbytes, only load_in_4bit with nf4 or fp4 is read")
-        if q.get("bnb_4bit_quant_storage", "uint8") != "uint8":
-            raise ValueError(
-                f"bnb_4bit_quant_storage={q['bnb_4bit_quant_storage']!r} is not read; use uint8"
-            )
+        storage = q.get("bnb_4bit_quant_storage", "uint8")
+        _check_setting("bitsandbytes", "bnb_4bit_quant_storage", storage, "uint8")
         return cls(kind)
 
     @property
