@@ -204,9 +204,8 @@ def _match(
     for tensor in wanted:
         name = next((n for n in (tensor.name, *tensor.aliases) if n in headers), tensor.name)
         names.append(name)
-        if fault := tensor_fault(name, tensor.shape, headers.get(name)):
-            is_vocabulary = tensor.places[0].field in ("embed", "output")
-            faults.append(fault + f" (vocab_size={config.vocab_size})" * is_vocabulary)
+        if fault := weight_fault(tensor, name, headers.get(name), config):
+            faults.append(fault)
         code = headers[name][1] if name in headers else None
         for place in tensor.places if code in DTYPES else ():
             first, first_code = dtypes.setdefault(place.path, (name, code))
@@ -216,6 +215,16 @@ def _match(
     faults += [f"{name} {list(headers[name][0])} is not in this model" for name in surplus]
     refuse(faults, source, config)
     return names
+
+
+def weight_fault(
+    tensor: Tensor, name: str, found: Header | None, config: ModelConfig
+) -> str | None:
+    """What is wrong with the tensor of that name in a file, or None."""
+    fault = tensor_fault(name, tensor.shape, found)
+    if fault and found and tensor.places[0].field in ("embed", "output"):
+        fault += f" (vocab_size={config.vocab_size})"
+    return fault
 
 
 def surplus_tensors(names: Collection[str], config: ModelConfig, *ignored: str) -> list[str]:

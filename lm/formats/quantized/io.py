@@ -19,7 +19,7 @@ import numpy as np
 from lm.files import FormatError, Safetensors, open_safetensors
 from lm.formats.common import Path, by_path, put, read_json, refuse, tensor_fault, tree_of
 from lm.formats.huggingface.config import from_huggingface
-from lm.formats.huggingface.io import surplus_tensors
+from lm.formats.huggingface.io import surplus_tensors, weight_fault
 from lm.formats.huggingface.tensors import Tensor, tensors
 from lm.formats.huggingface.transforms import Transform, Vocabulary
 from lm.formats.quantized.layouts import Format, formats_of
@@ -122,11 +122,15 @@ def _match(
 ) -> list[_Module]:
     """What the file has for every tensor. Raises FormatError with every fault."""
     faults: list[str] = []
-    modules = [_find(tensor, formats, file, faults) for tensor in tensors(config)]
+    modules = [_find(tensor, formats, file, faults, config) for tensor in tensors(config)]
     known = {name for module in modules for name in module.names.values()}
-    markers = [m.names[m.format.marker] for m in modules if m.format and m.format.marker in m.names]
-    biases = {marker.rpartition(".")[0] + ".bias" for marker in markers}
-    for name in surplus_tensors(file.tensors.keys() - known, config, IGNORED):
+    biases = {
+        module.names[marker].removesuffix(marker) + "bias"
+        for module in modules
+        if module.format and (marker := module.format.marker) in module.names
+    }
+    ignored = (IGNORED,) if formats else ()
+    for name in surplus_tensors(file.tensors.keys() - known, config, *ignored):
         # Old GPTQ files have a bias of zeros where the model has none.
         if name not in biases or np.any(file.array(name)):
             faults.append(f"{name} {list(file.tensors[name].shape)} is not in this model")
@@ -135,7 +139,11 @@ def _match(
 
 
 def _find(
-    tensor: Tensor, formats: tuple[Format, ...], file: Safetensors, faults: list[str]
+    tensor: Tensor,
+    formats: tuple[Format, ...],
+    file: Safetensors,
+    faults: list[str],
+    config: ModelConfig,
 ) -> _Module:
     if not tensor.name.endswith(".weight") or tensor.transform in (Transform(), Vocabulary()):
         formats = ()  # not a matrix
@@ -146,7 +154,7 @@ def _find(
                 return _quantized(tensor, stem, form, file, faults)
         if each in file.tensors:
             info = file.tensors[each]
-            if fault := tensor_fault(each, tensor.shape, (info.shape, info.dtype)):
+            if fault := weight_fault(tensor, each, (info.shape, info.dtype), config):
                 faults.append(fault)
             return _Module(tensor, None, {"": each})
     markers = " or ".join(form.marker for form in formats)
