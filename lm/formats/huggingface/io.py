@@ -83,7 +83,7 @@ def load_huggingface(
     if config is None:
         config = read_config(path, vocab_multiple=vocab_multiple, ignore=ignore)
     file = open_safetensors(path)
-    headers = {name: (info.shape, info.dtype) for name, info in file.tensors.items()}
+    headers = {name: (info.shape, info.type) for name, info in file.tensors.items()}
     params = _assemble(config, headers, file.array, dtype, shardings, str(path), file.release)
     return params, config
 

@@ -173,7 +173,7 @@ def _check(
         shapes = module.shapes(adapter.rank_of(module.name))
         names = module.names() if adapter.dora else module.names()[:2]
         wanted |= dict(zip(names, shapes, strict=False))
-    headers = {name: (info.shape, info.dtype) for name, info in file.tensors.items()}
+    headers = {name: (info.shape, info.type) for name, info in file.tensors.items()}
     found = (tensor_fault(name, shape, headers.get(name)) for name, shape in wanted.items())
     faults = [fault for fault in found if fault]
     for name in sorted(file.tensors.keys() - wanted.keys()):

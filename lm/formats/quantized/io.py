@@ -154,7 +154,7 @@ def _find(
                 return _quantized(tensor, stem, form, file, faults)
         if each in file.tensors:
             info = file.tensors[each]
-            if fault := weight_fault(tensor, each, (info.shape, info.dtype), config):
+            if fault := weight_fault(tensor, each, (info.shape, info.type), config):
                 faults.append(fault)
             return _Module(tensor, None, {"": each})
     markers = " or ".join(form.marker for form in formats)
