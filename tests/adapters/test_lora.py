@@ -139,11 +139,11 @@ def test_only_adapters_have_gradients_and_they_follow_the_chain_rule():
     adapted = trained(add_lora(quantized(), UNTIED, KEY, rank=4, alpha=6))
     trainable, frozen = partition(adapted, trains)
     batch, gradient = make_batch(), Case().gradient
-    found, terms = jax.jit(functools.partial(gradient, OBJECTIVE))(trainable, frozen, batch, KEY)
+    found, terms, _ = jax.jit(functools.partial(gradient, OBJECTIVE))(trainable, frozen, batch, KEY)
     assert sum(x.size for x in jax.tree.leaves(found)) == count(adapted)
     merged = merge(adapted)
     nothing = jax.tree.map(lambda _: None, merged)
-    dense, same = jax.jit(functools.partial(gradient, OBJECTIVE))(merged, nothing, batch, KEY)
+    dense, same, _ = jax.jit(functools.partial(gradient, OBJECTIVE))(merged, nothing, batch, KEY)
     np.testing.assert_allclose(terms["loss"].sum, same["loss"].sum, rtol=1e-5)
     checked = 0
     for name in ("attention", "feed_forward"):
@@ -181,7 +181,7 @@ def test_training_on_a_mesh():
         def step(state, batch, case=case, layout=layout, optimizer=optimizer):
             with use_layout(layout):
                 parts = state.trainable, state.frozen, batch, KEY
-                gradients, terms = case.gradient(OBJECTIVE, *parts)
+                gradients, terms, _ = case.gradient(OBJECTIVE, *parts)
             updates, opt_state = optimizer.update(gradients, state.opt_state)
             train = optax.apply_updates(state.trainable, updates)
             after = dataclasses.replace(state, trainable=train, opt_state=opt_state)
