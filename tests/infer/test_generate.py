@@ -26,7 +26,7 @@ from lm.model import (
 )
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.weights import Int8, shardings
-from tests.model.drawn import weights
+from tests.model.drawn import dequantize, weights
 
 LAYER = Layer(Attention(4, 2, 8), FeedForward(48))
 CONFIG = ModelConfig(61, 32, (Stack((LAYER,), 2),), vocab_multiple=64, max_length=96)
@@ -71,30 +71,10 @@ def all_logits(params, ids):
     return make_head(params, CONFIG).logits(hidden)
 
 
-def recomputed(params, prompt: list[int], num: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens by the whole forward pass at every step, and their log-probabilities."""
-    ids, logprobs = list(prompt), []
-    for _ in range(num):
-        padded = jnp.array([ids + [0] * (48 - len(ids))])
-        row = jax.nn.log_softmax(all_logits(params, padded)[0, len(ids) - 1])
-        ids.append(int(jnp.argmax(row)))
-        logprobs.append(float(row[ids[-1]]))
-    return ids[len(prompt) :], logprobs
-
-
-def test_greedy_equals_recomputing(params, sampler):
-    requests = [Request(prompt=p, max_new_tokens=12, logprobs=True) for p in PROMPTS]
-    for request, sample in zip(requests, sampler.sample(requests), strict=True):
-        tokens, logprobs = recomputed(params, list(request.prompt), 12)
-        assert sample.token_ids == tuple(tokens)
-        assert sample.finish_reason == "length"
-        assert sample.prompt_token_ids == request.prompt
-        np.testing.assert_allclose(sample.logprobs, logprobs, atol=2e-5)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_log_probabilities_are_those_of_the_model(params, sampler, temperature):
-    """Those of the drawn tokens, and the likeliest of every position."""
+    """Against the whole forward pass over prompt and sample: those of the new tokens, which are the
+    likeliest where greedy, and the likeliest of every position."""
     requests = [
         Request(prompt=p, max_new_tokens=9, temperature=temperature, seed=i, logprobs=True,
                 top_logprobs=k)
@@ -105,6 +85,9 @@ def test_log_probabilities_are_those_of_the_model(params, sampler, temperature):
         ids = [*sample.prompt_token_ids, *sample.token_ids]
         rows = jax.nn.log_softmax(all_logits(params, jnp.array([ids + [0] * (48 - len(ids))])))[0]
         rows = np.asarray(rows[len(request.prompt) - 1 : len(ids) - 1])
+        assert (sample.prompt_token_ids, sample.finish_reason) == (request.prompt, "length")
+        assert len(sample.token_ids) == 9
+        assert temperature or sample.token_ids == tuple(rows.argmax(-1))
         expected = rows[np.arange(9), sample.token_ids]
         np.testing.assert_allclose(sample.logprobs, expected, atol=2e-5)
         assert (sample.top_logprobs is None) == (not request.top_logprobs)
@@ -154,21 +137,20 @@ def test_a_first_token_may_stop_or_be_the_last(sampler):
     assert same == Sample(prompt_token_ids=(5,), token_ids=first.token_ids, finish_reason="stop")
 
 
-def test_the_context_ends_a_sample(params):
-    sampler = LocalSampler(params, CONFIG, max_length=20)
-    sample, other = sampler.sample(
+def test_the_context_ends_a_sample(params, sampler):
+    (free,) = sampler.sample([Request(prompt=[3] * 15, max_new_tokens=5)])
+    sample, other = LocalSampler(params, CONFIG, max_length=20).sample(
         [Request(prompt=[3] * 15, max_new_tokens=50), Request(prompt=[3] * 19, max_new_tokens=50)]
     )
-    assert (len(sample.token_ids), sample.finish_reason) == (5, "length")
-    assert len(other.token_ids) == 1
-    assert list(sample.token_ids) == recomputed(params, [3] * 15, 5)[0]
+    assert sample == free
+    assert (len(other.token_ids), sample.finish_reason) == (1, "length")
 
 
-def test_text_leaves_the_stop_token_out(params):
-    tokens, _ = recomputed(params, [5], 6)
+def test_text_leaves_the_stop_token_out(params, sampler):
+    request = Request(prompt=[5], max_new_tokens=6)
+    tokens = sampler.sample([request])[0].token_ids
     absent = next(i for i in range(61) if i not in tokens)
     at = tokens.index(tokens[-1])
-    request = Request(prompt=[5], max_new_tokens=6)
     (free,) = LocalSampler(params, CONFIG, tokenizer=Letters(absent)).sample([request])
     assert (free.text, free.finish_reason) == (spell(tokens), "length")
     ends = Letters(59, tokens[at])
@@ -177,19 +159,15 @@ def test_text_leaves_the_stop_token_out(params):
 
 
 def test_weights_of_any_form(params):
-    """Unstacked, and quantized, leaves give what the whole forward with them gives."""
+    """Stacked or not; quantized leaves are those of their dequantized arrays."""
     request = Request(prompt=PROMPTS[0], max_new_tokens=10)
     (stacked,) = LocalSampler(params, CONFIG).sample([request])
     (unstacked,) = LocalSampler(unstack(params), CONFIG).sample([request])
     assert stacked == unstacked
     quantized = jax.tree.map(lambda w: Int8.quantize(w) if w.ndim == 3 else w, params)
-    dense = jax.tree.map(
-        lambda w: w.dequantize(jnp.float32) if isinstance(w, Int8) else w,
-        quantized,
-        is_leaf=lambda w: isinstance(w, Int8),
-    )
     (sample,) = LocalSampler(quantized, CONFIG).sample([request])
-    assert list(sample.token_ids) == recomputed(dense, PROMPTS[0], 10)[0]
+    (expected,) = LocalSampler(dequantize(quantized), CONFIG).sample([request])
+    assert sample.token_ids == expected.token_ids
 
 
 def test_no_shape_is_compiled_twice(params):

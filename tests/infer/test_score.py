@@ -9,6 +9,7 @@ import pytest
 from lm.infer.score import Scorer, make_windows, perplexity
 from lm.model import Tokens, forward, make_head
 from tests.infer.test_generate import CONFIG, params  # noqa: F401
+from tests.refuses import refuses
 
 
 def test_logprobs_are_those_of_the_model(params):  # noqa: F811
@@ -73,25 +74,18 @@ def test_bos_takes_the_first_place_in_windows_of_llama_cpp(params):  # noqa: F81
     assert found.nats_per_token == pytest.approx(nats.mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((100, 1, None, "transformers"), "window=1"),
-        ((100, 16, 17, "transformers"), "stride=17; use 1 to the window, 16"),
-        ((1, 16, None, "transformers"), "1 tokens; perplexity needs"),
-        ((100, 16, 8, "llama.cpp"), "do not overlap"),
-        ((15, 16, None, "llama.cpp"), "less than one window of 16"),
-    ],
-)
-def test_windows_that_cannot_be(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        list(make_windows(*arguments))
+def test_refusals(params):  # noqa: F811
+    def windows(num: int, window: int, stride: int | None, convention):
+        return lambda: list(make_windows(num, window, stride, convention))
 
-
-def test_errors(params):  # noqa: F811
-    with pytest.raises(ValueError, match="97 tokens do not fit the model's context of 96"):
-        Scorer(params, CONFIG).logprobs([[1] * 97])
-    with pytest.raises(ValueError, match="token ids 0 to 61; vocab_size is 61"):
-        Scorer(params, CONFIG).logprobs([[0, 61]])
-    with pytest.raises(ValueError, match="batch_size=0"):
-        Scorer(params, CONFIG, batch_size=0)
+    for call, words in (
+        (windows(100, 1, None, "transformers"), "window=1"),
+        (windows(100, 16, 17, "transformers"), "stride=17; use 1 to the window, 16"),
+        (windows(1, 16, None, "transformers"), "1 tokens; perplexity needs"),
+        (windows(100, 16, 8, "llama.cpp"), "do not overlap"),
+        (windows(15, 16, None, "llama.cpp"), "less than one window of 16"),
+        (lambda: Scorer(params, CONFIG).logprobs([[1] * 97]), "97 tokens do not fit the model's"),
+        (lambda: Scorer(params, CONFIG).logprobs([[0, 61]]), "ids 0 to 61; vocab_size is 61"),
+        (lambda: Scorer(params, CONFIG, batch_size=0), "batch_size=0"),
+    ):
+        refuses(call, words)

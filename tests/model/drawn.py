@@ -20,7 +20,7 @@ from lm.model import (
     make_stacks,
     param_specs,
 )
-from lm.weights import ParamSpec, is_spec
+from lm.weights import ParamSpec, is_spec, is_structured
 
 
 def config_of(*attentions: Attention) -> ModelConfig:
@@ -48,6 +48,14 @@ def weights(
         return jnp.asarray(rng.normal(mean[spec.init], scale, spec.shape), jnp.float32)
 
     return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
+
+
+def dequantize(params: ModelWeights) -> ModelWeights:
+    """With float32 arrays for quantized weights."""
+    return jax.tree.map(
+        lambda w: w.dequantize(jnp.float32) if is_structured(w) else w, params,
+        is_leaf=is_structured,
+    )  # fmt: skip
 
 
 def chunk_of(ids: np.ndarray, starts, stops, width: int) -> Tokens:

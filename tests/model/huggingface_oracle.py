@@ -6,6 +6,7 @@ that are not width / heads, windows shorter than a row, patterns that leave a re
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -31,39 +32,23 @@ def rope(kind: str, theta: float = 10_000.0, **rest: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **rest}}
 
 
-LLAMA3 = rope(
-    "llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=64,
-)
+LLAMA3_FACTORS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = rope("llama3", original_max_position_embeddings=64, **LLAMA3_FACTORS)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=32)
 # The ramp begins at pair 5 of 8; with the usual beta_fast it would at pair 1.
 YARN_MSCALE = {"max_position_embeddings": 2048} | rope(
-    "yarn",
-    theta=100.0,
-    factor=4.0,
-    original_max_position_embeddings=512,
-    mscale=0.7,
-    mscale_all_dim=0.4,
-    beta_fast=4.0,
-    beta_slow=0.5,
-)
+    "yarn", 100.0, factor=4.0, original_max_position_embeddings=512, mscale=0.7,
+    mscale_all_dim=0.4, beta_fast=4.0, beta_slow=0.5,
+)  # fmt: skip
 # As DeepSeek's, in whose files both weights are the same.
 YARN_DEEPSEEK = rope(
     "yarn", factor=40.0, original_max_position_embeddings=8, mscale=0.707, mscale_all_dim=0.707
 )
 # Five different sizes, no one the width / heads.
 LATENT = {
-    "kv_lora_rank": 20,
-    "q_lora_rank": 22,
-    "qk_nope_head_dim": 10,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 14,
-    "first_k_dense_replace": 3,
-    "rms_norm_eps": 0.03,
-}
+    "kv_lora_rank": 20, "q_lora_rank": 22, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6,
+    "v_head_dim": 14, "first_k_dense_replace": 3, "rms_norm_eps": 0.03,
+}  # fmt: skip
 GEMMA3_ROPE = {
     "rope_parameters": {
         "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
@@ -140,6 +125,13 @@ class Oracle:
     model: Any
     json: dict[str, Any]
 
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits [B, T, V] of ids [B, T], without gradients."""
+        torch = pytest.importorskip("torch")
+        with torch.no_grad():
+            tokens = torch.from_numpy(ids).long()
+            return self.model(input_ids=tokens, use_cache=False).logits.numpy()
+
     def arrays(self, gradient: bool = False) -> dict[str, np.ndarray]:
         """Parameters, or their gradients, by the names of its files."""
         return {
@@ -165,11 +157,7 @@ def build_oracle(model_type: str, arguments: dict[str, Any], seed: int = 0) -> O
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)  # matrices this small only wait for other threads
     # A configuration edits the dictionaries it is given.
-    arguments = {k: dict(v) if isinstance(v, dict) else v for k, v in arguments.items()}
-    if "rope_parameters" in arguments and model_type == "gemma3_text":
-        nested = arguments["rope_parameters"].items()
-        arguments["rope_parameters"] = {k: dict(v) for k, v in nested}
-    config = transformers.AutoConfig.for_model(model_type, **arguments)
+    config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(arguments))
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -119,11 +119,8 @@ ATTENTION = ("query", "key", "value", "out")
     ("targets", "rank", "times"),
     [
         (("query", "value"), 8, 1607),
-        (("query", "value"), 16, 803),
-        (ATTENTION, 8, 803),
         (ATTENTION, 16, 402),
         ((*ATTENTION, "gate", "up", "down"), 8, 337),
-        ((*ATTENTION, "gate", "up", "down"), 16, 169),
         ((*ATTENTION, "gate", "up", "down"), 32, 84),
     ],
 )

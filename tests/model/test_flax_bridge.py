@@ -22,6 +22,7 @@ from lm.model import (
 from lm.model.flax_bridge import Transformer
 from lm.weights import is_spec, path_name
 from tests.model.drawn import weights
+from tests.refuses import refuses
 
 LAYERS = tuple(
     Layer(Attention(4, 2, 8, window=window, qk_norm="head"), FeedForward(24))
@@ -63,6 +64,8 @@ def test_logits_are_bit_equal(params, form):
 
 
 def test_gradients_are_those_of_the_function(params):
+    """And named by their weights' paths."""
+
     def loss(params):
         return jnp.mean(jnp.square(logits(params, Tokens.of(IDS))[..., :40]))
 
@@ -74,21 +77,12 @@ def test_gradients_are_those_of_the_function(params):
         Transformer(CONFIG, params)
     )
     np.testing.assert_allclose(module_value, value, rtol=1e-6)
-    expected = {path_name(p): g for p, g in jax.tree_util.tree_leaves_with_path(gradients)}
-    flat = {"/".join(map(str, p[1:])): v[...] for p, v in nnx.to_flat_state(module_gradients)}
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    expected = {f"weights/{path_name(path)}": gradient for path, gradient in leaves}
+    flat = {"/".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(module_gradients)}
     assert flat.keys() == expected.keys()
     for name, gradient in expected.items():
         np.testing.assert_allclose(flat[name], gradient, rtol=1e-5, atol=1e-7, err_msg=name)
-
-
-def test_state_is_named_by_path(params):
-    state = nnx.to_flat_state(nnx.state(Transformer(CONFIG, params), nnx.Param))
-    names = {"/".join(map(str, path)): leaf.shape for path, leaf in state}
-    assert names == {
-        f"weights/{path_name(path)}": w.shape
-        for path, w in jax.tree_util.tree_leaves_with_path(params)
-    }
-    assert names["weights/stacks/0/layers/1/attention/query"] == (2, 16, 32)
 
 
 def test_split_and_merge(params):
@@ -96,11 +90,8 @@ def test_split_and_merge(params):
     graph, state = nnx.split(model)
     doubled = nnx.merge(graph, jax.tree.map(lambda x: 2 * x, state))
     assert same(doubled.params(), jax.tree.map(lambda x: 2 * x, params))
-    assert same(nnx.merge(graph, state).params(), params)
     assert same(model.params(), params)
-    nnx.update(model, nnx.state(doubled))
-    assert same(model.params(), doubled.params())
-    assert (model.config, doubled.config) == (CONFIG, CONFIG)
+    assert doubled.config == CONFIG
 
 
 def test_an_optimizer_trains_it(params):
@@ -134,7 +125,5 @@ def test_fresh_weights_come_from_rngs():
 
 
 def test_weights_or_rngs(params):
-    with pytest.raises(ValueError, match="neither of params and rngs given"):
-        Transformer(CONFIG)
-    with pytest.raises(ValueError, match="both of params and rngs given"):
-        Transformer(CONFIG, params, rngs=nnx.Rngs(0))
+    refuses(lambda: Transformer(CONFIG), "neither of params and rngs given")
+    refuses(lambda: Transformer(CONFIG, params, rngs=nnx.Rngs(0)), "both of params and rngs given")

@@ -16,9 +16,9 @@ from lm.model import ModelConfig, Stack, Tokens, forward, make_head, num_params,
 from lm.model.latent import expands
 from tests.model.huggingface_oracle import (
     BASE,
-    CASES,
     GQA,
     LATENT,
+    LLAMA3_FACTORS,
     YARN_DEEPSEEK,
     build_oracle,
     make_oracle,
@@ -48,8 +48,7 @@ LONG = {
     "llama": ("llama", GQA | TWO_LAYERS
         | rope("yarn", factor=8.0, original_max_position_embeddings=32)),
     "llama3": ("llama", GQA | TWO_LAYERS
-        | rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-               original_max_position_embeddings=32)),
+        | rope("llama3", original_max_position_embeddings=32, **LLAMA3_FACTORS)),
     "phi3": ("phi3", PHI3),
     "deepseek_v2": ("deepseek_v2", BASE | LATENT | TWO_LAYERS | YARN_DEEPSEEK),
     "deepseek_v3": ("deepseek_v3", BASE | LATENT | TWO_LAYERS | {"num_key_value_heads": 6}
@@ -61,12 +60,10 @@ LONG = {
 @pytest.mark.parametrize("case", LONG)
 def test_logits_beyond_the_original_length(case):
     """Every logit of 256 positions, where training saw 8 or 32; unstretched ones are others."""
-    torch = pytest.importorskip("torch")
     model_type, arguments = LONG[case]
     oracle = build_oracle(model_type, arguments | {"max_position_embeddings": 256})
     ids = np.random.default_rng(0).integers(0, 139, (1, 256), dtype=np.int32)
-    with torch.no_grad():
-        want = oracle.model(input_ids=torch.from_numpy(ids).long(), use_cache=False).logits.numpy()
+    want = oracle.logits(ids)
     config = from_huggingface(oracle.json)
     got = logits_of(oracle, config, ids)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -80,11 +77,9 @@ def test_logits_beyond_the_original_length(case):
 
 def test_longrope_within_the_original_length():
     """A model that is to be no longer has the short factors, and cos and sin grow all the same."""
-    torch = pytest.importorskip("torch")
     oracle = build_oracle("phi3", PHI3 | {"max_position_embeddings": 256})
     ids = np.random.default_rng(0).integers(0, 139, (1, 32), dtype=np.int32)
-    with torch.no_grad():
-        want = oracle.model(input_ids=torch.from_numpy(ids).long(), use_cache=False).logits.numpy()
+    want = oracle.logits(ids)
     config = from_huggingface(oracle.json)
     got = logits_of(oracle, dataclasses.replace(config, max_length=32), ids)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -116,38 +111,26 @@ def test_greedy_generation_equals_transformers(case):
         assert out[0, len(prompt) :].tolist() == list(sample.token_ids)
 
 
-# Published configurations (config.json of each), cut to their dense layers.
+# Published configurations (config.json of each), cut to their dense layers: vocabulary, width,
+# feed-forward size, heads, rank of queries, layers.
 PUBLISHED = {
-    "DeepSeek-V2": ("deepseek_v2", {
-        "vocab_size": 102400, "hidden_size": 5120, "intermediate_size": 12288,
-        "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
-        "num_hidden_layers": 1, "first_k_dense_replace": 1,
-    }),
-    "DeepSeek-V2-Lite": ("deepseek_v2", {
-        "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None,
-        "num_hidden_layers": 1, "first_k_dense_replace": 1,
-    }),
-    "DeepSeek-V3": ("deepseek_v3", {
-        "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
-        "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
-        "num_hidden_layers": 3, "first_k_dense_replace": 3,
-    }),
-}  # fmt: skip
+    "DeepSeek-V2": ("deepseek_v2", 102400, 5120, 12288, 128, 1536, 1),
+    "DeepSeek-V2-Lite": ("deepseek_v2", 102400, 2048, 10944, 16, None, 1),
+    "DeepSeek-V3": ("deepseek_v3", 129280, 7168, 18432, 128, 1536, 3),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_are_counted_as_transformers_counts_them(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    model_type, arguments = PUBLISHED[name]
-    theirs = transformers.AutoConfig.for_model(model_type, **arguments)
+    model_type, vocab_size, width, hidden, heads, rank, layers = PUBLISHED[name]
+    theirs = transformers.AutoConfig.for_model(
+        model_type, vocab_size=vocab_size, hidden_size=width, intermediate_size=hidden,
+        num_attention_heads=heads, num_key_value_heads=heads, q_lora_rank=rank,
+        num_hidden_layers=layers, first_k_dense_replace=layers,
+    )  # fmt: skip
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
     config = from_huggingface(theirs.to_dict())
     assert num_params(config) == sum(p.numel() for p in model.parameters())
-
-
-def test_cases_have_every_kind():
-    kinds = {name: CASES[name][1].get("q_lora_rank") for name in CASES if "deepseek" in name}
-    assert None in kinds.values() and len(kinds) == 3
