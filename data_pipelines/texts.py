@@ -90,7 +90,7 @@ def find_user_files(patterns: Sequence[str]) -> list[Candidate]:
     """Files that match the glob patterns (`**` crosses directories), sorted by name.
 
     Names are relative to the directory that holds all of them, so that a corpus does not depend
-    on where its files lie.
+    on where its files are.
 
     Raises:
       CorpusError: a pattern matches no file.

@@ -42,7 +42,7 @@ def permute(index, size: int, key: int) -> np.ndarray:
       ValueError: a size or an index out of range.
     """
     if not 1 <= size < 1 << 62:
-        raise ValueError(f"permutation size={size} must lie in [1, 2**62)")
+        raise ValueError(f"permutation size={size} must be in [1, 2**62)")
     index = np.asarray(index, dtype=np.int64)
     if index.size and not (index.min() >= 0 and index.max() < size):
         raise ValueError(f"index range [{index.min()}, {index.max()}] exceeds range({size})")
@@ -132,7 +132,7 @@ def _feistel(value: np.ndarray, a: int, b: int, keys: Sequence[int]) -> np.ndarr
 
 
 def _mix(x: Any) -> Any:
-    """Of an integer below 2**65 or of uint64 arrays; the masks keep the former to 64 bits."""
+    """Mixes an integer below 2**65 or uint64 arrays; the masks keep the former to 64 bits."""
     x = (x + _GOLDEN) & _MASK
     x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
     x = ((x ^ (x >> 27)) * _MIX_2) & _MASK

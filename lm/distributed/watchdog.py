@@ -51,7 +51,7 @@ class StartError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one watchdog: `num` processes; `port` is that of JAX's runtime on process 0.
+    """Settings of one watchdog: `num` processes; `port` is that of JAX's runtime on process 0.
 
     A host counts as dead after `timeout` seconds of silence, as missing after `start_timeout`.
     """

@@ -1,4 +1,4 @@
-"""Embedding rows, and their gradient summed where it lies."""
+"""Embedding rows, and their gradient summed where it is stored."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class AttentionWeights(Generic[Slot]):
 
 @flax.struct.dataclass
 class LatentAttentionWeights(Generic[Slot]):
-    """Of multi-head latent attention; see `Latent`. Queries: `query`, or down, norm and up.
+    """Weights of multi-head latent attention; see `Latent`. Queries: `query`, or down, norm and up.
 
     Attributes:
       key_value_down: [D, kv_rank + rope_dim], the latent and the shared rotated key.

@@ -61,7 +61,7 @@ class Context(NamedTuple):
         return "mesh axis " + " x ".join(f"{a!r}={self.mesh.shape[a]}" for a in self.axes)
 
     def spec(self, shape: tuple[int, ...], *logical_axes: str | None) -> PartitionSpec:
-        """How an activation lies. Errors as `partition_spec`."""
+        """How an activation is sharded. Errors as `partition_spec`."""
         return partition_spec(self.layout.rules.activations, logical_axes, self.mesh, shape)
 
 

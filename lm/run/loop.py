@@ -137,12 +137,12 @@ class RunLogger:
 
 
 def strongest(*kinds: Kind | None) -> Kind | None:
-    """Of the checkpoints that are due, the one that makes the others needless."""
+    """The strongest of the checkpoints that are due: the one that makes the others needless."""
     return "durable" if "durable" in kinds else "local" if "local" in kinds else None
 
 
 def _num_tokens(values: Values) -> int:
-    """Of a step; none where bad data has made even their count something else than a number."""
+    """Tokens of a step; 0 where bad data has made even their count not a number."""
     return int(values["tokens"]) if np.isfinite(values["tokens"]) else 0
 
 

@@ -1,4 +1,4 @@
-"""What the compiler is told of a sharded training step, by platform."""
+"""Compiler options of a sharded training step, by platform."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SCATTERS: dict[str, bool | int] = {
     "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
 }
 # On the sparse cores, beside the matrix products. Not all-reduces, of some of which libtpu 0.0.42
-# dies (on TPU7x unless it is told).
+# dies (on TPU7x unless switched off).
 _BESIDE: dict[str, bool | int] = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
@@ -31,5 +31,5 @@ def step_options(mesh: Mesh) -> dict[str, bool | int]:
     if device.platform != "tpu" or mesh.size == 1:
         return {}
     options = _BESIDE if device.device_kind in _WITH_SPARSE_CORES else {}
-    # With sparse cores TPU v6e makes the better scatters without being told.
+    # With sparse cores TPU v6e makes the better scatters without these options.
     return options if device.device_kind in _SCATTER_ALONE else options | _SCATTERS

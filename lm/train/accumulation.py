@@ -140,7 +140,7 @@ class Accumulation:
         batch: Batch,
         begin: Callable[[Any], Any] = lambda zeros: zeros,
     ) -> Any:
-        """The sum of `function` over the micro-batches; `begin` states where zeros lie."""
+        """The sum of `function` over the micro-batches; `begin` states how zeros are sharded."""
         if self.num_micro_batches == 1:
             return function(batch)
 

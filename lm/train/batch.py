@@ -1,4 +1,4 @@
-"""Batches: how their leaves lie on a mesh, and how they are cut into micro-batches.
+"""Batches: how their leaves are sharded, and how they are cut into micro-batches.
 
 Dimension 0 of every leaf counts rows or examples: [B, T], [B], and with two rows per example
 [P, 2, T] or [P]. A leaf without dimensions belongs to all of them.

@@ -31,7 +31,7 @@ class Ema:
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
-            raise ValueError(f"EMA decay={self.decay} must lie in [0, 1), such as 0.999")
+            raise ValueError(f"EMA decay={self.decay} must be in [0, 1), such as 0.999")
 
     def update(self, average: Tree, weights: Tree, num_updates: jax.Array) -> Tree:
         """The average after one more update, of which there were `num_updates` before."""

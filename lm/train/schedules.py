@@ -71,13 +71,12 @@ class Schedule:
                 "outside [0, 1]"
             )
         if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction={self.decay_fraction} must lie in [0, 1]")
+            raise ValueError(f"decay_fraction={self.decay_fraction} must be in [0, 1]")
         if not self.time_scale > 0:
             raise ValueError(f"time_scale={self.time_scale} must be positive")
         if not 0 <= self.warmup_steps <= self.num_steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must lie between 0 and num_steps="
-                f"{self.num_steps}"
+                f"warmup_steps={self.warmup_steps} must be between 0 and num_steps={self.num_steps}"
             )
 
     def __call__(self, step: Any) -> Any:
@@ -155,7 +154,7 @@ class BatchRamp:
                 below = stage.batch_size // self.divisor * self.divisor
                 options = [str(n) for n in (below, below + self.divisor) if n > 0]
                 raise ValueError(
-                    f"batch_size={stage.batch_size} at step {stage.first_step} is no positive "
+                    f"batch_size={stage.batch_size} at step {stage.first_step} is not a positive "
                     f"multiple of {self.divisor}; use {' or '.join(options)}"
                 )
 

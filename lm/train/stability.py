@@ -135,7 +135,7 @@ def begin_recovery(state: TrainState, scale: float, num_steps: int) -> TrainStat
       ValueError: a scale outside (0, 1], no steps, or a state without `health`.
     """
     if not 0 < scale <= 1:
-        raise ValueError(f"scale={scale} of the learning rate must lie in (0, 1]")
+        raise ValueError(f"scale={scale} of the learning rate must be in (0, 1]")
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps} of recovery must be at least 1")
     until = int(state.step) + num_steps

@@ -54,7 +54,7 @@ class Health:
 
     @classmethod
     def new(cls) -> Health:
-        """Of a run that has taken no step."""
+        """The statistics of a run that has taken no step."""
         whole, real = (jnp.zeros((), dtype) for dtype in (jnp.int32, jnp.float32))
         return cls(whole, real, real, real, real, whole, whole, jnp.ones_like(real), whole)
 

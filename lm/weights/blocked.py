@@ -2,10 +2,10 @@
 
 Such a leaf stands for a matrix that is cut into blocks along one of its dimensions, K; the other
 is R. Every array of it is `[*stack, K times a ratio, R]`, or has 1 in place of either. R is last
-because the numbers of a block then lie in different vectors, not in different lanes of one:
+because the numbers of a block are then in different vectors, not in different lanes of one:
 unpacking is four times faster on CPU, and fills the lanes of a TPU.
 
-Blocks lie along `in` for a matrix that is multiplied by, so K = in and R = out. An embedding table
+Blocks run along `in` for a matrix that is multiplied by, so K = in and R = out. An embedding table
 `[vocab, embed]`, of which rows are taken, has them along `out`: K = out and R = in.
 """
 

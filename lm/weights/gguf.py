@@ -1,8 +1,8 @@
 """Tensors of GGUF files as leaves: ggml's blocks, computed on as they are.
 
 The bytes of a block are kept field by field (its scales apart from its quants), and the rows of a
-file's tensor, `[out, in]`, lie along the last dimension; not a bit is changed, and `to_bytes` gives
-the file's bytes back. Left interleaved, unpacking took four times as long on CPU.
+file's tensor, `[out, in]`, are stored along the last dimension. Not a bit is changed: `to_bytes`
+gives the file's bytes back. Left interleaved, unpacking took four times as long on CPU.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class GGUFBlocks(Blocked):
         return cls(fields, kind, block_axis)
 
     def to_bytes(self) -> np.ndarray:
-        """The bytes of the file's tensor: uint8 [*stack, R, bytes a row]."""
+        """The bytes of the file's tensor: uint8 [*stack, R, bytes per row]."""
         layout = block_type(self.kind)
         K, R = self.size
         blocks = np.empty((*self.stack, R, K // layout.block), layout.dtype)

@@ -1,8 +1,8 @@
 """Matrices cut into narrow panels, as CPUs multiply few rows by them fastest.
 
-A product of few rows takes as long as reading the matrix. XLA's CPU backend first copies a matrix
-`[in, out]` into panels, each multiplication again; of panels that lie so from the start it reads
-every byte once, nearly as fast as memory gives them.
+A product of few rows takes as long as reading the matrix. XLA's CPU backend copies a matrix
+`[in, out]` into panels at each multiplication; panels stored that way from the start it reads once,
+nearly as fast as memory gives them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Panels(StructuredWeight):
         width = panel_width(size)
         if width is None:
             raise ValueError(
-                f"{block_axis}={size} is no multiple of {WIDTHS[-1]}; keep the matrix whole"
+                f"{block_axis}={size} is not a multiple of {WIDTHS[-1]}; keep the matrix whole"
             )
         return cls(matrix.reshape(K, -1, width).swapaxes(0, 1), block_axis)
 
@@ -92,5 +92,5 @@ class Panels(StructuredWeight):
 
 
 def panel_width(size: int) -> int | None:
-    """Of the panels that a dimension of `size` is cut into; None where it cannot be."""
+    """Width of the panels that a dimension of `size` is cut into; None where it cannot be."""
     return next((width for width in WIDTHS if size % width == 0), None)

@@ -31,7 +31,7 @@ FORMATS: Mapping[str, Callable[[jax.Array], StructuredWeight]] = {
         for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ2_0", "MXFP4")
     },
 }
-# Endings of the names of arrays that are no matrices, however many dimensions a stack gives them.
+# Endings of the names of arrays that are not matrices, however many dimensions a stack gives them.
 _VECTORS = ("bias", "norm", "scale")
 
 
@@ -42,7 +42,7 @@ def rtn(params: Tree, formats: Mapping[str, Format]) -> Tree:
     `{"*/feed_forward/*": "int4", "embed": functools.partial(NF4.quantize, block_axis="out")}`.
 
     Args:
-      params: the weights. What is no array any more stays as it is.
+      params: the weights. Weights that are not plain arrays stay as they are.
       formats: from a pattern of paths (`stacks/0/layers/*/query`; `*` is anything, slashes too) to
         a name in `FORMATS` or a function from a matrix [*stack, in, out] to a `StructuredWeight`.
         The first pattern that a path matches decides; norms and biases never match.

@@ -1,6 +1,6 @@
 """Tiny models of `transformers`, one a case, with every parameter away from its initial value.
 
-Shapes are odd on purpose: a vocabulary that is no multiple of 128, grouped-query ratio 3, heads
+Shapes are odd on purpose: a vocabulary that is not a multiple of 128, grouped-query ratio 3, heads
 that are not width / heads, windows shorter than a row, patterns that leave a remainder.
 """
 

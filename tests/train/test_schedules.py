@@ -109,10 +109,10 @@ def test_no_steps_and_no_warm_up_are_finite_and_traceable(kind):
         (("step", 1.0, 0, 1), "kind 'step' is unknown; use cosine, linear, wsd, inverse_sqrt"),
         (("cosine", -1.0, 0, 1), "peak=-1.0 must not be negative"),
         (("cosine", 1.0, 0, 1, 1.5), r"final_fraction=1.5 outside \[0, 1\]"),
-        (("wsd", 1.0, 0, 1, 0.1, -0.1), "decay_fraction=-0.1 must lie in"),
+        (("wsd", 1.0, 0, 1, 0.1, -0.1), "decay_fraction=-0.1 must be in"),
         (("wsd", 1.0, 0, 1, 0.1, 0.2, "sqrt"), "cooldown 'sqrt' is unknown; use linear, 1-sqrt"),
         (("inverse_sqrt", 1.0, 0, 1, 0.1, 0.2, "linear", 0), "time_scale=0 must be positive"),
-        (("cosine", 1.0, 11, 10), "warmup_steps=11 must lie between 0 and num_steps=10"),
+        (("cosine", 1.0, 11, 10), "warmup_steps=11 must be between 0 and num_steps=10"),
         (("cosine", 1.0, -1, 10), "warmup_steps=-1"),
     ],
 )

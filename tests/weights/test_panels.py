@@ -55,5 +55,5 @@ def test_rows_and_the_whole():
 
 
 def test_a_size_that_no_panel_divides():
-    with pytest.raises(ValueError, match=r"out=24 is no multiple of 32; keep the matrix whole"):
+    with pytest.raises(ValueError, match=r"out=24 is not a multiple of 32; keep the matrix whole"):
         Panels.of(jnp.zeros((64, 24)))

@@ -60,7 +60,7 @@ def fused_token_logprobs(
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where the arrays lie on the mesh, and the mesh axes each collective runs over.
+    """How the arrays are sharded over the mesh, and the mesh axes each collective runs over.
 
     Attributes:
       mesh: the mesh, or None for one device without a layout.

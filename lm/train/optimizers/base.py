@@ -2,7 +2,7 @@
 
 An optimizer is a configuration that names a method for each weight. A method declares what it keeps
 for a weight, as specs, and computes a direction from a gradient; `Optimizer` applies the methods to
-a tree. The declaration gives the state's shapes, its initial zeros and how it lies on a mesh.
+a tree. The declaration gives the state's shapes, its initial zeros and how it is sharded.
 """
 
 from __future__ import annotations
