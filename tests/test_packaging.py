@@ -43,6 +43,10 @@ def core() -> list[Requirement]:
     return requirements(setup_cfg()["options"]["install_requires"])
 
 
+def extra(name: str) -> list[Requirement]:
+    return requirements(setup_cfg()["options.extras_require"][name])
+
+
 def pins(python: str) -> dict[str, Version]:
     """The versions constraints.txt gives on `python`; two pins of one package are an error."""
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
@@ -60,8 +64,7 @@ def pins(python: str) -> dict[str, Version]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_what_make_installs_is_pinned(python):
     pinned = pins(python)
-    extras = setup_cfg()["options.extras_require"]
-    for requirement in core() + [r for e in INSTALLED_BY_MAKE for r in requirements(extras[e])]:
+    for requirement in core() + [r for name in INSTALLED_BY_MAKE for r in extra(name)]:
         version = pinned.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} is not pinned on Python {python}"
         assert version in requirement.specifier, f"{requirement} excludes the pin {version}"
