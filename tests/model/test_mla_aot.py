@@ -55,7 +55,7 @@ def tokens_of(layout: Layout, T: int) -> Tokens:
     axes = ("batch", None)
     sharding = named_sharding(layout.mesh, layout.rules.activations, axes, (ROWS, T))
     ids = jax.ShapeDtypeStruct((ROWS, T), jnp.int32, sharding=sharding)
-    return Tokens(ids, ids)
+    return Tokens(ids, ids, in_order=True)
 
 
 @functools.cache
