@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lm import distributed
 from lm.adapters import add_lora, trains
 from lm.checkpoints import CheckpointError, Checkpoints, Reference, open_checkpoint
+from lm.data.conversations import PLAIN_TEMPLATE
 from lm.formats import load_pretrained
 from lm.model import ModelConfig, param_specs, stack
 from lm.sharding import Layout
@@ -55,7 +56,8 @@ def pretrained(name: str, template: str, folder: pathlib.Path) -> Base:
 
     Args:
       name: as `load_pretrained` takes it.
-      template: of chats, in place of the tokenizer's own; "" to keep that.
+      template: of chats, in place of the tokenizer's own; "" to keep that, or to take
+        `PLAIN_TEMPLATE` where there is none, as with base models.
       folder: where the run's checkpoints are opened with the tokenizer.
 
     Raises:
@@ -89,6 +91,9 @@ def from_scratch(
 
 
 def _set_template(tokenizer: Tokenizer, template: str) -> None:
+    if not template and "default" not in tokenizer.chat_templates:
+        distributed.print_once("the tokenizer has no chat template: roles are written in words")
+        template = PLAIN_TEMPLATE
     if template:
         tokenizer.chat_templates = {**tokenizer.chat_templates, "default": template}
 

@@ -15,8 +15,10 @@ from experiments import sft
 from lm.adapters import remove, trains
 from lm.checkpoints import open_checkpoint
 from lm.config.command_line import ConfigError
+from lm.data.conversations import PLAIN_TEMPLATE
 from lm.formats import load_pretrained
 from lm.model import stack
+from lm.run.finetune import pretrained
 from lm.run.metrics import read
 from lm.weights import path_name
 from tests.experiments import survival
@@ -147,6 +149,17 @@ def test_a_longer_run_says_that_its_schedule_changed(
     assert "learning-rate schedule" in event["notes"][0]
     assert event["notes"][0] in capsys.readouterr().out
     assert rows(workdir, "loss_sigma")[21] > 0  # its statistics go on
+
+
+def test_a_base_model_without_a_template_takes_the_plain_one(
+    full: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    base = shutil.copytree(full, tmp_path / "base")
+    (base / "data" / "chat_template.jinja").unlink()
+    assert not load_pretrained(str(base)).tokenizer.chat_templates
+    opened = pretrained(str(base), "", tmp_path / "data")
+    assert opened.tokenizer.chat_templates == {"default": PLAIN_TEMPLATE}
+    assert (tmp_path / "data" / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
 
 
 def test_a_bad_line_is_named(tmp_path: pathlib.Path) -> None:
