@@ -13,6 +13,7 @@ from typing import Any, Literal
 from data_pipelines import texts as stages
 from data_pipelines.texts import Candidate, Text, content_hash
 from lm.data.corpus import CorpusError
+from lm.data.files import matches
 from lm.data.jsonl import read_jsonl
 from lm.data.mixtures import Share
 from lm.data.sources import read_examples
@@ -76,7 +77,7 @@ class Files:
         found = []
         for directory in self._directories():
             for path in sorted(directory.iterdir()):
-                name = f"{directory.name}/{path.name}"
+                name = stages.printable(f"{directory.name}/{path.name}")
                 found.append(Candidate(path, name, "user", path.stat().st_size))
         return found
 
@@ -101,13 +102,19 @@ class Files:
         return stages.take(stages.cut(clean, section), self.max_bytes)
 
     def _directories(self) -> list[Path]:
-        found = stages.find_paths(
-            self.files,
-            lambda path: os.path.isfile(os.path.join(path, "dataset_info.json")),
-            "TFDS dataset at",
-            "give a directory with a dataset_info.json, that of a version, such as "
-            "'tensorflow_datasets/wiki/1.0.0'",
-        )
+        found: dict[str, Path] = {}
+        for pattern in self.files:
+            folders = [
+                path
+                for path in matches(pattern)
+                if os.path.isfile(os.path.join(path, "dataset_info.json"))
+            ]
+            if not folders:
+                raise CorpusError(
+                    f"no TFDS dataset at '{pattern}' (from '{os.getcwd()}'); give a directory with "
+                    "a dataset_info.json, that of a version, such as 'wiki/1.0.0'"
+                )
+            found |= {os.path.realpath(path): Path(path) for path in folders}
         return [found[real] for real in sorted(found)]
 
 
@@ -197,13 +204,6 @@ def _read_jsonl(candidates: Iterable[Candidate], field: str) -> Iterator[Text]:
 def _text(text: Any, field: str, where: str) -> str:
     if not isinstance(text, str):
         raise CorpusError(f"{where}: field '{field}' is a {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CorpusError(
-            f"{where}: field '{field}' has half a surrogate pair at character {error.start + 1}, "
-            "which is not Unicode text"
-        ) from error
     return text.replace("\r\n", "\n")
 
 

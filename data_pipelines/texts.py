@@ -6,7 +6,6 @@ Each stage is a small generator; what it drops it counts by reason.
 import ast
 import dataclasses
 import email
-import glob
 import hashlib
 import os
 import re
@@ -14,10 +13,11 @@ import sysconfig
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lm.data.corpus import CorpusError
+from lm.data.files import decode, find_files, lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +68,9 @@ def uniform(seed: int, name: str) -> float:
     return int.from_bytes(digest[:6], "big") / (1 << 48)
 
 
-def find_paths(
-    patterns: Iterable[str], is_wanted: Callable[[str], bool], what: str, remedy: str
-) -> dict[str, Path]:
-    """Paths that match the glob patterns (`**` crosses directories), by their real paths.
-
-    Raises:
-      CorpusError: a pattern matches nothing that is wanted.
-    """
-    found: dict[str, Path] = {}
-    for pattern in patterns:
-        paths = glob.glob(os.path.expanduser(pattern), recursive=True)
-        matches = {os.path.realpath(path): Path(path) for path in paths if is_wanted(path)}
-        if not matches:
-            raise CorpusError(f"no {what} '{pattern}' (from '{os.getcwd()}'); {remedy}")
-        found |= matches
-    return found
+def printable(name: str) -> str:
+    """A file's name as text: bytes that are not UTF-8 as `\\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def find_user_files(patterns: Sequence[str]) -> list[Candidate]:
@@ -93,15 +80,12 @@ def find_user_files(patterns: Sequence[str]) -> list[Candidate]:
     on where its files are.
 
     Raises:
-      CorpusError: a pattern matches no file.
+      CorpusError: as `find_files`.
     """
-    remedy = (
-        "quote the pattern so that the shell leaves it alone, and use '**' to cross directories"
-    )
-    found = find_paths(patterns, os.path.isfile, "files match", remedy)
+    found = {os.path.realpath(path): Path(path) for path in find_files(patterns)}
     root = os.path.commonpath([os.path.dirname(real) for real in found])
     candidates = [
-        Candidate(path, Path(real).relative_to(root).as_posix(), "user", path.stat().st_size)
+        Candidate(path, printable(os.path.relpath(real, root)), "user", path.stat().st_size)
         for real, path in found.items()
     ]
     return sorted(candidates, key=lambda c: c.name)
@@ -147,30 +131,24 @@ def shuffled(candidates: Iterable[Candidate], seed: int) -> list[Candidate]:
 
 
 def read(candidates: Iterable[Candidate], dropped: Counter[str]) -> Iterator[Text]:
-    """Decodes UTF-8 and takes the prose or the source out of each file.
+    """Unpacks `.gz` and `.zst`, decodes UTF-8 and takes the prose or the source out of each file.
 
     Raises:
-      CorpusError: a user file is not UTF-8. System files that are not are dropped.
+      CorpusError: a user file cannot be read or is not UTF-8. Such system files are dropped.
     """
     for candidate in candidates:
         if candidate.kind != "user" and candidate.size > _MAX_SYSTEM_FILE:
             dropped["too large"] += 1
             continue
         try:
-            text = candidate.path.read_bytes().decode()
-        except (UnicodeDecodeError, OSError) as error:
-            encoded = isinstance(error, UnicodeDecodeError)
-            if candidate.kind != "user":
-                dropped["not UTF-8" if encoded else "unreadable"] += 1
-                continue
-            if not encoded:
-                raise CorpusError(f"cannot read '{candidate.path}': {error.strerror}") from error
-            raise CorpusError(
-                f"'{candidate.path}' is not UTF-8: byte 0x{error.object[error.start]:02x} at "
-                f"offset {error.start}; convert it (iconv -f latin1 -t utf-8 OLD > NEW, with its "
-                "real encoding) or leave it out of the pattern"
-            ) from error
-        text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+            text = decode(b"".join(lines(candidate.path)), candidate.path)
+        except CorpusError as error:
+            if candidate.kind == "user":
+                raise
+            encoded = isinstance(error.__cause__, UnicodeDecodeError)
+            dropped["not UTF-8" if encoded else "unreadable"] += 1
+            continue
+        text = text.replace("\r\n", "\n")
         group = content_hash(text)
         if candidate.kind == "docstrings":
             text = docstrings(text, Path(candidate.name).stem)

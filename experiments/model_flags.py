@@ -105,21 +105,3 @@ def _base() -> Pretrained:
 def dtype() -> jnp.dtype:
     """The value of `--dtype`."""
     return jnp.dtype(_DTYPE.value)
-
-
-def read_text(path: str) -> str:
-    """The text of a file, which has to be UTF-8, with line ends as Python reads them: all "\\n".
-
-    Raises:
-      ConfigError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start} "
-            f"({error.reason}); convert it, with iconv for example"
-        ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")

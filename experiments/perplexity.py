@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from experiments import model_flags
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
+from lm.data.files import read_text
 from lm.formats import Pretrained
 from lm.infer.generate import WIDER_DTYPE_HINT
 from lm.infer.score import Scorer, perplexity
@@ -44,7 +45,8 @@ OPTIONS.define("enum", "format", "text", ["text", "json"], "What is printed.")
 def main() -> None:
     if OPTIONS.text is None:
         raise ConfigError("no text; give a file with --text=FILE")
-    text = model_flags.read_text(OPTIONS.text)
+    with input_errors():
+        text = read_text(OPTIONS.text)
     if not text:
         raise ConfigError(f"{OPTIONS.text} is empty; there is nothing to score")
     result = measure(

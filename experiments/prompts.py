@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments import model_flags
-from lm.config.command_line import ConfigError
+from lm.config.command_line import ConfigError, input_errors
+from lm.data.jsonl import read_jsonl
 from lm.formats import Pretrained
 from lm.infer import Messages
 from lm.infer.tokenized import encode_prompt
@@ -22,17 +21,12 @@ def read_rows(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
       ConfigError: the file has no prompts, or one is malformed.
     """
     found = False
-    # Not `splitlines`: JSON strings may hold U+2028.
-    for number, line in enumerate(model_flags.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where, found = f"{path}:{number}", True
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where} is not JSON: {error}") from error
-        check_row(row, where)
-        yield where, row
+    with input_errors():
+        for number, _, row in read_jsonl(path, "prompt", "messages"):
+            found = True
+            where = f"{path}:{number}"
+            check_row(row, where)
+            yield where, row
     if not found:
         raise ConfigError(f'{path} has no prompts; give rows like {{"prompt": "Hello"}}')
 

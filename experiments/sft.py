@@ -13,7 +13,6 @@ LoRA adapters (--config.lora.rank=16). The same command resumes, bit for bit. Th
 
 from __future__ import annotations
 
-import glob
 import json
 import pathlib
 import random
@@ -25,7 +24,7 @@ from experiments.configs import sft as configs
 from experiments.configs.sft import Sft
 from lm import distributed
 from lm.config import program
-from lm.config.command_line import ConfigError, input_errors
+from lm.config.command_line import input_errors
 from lm.data.batches import HeldOut
 from lm.data.conversations import (
     PLAIN_TEMPLATE,
@@ -33,6 +32,7 @@ from lm.data.conversations import (
     pack_conversations,
     read_conversations,
 )
+from lm.data.files import find_files, read_text, split_patterns
 from lm.run.finetune import adapters_over, from_scratch, pretrained
 from lm.run.metrics import read
 from lm.run.parts import Run
@@ -63,7 +63,7 @@ def assemble(config: Sft, workdir: pathlib.Path) -> Run:
     with input_errors():
         train, held_out = split(config)
         folder, seed, length = workdir / "data", config.train.seed, config.train.sequence_length
-        template = pathlib.Path(config.data.template).read_text() if config.data.template else ""
+        template = read_text(config.data.template) if config.data.template else ""
         if isinstance(config.model, str):
             base = pretrained(config.model, template, folder)
         else:
@@ -90,24 +90,15 @@ def assemble(config: Sft, workdir: pathlib.Path) -> Run:
 def split(config: Sft) -> tuple[list[Conversation], list[Conversation]]:
     """Conversations to train on and to evaluate on: of files, or sums of small numbers."""
     data = config.data
-    found = list(read_conversations(files(data.files)) if data.files else sums(2000))
+    found = list(
+        read_conversations(find_files(split_patterns(data.files))) if data.files else sums(2000)
+    )
     if data.validation:
-        return found, list(read_conversations(files(data.validation)))
+        return found, list(read_conversations(find_files(split_patterns(data.validation))))
     return (
         [each for each in found if each.share >= data.held_out],
         [each for each in found if each.share < data.held_out],
     )
-
-
-def files(patterns: str) -> list[pathlib.Path]:
-    """The files that patterns match. ConfigError names a pattern that matches none."""
-    found: list[pathlib.Path] = []
-    for pattern in patterns.replace(",", " ").split():
-        matches = sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise ConfigError(f"no file matches {pattern!r}; give JSONL files of conversations")
-        found += map(pathlib.Path, matches)
-    return found
 
 
 def sums(count: int) -> Iterator[Conversation]:

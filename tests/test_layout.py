@@ -31,7 +31,7 @@ BUDGETS = {
     "lm.checkpoints": 1_600,
     "lm.formats": 3_800,
     "lm.adapters": 800,
-    "lm.data": 2_400,
+    "lm.data": 2_550,
     "lm.train": 2_150,
     "lm.run": 2_850,
     "lm.quantize": 1_500,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from lm.data.packing import make_plan
 from lm.data.sources import ArraySource, Document
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.chat import ChatTemplate
-from lm.tokenizers.sandbox import TemplateError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # For tokenizers that bring no template: roles in words, EOS at the end of a turn of the assistant.
@@ -51,18 +50,21 @@ class Conversation:
         return int.from_bytes(digest.digest()[:6], "big") / (1 << 48)
 
 
-def read_conversations(paths: Iterable[Path]) -> Iterator[Conversation]:
+def read_conversations(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Conversation]:
     """The conversations in JSONL files, plain, `.gz` or `.zst`.
 
     Raises:
-      CorpusError: a file cannot be read, or a line is not a conversation with a turn of the
-        assistant; it names file, line and field.
+      CorpusError: a file cannot be read or is empty, or a line is not a conversation with a turn of
+        the assistant; it names file, line and field.
     """
     for path in paths:
-        for _, where, value in read_jsonl(path, "messages"):
+        each = None
+        for _, where, value in read_jsonl(path, "messages", "tools"):
             each = Conversation(where, value.get("messages", ()), value.get("tools"))
             _check(each)
             yield each
+        if each is None:
+            raise CorpusError(f"'{path}' has no conversations; leave it out")
 
 
 def _check(conversation: Conversation) -> None:
@@ -130,7 +132,7 @@ def pack_conversations(
     for each in conversations:
         try:
             ids, mask = template.encode(tokenizer, each.messages, each.tools)
-        except TemplateError as error:
+        except ValueError as error:  # of the template, or of the tokenizer
             raise CorpusError(f"{each.where}: {error}") from error
         ids, mask = ids[: seq_len + 1], mask[: seq_len + 1]
         if not any(mask[1:]):

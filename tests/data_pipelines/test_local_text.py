@@ -179,7 +179,7 @@ def test_text_that_does_not_do(tmp_path):
         (tmp_path / f"{name}.txt").write_bytes(content)
     refused(out, f"{tmp_path}/*.txt", "'local_text' is empty", "3 empty, 1 binary")
     (tmp_path / "text" / "latin.txt").write_bytes(b"0123456789 caf\xe9 au lait")
-    words = ("latin.txt' is not UTF-8: byte 0xe9 at offset 14", "iconv")
+    words = ("latin.txt', line 1: not UTF-8, byte 0xe9 at byte 15", "iconv")
     refused(out, pattern, *words)
     assert not out.exists() and not list(tmp_path.glob(".*"))
 

@@ -324,14 +324,14 @@ def test_flags_that_cannot_be(tiny, arguments, message):
 def test_files_that_cannot_be(tmp_path):
     file = tmp_path / "rows.jsonl"
     for text, words in (
-        (b'{"prompt": "a"}\n{"prompt": }', "rows.jsonl:2 is not JSON"),
-        (b'{"prompt": "a"}\n\n["a"]', "rows.jsonl:3 has to be an object with either"),
+        (b'{"prompt": "a"}\n{"prompt": }', "rows.jsonl', line 2: not JSON: Expecting value"),
+        (b'{"prompt": "a"}\n\n["a"]', "rows.jsonl', line 3: a JSON list, not an object"),
         (b'{"prompt": "a", "messages": []}', "rows.jsonl:1 has to be an object with either"),
         (b'{"prompt": 5}', 'rows.jsonl:1: "prompt" is 5; it has to be text'),
         (b'{"messages": ["a"]}', 'rows.jsonl:1: "messages" has to be a list of objects'),
         (b"\n \n", "rows.jsonl has no prompts"),
-        (b"caf\xe9 au lait", "rows.jsonl is not UTF-8: byte 0xe9 at 3"),
-        (None, "rows.jsonl cannot be read: No such file"),
+        (b"caf\xe9 au lait", "rows.jsonl', line 1: not UTF-8, byte 0xe9 at byte 4"),
+        (None, "rows.jsonl': No such file"),
     ):
         file.unlink() if text is None else file.write_bytes(text)
         refuses(lambda: list(read_rows(str(file))), words, error=ConfigError)

@@ -167,5 +167,5 @@ def test_a_bad_line_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.jsonl").write_text(good + '{"messages": [{"role": "robot"}]}\n')
     with pytest.raises(ConfigError, match=r"a\.jsonl', line 2: messages\.0\.role is 'robot'"):
         run(tmp_path / "w", data__files=f"{tmp_path}/*.jsonl")
-    with pytest.raises(ConfigError, match="no file matches"):
+    with pytest.raises(ConfigError, match="no files match"):
         run(tmp_path / "w", data__files=f"{tmp_path}/none*.jsonl")
