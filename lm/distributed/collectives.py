@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lm.distributed.startup import agree
+
 
 def is_first_process() -> bool:
     """Whether this process is the one that prints and writes; true if it is alone.
@@ -25,8 +27,8 @@ def print_once(*words: Any, file: TextIO | None = None) -> None:
 
 
 def barrier(name: str) -> None:
-    """Wait until every process has reached the barrier of this name."""
-    if jax.process_count() > 1:
+    """Wait until every process has reached the barrier of this name; late ones are named."""
+    if jax.process_count() > 1 and not agree(name, {}):
         multihost_utils.sync_global_devices(name)
 
 

@@ -4,42 +4,32 @@
         ...  # the program, the same on every host
 
 One process is simply run. Of several, each starts a watchdog (`lm.distributed.watchdog`), which
-finds the others, and JAX's distributed runtime. Whatever ends one host ends all within `timeout`,
-with a line that names the host, so that the same command can be started again.
+finds the others, and JAX's distributed runtime. Hosts with another configuration, code or
+environment, or that do not share the run's folder, are refused before anything is computed.
+Whatever ends one host ends all within `timeout`, with a line that names the host, so that the same
+command can be started again.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
-import json
 import os
-import pathlib
-import re
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 
 from lm.distributed import watchdog
-from lm.distributed.cluster import Cluster, ClusterError, find_cluster
+from lm.distributed.cluster import Cluster, find_cluster
+from lm.distributed.facts import program_facts
+from lm.distributed.guard import Folders, Guard, exit_at_once, exit_code
 
-PEER_FAILED = 75  # exit status: another host failed, try again (EX_TEMPFAIL of sysexits.h)
-_GRACE_SECONDS = 2.0
 # How long hosts that have finished wait for those still at work, such as writing a report.
 _FINISH_SECONDS = 4 * 3600
-# How much later than a broken collective the report of its cause may come.
-_CONSEQUENCE_SECONDS = 5.0
-_RUNTIME_ERROR = re.compile(
-    "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
-)
+_GUARDS: list[Guard] = []  # of the run that this process takes part in
 
 
 @contextlib.contextmanager
@@ -48,6 +38,8 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    folders: Folders = MappingProxyType({}),
     timeout: float = 30.0,
     start_timeout: float = 300.0,
 ) -> Iterator[None]:
@@ -58,33 +50,47 @@ def start(
 
     Args:
       coordinator, num_processes, process_id: see `find_cluster`, which finds them if not given.
+      facts: values of JSON's types, by name, that must be the same on all hosts, beside those of
+        `program_facts`.
+      folders: paths, by name, that must lead all hosts to one folder.
       timeout: seconds without a sign of life after which a host counts as dead.
       start_timeout: seconds to wait for all hosts at the start.
 
     Raises:
-      ClusterError: the settings do not fit together, or not every host came.
+      ClusterError: the settings do not fit together, not every host came, or hosts differ.
     """
     cluster = find_cluster(coordinator, num_processes, process_id, start_timeout)
     if cluster is None:
         yield
         return
-    guard = _initialize(cluster, timeout, start_timeout)
+    guard = _initialize(cluster, {**program_facts(), **facts}, folders, timeout, start_timeout)
+    _GUARDS.append(guard)
     try:
+        devices = jax.local_devices()
+        guard.agree("devices", {"devices": f"{len(devices)} x {devices[0].device_kind}"}, {})
         yield
     except BaseException as error:
-        code = _exit_code(error)
+        code = exit_code(error)
         if code:
             guard.end_if_consequence(error)
             guard.fail(error)
             # Else JAX would wait at exit for hosts that have no reason to come.
-            atexit.register(_exit_at_once, code)
+            atexit.register(exit_at_once, code)
         else:
             guard.finish()
         raise
+    finally:
+        _GUARDS.remove(guard)
     guard.finish()
 
 
-def _initialize(cluster: Cluster, timeout: float, start_timeout: float) -> _Guard:
+def _initialize(
+    cluster: Cluster,
+    facts: Mapping[str, Any],
+    folders: Folders,
+    timeout: float,
+    start_timeout: float,
+) -> Guard:
     host, port = cluster.address
     bound = watchdog.bind_address(host)
     with socket.socket(socket.AF_INET6 if ":" in bound else socket.AF_INET) as placeholder:
@@ -102,8 +108,9 @@ def _initialize(cluster: Cluster, timeout: float, start_timeout: float) -> _Guar
             timeout=timeout,
             start_timeout=start_timeout,
         )
-        guard = _Guard(settings)
+        guard = Guard(settings)
         port = guard.meet()
+        guard.agree("start", facts, folders)
         address, own = (f"[{name}]" if ":" in name else name for name in (host, bound))
         jax.distributed.initialize(
             f"{address}:{port}",
@@ -120,93 +127,33 @@ def _initialize(cluster: Cluster, timeout: float, start_timeout: float) -> _Guar
     return guard
 
 
-def _exit_code(error: BaseException) -> int:
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+def agree(point: str, facts: Mapping[str, Any]) -> bool:
+    """Wait for all hosts at a point of the program, and compare what they say there.
+
+    Args:
+      point: its name, the same on all hosts.
+      facts: values of JSON's types that must be the same on all.
+
+    Returns:
+      Whether there was anyone to ask: not alone, nor where `start` was not used.
+
+    Raises:
+      ClusterError: they differ; the message names the first difference, on all hosts.
+    """
+    for guard in _GUARDS:
+        guard.agree(point, facts, {})
+    return bool(_GUARDS)
 
 
-def _exit_at_once(code: int) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+def reached(point: str) -> None:
+    """Report that this process has reached a point, without waiting for the others.
+
+    Where some have not while others have, the first host names them every 30 seconds.
+    """
+    for guard in _GUARDS:
+        guard.reached(point)
 
 
-def _summary(error: BaseException) -> str:
-    text = str(error).strip().split("\n", 1)[0][:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-class _Guard:
-    """This process's end of its watchdog."""
-
-    def __init__(self, settings: watchdog.Settings) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-I", str(pathlib.Path(watchdog.__file__))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # a signal to the run's group is not meant for it
-        )
-        assert process.stdin and process.stdout
-        self.stdin, self.stdout = process.stdin, process.stdout
-        self.process, self.settings = process, settings
-        self.informed = threading.Event()
-        self.leaving = False
-        self.failure: str | None = None
-        self._send(**dataclasses.asdict(settings))
-
-    def meet(self) -> int:
-        """Wait for all hosts; the port of the runtime.
-
-        Raises:
-          ClusterError: not all came, or they do not fit together.
-        """
-        answer = json.loads(self.stdout.readline() or '{"error": "the watchdog ended"}')
-        if "error" in answer:
-            raise ClusterError(answer["error"])
-        threading.Thread(
-            target=self._listen, args=(self.stdout,), name="watchdog", daemon=True
-        ).start()
-        return answer["port"]
-
-    def end_if_consequence(self, error: BaseException) -> None:
-        """End this process if the error is but what the fault of another host looks like here."""
-        # Broken collectives are a JaxRuntimeError or a ValueError, as it happens.
-        if _RUNTIME_ERROR.match(str(error)) and self.informed.wait(_CONSEQUENCE_SECONDS):
-            assert self.failure is not None
-            self._end(self.failure, f"{_summary(error)}\n")
-
-    def fail(self, error: BaseException) -> None:
-        """Report to the others why this process ends; returns when they know."""
-        self.leaving = True
-        self._send(raised=_summary(error))
-        self.informed.wait(3.0)
-        if self.settings.id == 0:
-            # The runtime's service goes with this process, and would abort those still reading.
-            time.sleep(_GRACE_SECONDS + 1.0)
-
-    def finish(self) -> None:
-        """Wait until every host has finished."""
-        jax.distributed.shutdown()
-        self.leaving = True
-        self._send(done=True)
-
-    def _send(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):
-            self.stdin.write(json.dumps(message).encode() + b"\n")
-            self.stdin.flush()
-
-    def _listen(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            self.failure = json.loads(line)["failure"]
-            self.informed.set()
-            # A host that failed for the same reason prints its own traceback first.
-            time.sleep(_GRACE_SECONDS)
-            if not self.leaving:
-                self._end(self.failure)
-
-    def _end(self, failure: str | None, before: str = "") -> None:
-        self._send(ends=True)
-        print(before + watchdog.sentence(failure or ""), file=sys.stderr, flush=True)
-        _exit_at_once(PEER_FAILED)
+def waits(point: str) -> str:
+    """For whom a point waits, as last reported on the first process; else empty."""
+    return next((guard.waits.get(point, "") for guard in _GUARDS), "")

@@ -4,6 +4,10 @@ Rendezvous: the watchdog of process 0 listens on the coordinator's port until ev
 reported. All then receive the hosts' names and the port of JAX's runtime, or the reason why the run
 cannot start. The port is closed before the run begins, so that nobody can reach it later.
 
+Agree: at points of the program every process waits for all others, which must say the same there
+and find the files that each has written to a folder they share. Process 0 compares; where some are
+late, it names them every `remind` seconds, also at points that a process but reports.
+
 Watch: the connections stay. Every watchdog reports a few times per timeout, as long as its process
 is alive and not stopped. The first fault is the run's failure, sent to all; each watchdog passes it
 to its process, kills that if it does not end by itself, and prints it if that is dead already.
@@ -20,7 +24,8 @@ and other runs, not those who can read the network or the environment of a proce
 Run as a program (standard library alone, so that it costs little and shares no lock with JAX):
 standard input and output are pipes to the process it belongs to, with one JSON object per line.
 Into it: the settings; `done`; `raised`, an exception; `ends`, if the process prints the failure
-itself. Out of it: `names` and `port`, or `error`; then `failure`.
+itself; `point`, with facts and folders. Out of it: `names` and `port`, or `error`; then `failure`;
+`point`, with the `error` or "", when all have come; on process 0 `waits`, while some have not.
 """
 
 from __future__ import annotations
@@ -42,6 +47,8 @@ RETRY_SECONDS = 0.5
 KILL_SECONDS = 6.0
 REPLY_SECONDS = 3.0
 MAX_LINE = 1 << 22  # thousands of hosts' names
+USAGE = 2  # exit status of a program that refuses its input, and would again
+MAX_SHOWN = 100  # characters of a value
 REPORT = {"id": int, "num": int, "host": str, "pid": int, "token": str}
 
 
@@ -54,6 +61,7 @@ class Settings:
     """Settings of one watchdog: `num` processes; `port` is that of JAX's runtime on process 0.
 
     A host counts as dead after `timeout` seconds of silence, as missing after `start_timeout`.
+    Those that a point of the program waits for are named every `remind` seconds.
     """
 
     id: int
@@ -65,6 +73,7 @@ class Settings:
     port: int
     timeout: float
     start_timeout: float
+    remind: float = 30.0
 
     @property
     def address(self) -> str:
@@ -116,6 +125,15 @@ class Link:
         return messages
 
 
+class Point:
+    """A point of the program, until all processes have come there."""
+
+    def __init__(self, remind: float) -> None:
+        self.since = time.monotonic()
+        self.next = self.since + remind
+        self.messages: dict[int, dict[str, Any]] = {}
+
+
 class Watchdog:
     """`meet` the others, then `watch` until there is nothing left to watch."""
 
@@ -130,7 +148,8 @@ class Watchdog:
         self.first: Link | None = None  # of the others: process 0
         self.warned = False
         self.finished: set[int] = set()
-        self.failure: str | None = None
+        self.points: dict[str, Point] = {}  # of process 0
+        self.failure: dict[str, Any] | None = None
         self.failed_at = self.last_alive = time.monotonic()
         self.main_gone, self.main_knows = 0.0, False
 
@@ -267,12 +286,13 @@ class Watchdog:
     def watch(self) -> None:
         next_beat = 0.0
         while not self.is_over():
-            for key, _ in self.selector.select(self.interval / 2):
+            for key, _ in self.selector.select(min(self.interval / 2, self.settings.remind)):
                 self.read(key.data)
             now = time.monotonic()
             if now >= next_beat:
                 next_beat = now + self.interval
                 self.beat(now)
+            self.remind(now)
             self.enforce(now)
 
     def is_over(self) -> bool:
@@ -289,15 +309,20 @@ class Watchdog:
         id = 0 if link is self.first else link.report["id"] if link.report else self.id
         for message in link.receive():
             if link is self.main:
-                self.main_knows = True
+                self.main_knows = self.main_knows or "point" not in message
                 if "done" in message:
                     self.report(done=True)
                 elif "raised" in message:
-                    self.report(fault=f"ended with {message['raised']}")
+                    refused = {"status": USAGE} if message.get("status") == USAGE else {}
+                    self.report(fault=f"ended with {message['raised']}", **refused)
+                elif "point" in message:
+                    self.report(**message)
             elif link is not self.first:
                 self.judge(id, message)
             elif "failure" in message:
-                self.fail(message["failure"])
+                self.fail(**message)
+            elif "point" in message:
+                self.main.send(**message)
         if link.open:
             return
         self.close(link)
@@ -313,7 +338,7 @@ class Watchdog:
         if self.failure is None:
             self.report(fault="was killed or crashed")
         else:  # the runtime was faster
-            print(sentence(self.failure), file=sys.stderr, flush=True)
+            print(sentence(**self.failure), file=sys.stderr, flush=True)
 
     def report(self, **message: Any) -> None:
         """Report on this watchdog's own process."""
@@ -329,7 +354,35 @@ class Watchdog:
         if "done" in message:
             self.finished.add(id)
         if "fault" in message and id not in self.finished:
-            self.fail(f"{self.name(id)} {message['fault']}")
+            status = {"status": message["status"]} if "status" in message else {}
+            self.fail(f"{self.name(id)} {message['fault']}", **status)
+        if "point" in message:
+            self.arrive(id, message)
+
+    def arrive(self, id: int, message: dict[str, Any]) -> None:
+        """A process has come to a point; the last one's coming lets all go on, or ends them."""
+        name = message["point"]
+        point = self.points.setdefault(name, Point(self.settings.remind))
+        point.messages[id] = message
+        if len(point.messages) < len(self.names):
+            return
+        del self.points[name]
+        hosts = {self.name(i): point.messages[i] for i in sorted(point.messages)}
+        error = difference({host: each["facts"] for host, each in hosts.items()})
+        error = error or separate({host: each["folders"] for host, each in hosts.items()})
+        for link in [*self.members.values(), self.main]:
+            link.send(point=name, error=error)
+
+    def remind(self, now: float) -> None:
+        """Name those that points wait for."""
+        for name, point in self.points.items():
+            if self.failure is not None or now < point.next:
+                continue
+            point.next = now + self.settings.remind
+            absent = [self.name(i) for i in range(len(self.names)) if i not in point.messages]
+            text = f"{name} waits for {', '.join(absent[:8])}{', ...' if absent[8:] else ''}"
+            print(f"{text}: {now - point.since:.0f} s so far", file=sys.stderr, flush=True)
+            self.main.send(waits=name, text=text)
 
     def beat(self, now: float) -> None:
         """Report that this host is alive, and look which others are."""
@@ -346,24 +399,24 @@ class Watchdog:
             if i not in self.finished and now - last > self.settings.timeout:
                 self.fail(f"{self.name(i)} stopped answering")
 
-    def fail(self, failure: str) -> None:
-        """The first failure is what all report."""
+    def fail(self, failure: str, **status: int) -> None:
+        """The first failure is what all report, with the status to end with if it is a refusal."""
         if self.failure is not None:
             return
-        self.failure, self.failed_at = failure, time.monotonic()
+        self.failure, self.failed_at = {"failure": failure, **status}, time.monotonic()
         for link in self.members.values():
-            link.send(failure=failure)
+            link.send(**self.failure)
         if self.main.open:
-            self.main.send(failure=failure)
+            self.main.send(**self.failure)
         elif not self.main_knows:
-            print(sentence(failure), file=sys.stderr, flush=True)
+            print(sentence(**self.failure), file=sys.stderr, flush=True)
 
     def enforce(self, now: float) -> None:
         """Kill a process that knows of the failure and did not end."""
         if self.failure is None or not self.main.open or self.id in self.finished:
             return
         if now - self.failed_at > KILL_SECONDS:
-            print(sentence(self.failure), file=sys.stderr, flush=True)
+            print(sentence(**self.failure), file=sys.stderr, flush=True)
             os.kill(self.settings.pid, signal.SIGKILL)
             self.main.open = False
 
@@ -429,8 +482,58 @@ def bind_address(host: str) -> str:
     return host
 
 
-def sentence(failure: str) -> str:
+def difference(facts: dict[str, dict[str, Any]]) -> str:
+    """The first of the facts in which a host differs from the first one; empty if none does."""
+    first, *others = facts
+    keys = dict.fromkeys(key for each in facts.values() for key in each)
+    values = {key: {host: each.get(key) for host, each in facts.items()} for key in keys}
+    odd = {
+        key: found
+        for key, each in values.items()
+        if (found := [host for host in others if each[host] != each[first]])
+    }
+    if not odd:
+        return ""
+    (key, hosts), *more = odd.items()
+    own, other = (show(values[key][host]) for host in (first, hosts[0]))
+    alike = sum(values[key][host] == values[key][hosts[0]] for host in hosts[1:])
+    return (
+        f"hosts differ in {key}: {first} has {own}, {hosts[0]} "
+        + (f"and {alike} more have {other}" if alike else f"has {other}")
+        + (f"; they also differ in {', '.join(key for key, _ in more[:3])}" if more else "")
+        + (f" and {len(more) - 3} more" if more[3:] else "")
+        + "; start the same command with the same code, environment and data on all hosts"
+    )
+
+
+def separate(folders: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Which host has not the first one's folder of a name; empty if they are all one."""
+    first, *_ = folders
+    for name, own in folders[first].items():
+        for host, each in folders.items():
+            path = each[name]["path"]
+            if "error" in each[name]:
+                return (
+                    f"{name}={path} cannot be written to on {host}: {each[name]['error']}; give a "
+                    "directory that all hosts share and can write to"
+                )
+            if not os.path.exists(os.path.join(own["path"], each[name]["file"])):
+                return (
+                    f"{name}={own['path']} of {first} and {name}={path} of {host} are not one "
+                    "folder; give a directory that all hosts share"
+                )
+    return ""
+
+
+def show(value: Any) -> str:
+    text = "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def sentence(failure: str, status: int = 0) -> str:
     """The line a host prints."""
+    if status == USAGE:
+        return f"{failure}; the run ends"
     return (
         f"{failure}; the run ends. Start the same command again on all hosts to go on from the "
         "last checkpoint"

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -22,7 +22,10 @@ from lm.run.parts import Run
 from lm.run.process import keep_freed_memory
 from lm.run.profile import parse_steps
 from lm.run.trainer import Training
-from lm.run.workdir import claim_workdir
+from lm.run.workdir import check_path, claim_workdir
+
+# Keys of folders that are each host's own, or may have another path there.
+OF_A_HOST = ("checkpoints.local", "data.directory")
 
 
 @dataclasses.dataclass
@@ -50,9 +53,12 @@ class Session:
           profile_steps: which to trace, as "10:15".
 
         Raises:
-          ConfigError: the run has no such steps to trace, or its checkpoints do not fit.
+          ConfigError: hosts differ in the data, the run has no such steps to trace, or its
+            checkpoints do not fit.
           FloatingPointError: see `Training`.
         """
+        with input_errors():
+            distributed.agree("data", data_facts(run))
         if is_first_process():
             self.workdir.mkdir(parents=True, exist_ok=True)
             codec.save(self.config, self.workdir / "config.json")
@@ -69,17 +75,44 @@ def session(config: Any, workdir: pathlib.Path) -> Iterator[Session]:
     To be entered before JAX is used.
 
     Raises:
-      ConfigError: the hosts do not find each other, or `workdir` holds another run.
+      ConfigError: the hosts do not find each other, differ in what decides the run or have not
+        one `workdir`; or it holds another run.
     """
+    check_path(workdir)
     goodput = Goodput(already=process_age())
     keep_freed_memory()
     if logging.get_verbosity() == logging.INFO:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every detail of every save
     with contextlib.ExitStack() as stack:
         with input_errors():
-            stack.enter_context(distributed.start())
+            facts, folders = config_facts(config), {"--workdir": workdir}
+            stack.enter_context(distributed.start(facts=facts, folders=folders))
         stack.enter_context(goodput.watch_compilation())
         opened = Session(config, workdir, claim_workdir(config, workdir), goodput)
         yield opened
     if opened.outcome is not None and opened.outcome.reason == "preempted":
         sys.exit(distributed.PreemptionNotice.EXIT)
+
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """The configuration by key; of folders that each host may have elsewhere, whether it has one.
+
+    What is in the folder of the data is compared when it has been opened (`data_facts`).
+    """
+    keys = codec.flatten(codec.to_dict(config))
+    own = {key: bool(keys[key]) for key in OF_A_HOST if key in keys}
+    return {"configuration": type(config).__name__} | {
+        f"--config.{key}": value for key, value in (keys | own).items()
+    }
+
+
+def data_facts(run: Run) -> dict[str, Any]:
+    """Order and pack plans of the data, sizes of the held-out sets, and the newest checkpoint."""
+    facts: Mapping[str, Any] = codec.flatten(run.stream.state(run.num_steps))
+    held_out = {
+        f"the size of the held-out set {name}": [len(held_out), held_out.num_bytes]
+        for name, held_out in run.held_out.items()
+    }
+    tokenizer = {"the tokenizer": run.tokenizer.fingerprint}
+    newest = {"the newest checkpoint": run.checkpoints.latest()}
+    return tokenizer | {f"the data: {k}": v for k, v in facts.items()} | held_out | newest

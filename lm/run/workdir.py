@@ -11,6 +11,15 @@ from lm.config.changes import Change, changes
 from lm.config.codec import ConfigError
 
 
+def check_path(workdir: pathlib.Path) -> None:
+    """Raises ConfigError if `workdir` is an address and not a path."""
+    if re.match(r"\w+:/", str(workdir)):
+        raise ConfigError(
+            f"workdir {workdir} is an address, and a run writes to a file system: mount the bucket "
+            "(gcsfuse, s3fs) and give the path below it"
+        )
+
+
 def claim_workdir(config: Any, workdir: pathlib.Path) -> list[Change]:
     """Check that the run begun in `workdir`, if any, is that of `config`.
 
@@ -21,11 +30,7 @@ def claim_workdir(config: Any, workdir: pathlib.Path) -> list[Change]:
       ConfigError: `workdir` is not a path, or the folder holds a run with another configuration;
         every difference is named.
     """
-    if re.match(r"\w+:/", str(workdir)):
-        raise ConfigError(
-            f"workdir {workdir} is an address, and a run writes to a file system: mount the bucket "
-            "(gcsfuse, s3fs) and give the path below it"
-        )
+    check_path(workdir)
     path = workdir / "config.json"
     if not any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         return []

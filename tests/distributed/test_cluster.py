@@ -86,10 +86,11 @@ class Process:
 
     def __init__(
         self, port: int, id: int, num: int, timeout: float = 60.0, token: str = "",
-        host: str = "h", silence: float = 60.0,
+        host: str = "h", silence: float = 60.0, remind: float = 60.0,
     ) -> None:  # fmt: skip
-        place = ("127.0.0.1", port)
-        settings = watchdog.Settings(id, num, host, 1, token, place, 4000 + id, silence, timeout)
+        settings = watchdog.Settings(
+            id, num, host, 1, token, ("127.0.0.1", port), 4000 + id, silence, timeout, remind
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-I", watchdog.__file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -244,3 +245,40 @@ def test_another_token_is_named(launch):
 def test_the_interface_is_known_where_the_address_is():
     assert watchdog.bind_address("127.0.0.1") == "127.0.0.1"
     assert [watchdog.bind_address(host) for host in ("localhost", "192.0.2.1")] == ["", ""]
+
+
+def at(point: str, **facts) -> dict:
+    return {"point": point, "facts": facts, "folders": {}}
+
+
+def test_what_hosts_say_at_a_point_is_compared_and_late_ones_are_named(launch):
+    port = free_port()
+    run = [launch(port, i, 3, host=f"h{i}", remind=0.1) for i in range(3)]
+    assert all(p.answer()["port"] == 4000 for p in run)
+    for p in run[:2]:
+        p.send(**at("one", seed=1))
+    text = "one waits for host 2 of 3 (h2)"
+    assert run[0].answer() == {"waits": "one", "text": text}
+    run[2].send(**at("one", seed=2))
+    while "waits" in (answer := run[0].answer()):
+        pass
+    assert [answer, run[1].answer(), run[2].answer()] == [answer] * 3
+    assert answer["error"].startswith("hosts differ in seed: host 0 of 3 (h0) has 1, host 2 of 3 ")
+    for p in run:  # the same point once more
+        p.send(**at("one", seed=1))
+    while "waits" in (answer := run[0].answer()):
+        pass
+    assert answer == {"point": "one", "error": ""}
+    for p in run[1:]:
+        p.end()
+    assert f"{text}: " in run[0].end()
+
+
+def test_a_refusal_of_one_host_is_final_for_all(launch):
+    port = free_port()
+    run = [launch(port, i, 2, host=f"h{i}") for i in range(2)]
+    assert all(p.answer()["port"] == 4000 for p in run)
+    run[1].send(raised="ConfigError: no such file", status=2)
+    failure = {"failure": "host 1 of 2 (h1) ended with ConfigError: no such file", "status": 2}
+    assert [p.answer() for p in run] == [failure] * 2
+    assert watchdog.sentence(**failure).endswith("no such file; the run ends")

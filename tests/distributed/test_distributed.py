@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from lm.distributed.collectives import broadcast
+from lm.distributed.guard import PEER_FAILED
 from lm.distributed.preemption import PreemptionNotice
-from lm.distributed.startup import PEER_FAILED, start
+from lm.distributed.startup import start
 from scripts.run_local import environment, free_port
 from tests.distributed import worker
 
