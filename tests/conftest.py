@@ -1,13 +1,28 @@
-"""Eight fake CPU devices and one persistent compile cache for the whole suite."""
+"""Eight fake CPU devices, one compile cache for all clones, and what the tests took."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
+import zlib
 
 import pytest
 
+from lm.files.packaged import cache_folder
+from tests import budgets
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def compile_cache() -> pathlib.Path:
+    """The user's, of this jaxlib and kind of CPU: its programs may not run on another."""
+    cpu = pathlib.Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    kind = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    name = f"{importlib.metadata.version('jaxlib')}-{zlib.crc32(repr(kind).encode()):08x}"
+    return cache_folder() / "xla" / name
+
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
@@ -16,29 +31,32 @@ if "xla_force_host_platform_device_count" not in _flags:
     _flags += " --xla_force_host_platform_device_count=8"
     _flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     os.environ["XLA_FLAGS"] = _flags.strip()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compile_cache())
+    # A limit is also what makes JAX lock the folder, which several processes write.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Most of LLVM's passes take longer than they save of programs so small, in processes apart as well.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)
 def quick_to_compile(request: pytest.FixtureRequest):
-    """Without most of LLVM's passes: they take longer than they save of programs so small.
-
-    Not where commands are tested, which compute more, nor where what the compiler makes is.
-    """
+    """With all of LLVM's passes only where what the compiler makes is tested."""
     import jax
 
-    of_commands = request.path.relative_to(ROOT).parts[1] in (
-        "aot",
-        "distributed",
-        "experiments",
-        "hardware",
-        "notebooks",
-        "sharding",
-    )
-    quick = not of_commands and request.node.get_closest_marker("aot") is None
-    jax.config.update("jax_disable_most_optimizations", quick)
+    folder = budgets.folder_of(request.node.nodeid)
+    thorough = folder in ("aot", "hardware", "sharding") or request.node.get_closest_marker("aot")
+    jax.config.update("jax_disable_most_optimizations", not thorough)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config):
+    found = [r for some in terminalreporter.stats.values() for r in some if hasattr(r, "duration")]
+    if found:
+        terminalreporter.section("seconds by folder")
+        for line in budgets.table(found, budgeted=config.option.markexpr == "not slow"):
+            terminalreporter.write_line(line)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -27,6 +25,7 @@ from lm.model import train_flops
 from lm.sharding import MeshShape, make_mesh
 from tests.aot import aot_cases
 from tests.aot.aot_cases import CASES, CONFIG, LAYERS, LENGTH, MODEL, VOCAB, WIDTH
+from tests.commands import call
 from tests.hardware.compilers import need
 from tests.refuses import refuses
 
@@ -235,23 +234,21 @@ def test_every_known_model_has_a_configuration() -> None:
     assert config_lib.override(CONFIG, {"optimizer": "Lion"}).optimizer != CONFIG.optimizer
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """The command as a user runs it, without the platform that these tests choose."""
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.aot", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        env={k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"},
-    )  # fmt: skip
+    need("v5e:2x2")
+    for name in ("JAX_PLATFORMS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):
+        monkeypatch.delenv(name)
+    return functools.partial(call, "aot")
 
 
 @pytest.mark.aot
-def test_a_question_that_makes_no_sense_is_one_line_and_status_2() -> None:
-    need("v5e:2x2")
-    done = run("--config=llama3_8b", "--topology=v5e:4x4", "--config.mesh.fsdp=1",
-               "--config.mesh.tensor=16")  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "does not divide num_kv_heads=8; use 1, 2, 4 or 8" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_question_that_makes_no_sense_is_one_line_and_status_2(run) -> None:
+    status, out, err = run("--config=llama3_8b", "--topology=v5e:4x4", "--config.mesh.fsdp=1",
+                           "--config.mesh.tensor=16")  # fmt: skip
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "does not divide num_kv_heads=8; use 1, 2, 4 or 8" in err
 
 
 @pytest.mark.aot
@@ -314,14 +311,15 @@ def test_a_search_passes_over_what_does_not_divide() -> None:
 
 
 @pytest.mark.aot
-def test_the_command_prints_one_object_on_the_last_line() -> None:
-    need("v5e:2x2")
-    done = run("--config=pythia_70m", "--topology=v5e:2x2", "--program=decode", "--format=json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_the_command_prints_one_object_on_the_last_line(run) -> None:
+    status, out, err = run(
+        "--config=pythia_70m", "--topology=v5e:2x2", "--program=decode", "--format=json"
+    )
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
     assert found["fits"] is True
     assert {name for name in FIGURES if found[name] is None} == {"refusal"}
-    assert done.stderr.splitlines() == ["compiling decode for v5e:2x2 (4 devices) ..."]
+    assert err.splitlines() == ["compiling decode for v5e:2x2 (4 devices) ..."]
 
 
 def test_a_child_that_dies_is_an_answer_and_one_that_fails_is_not(
@@ -344,12 +342,11 @@ def test_a_child_that_dies_is_an_answer_and_one_that_fails_is_not(
 
 @pytest.mark.aot
 @pytest.mark.slow
-def test_a_search_ends_with_what_the_compiler_accepts() -> None:
-    need("v5e:2x2")
-    done = run("--config=pythia_70m", "--topology=v5e:2x2", "--search", "--compiled=2",
-               "--format=json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_a_search_ends_with_what_the_compiler_accepts(run) -> None:
+    status, out, err = run("--config=pythia_70m", "--topology=v5e:2x2", "--search", "--compiled=2",
+                           "--format=json")  # fmt: skip
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
     assert found["fits"] and len(found["search"]["compiled"]) == 2
     speeds = [r["tokens_per_second"] for r in found["search"]["compiled"] if r["fits"]]
     assert found["tokens_per_second"] == max(speeds)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from experiments import generate
 from lm.config.command_line import ConfigError
+from tests.commands import ROOT, call_apart, command
 from tests.refuses import refuses
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "__init__")
 RUNS = re.compile(r"^    program(_lib)?\.run\(", re.MULTILINE)
 COMMANDS = [n for n in NAMES if RUNS.search((ROOT / "experiments" / f"{n}.py").read_text())]
@@ -25,21 +22,14 @@ def test_all_modules_can_be_imported_into_one_process() -> None:
         importlib.import_module(f"experiments.{name}")
 
 
-def run(name: str, flag: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"experiments.{name}", flag]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_flag_is_refused(name: str) -> None:
-    done = run(name, "--no_such_flag=1")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and "no_such_flag" in done.stderr
+    error = command(name, "--no_such_flag=1", status=2)
+    assert error.startswith("error: ") and "no_such_flag" in error
 
 
-@pytest.mark.parametrize("name", ["generate", "perplexity", "convert"])
-def test_help_lists_the_flags_of_every_model(name: str) -> None:
-    shown = run(name, "--help").stdout
+def test_help_lists_the_flags_of_every_model() -> None:
+    _, shown, _ = call_apart("generate", "--help")
     assert all(flag in shown for flag in ("--model:", "--dtype:", "keep_quantized:", "--adapter:"))
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
-from experiments import pretrain
+from experiments import assemble, pretrain
 from lm.data.batches import Batches
 from lm.run import metrics as metrics_lib
+from lm.run import parts
 from lm.run.parts import Run
 from tests.experiments import survival
 
@@ -20,7 +21,6 @@ CHANGES = {
     "data.seed": str(SEED),
     "train.num_steps": "24",
     "train.dtype": "float32",
-    "learning_rate.decay": "constant",
     "stability.warmup": "8",
     "stability.window": "8",
     "intervals.save": "1",
@@ -49,6 +49,29 @@ class Spiked:
 
     def events(self, name: str) -> list[dict]:
         return survival.events(self.workdir, name)
+
+
+def once(make: Callable) -> Callable:
+    """`make`, called once for arguments that read alike; these are kept, as closures do not."""
+    made: dict[str, tuple] = {}
+
+    def get(*args, **kwargs):
+        key = repr((args, sorted(kwargs.items())))
+        if key not in made:
+            made[key] = (make(*args, **kwargs), args, kwargs)
+        return made[key][0]
+
+    return get
+
+
+@pytest.fixture(scope="package", autouse=True)
+def shared_programs() -> Iterator[None]:
+    """Runs of equal configuration share their jitted functions: traced and compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "make_optimizer", once(assemble.make_optimizer))
+        for name in ("make_train_step", "make_eval_step"):
+            patch.setattr(parts, name, once(getattr(parts, name)))
+        yield
 
 
 @pytest.fixture(scope="package")

@@ -31,6 +31,9 @@ SETTINGS = {
     "data.max_held_out_tokens": "5000",
     "model.vocab_size": "512",
     "model.stacks.0.num_repeats": "1",
+    "model.embed_dim": "64",
+    "model.stacks.0.pattern.0.attention.head_dim": "16",
+    "model.stacks.0.pattern.0.feed_forward.hidden_dim": "128",
     "model.max_length": "64",
     "train.sequence_length": "64",
     "train.batch_size": "16",
@@ -41,6 +44,12 @@ SETTINGS = {
     "intervals.evaluate": "20",
     "mesh.fsdp": "1",
     "ema.decay": "0.9",
+    "learning_rate.decay": "constant",
+    "stability.warmup": "12",
+    "stability.window": "12",
+    "rewind.learning_rate": "0.5",
+    "rewind.recovery_steps": "4",
+    "rewind.skip_steps": "4",
     "sampling.max_new_tokens": "4",
 }
 

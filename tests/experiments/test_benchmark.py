@@ -8,10 +8,7 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,25 +21,24 @@ from lm.formats.known import known_model
 from lm.kernels.attention import Scores, View
 from lm.kernels.attention.reference import mask
 from lm.model import train_flops
+from tests.commands import call_apart, calls_apart, printed
 from tests.refuses import refuses
 
 TINY_LLAMA = {"vocab_size": 128, "embed_dim": 32, "num_layers": 2, "num_heads": 4,
               "num_kv_heads": 2, "hidden_dim": 64}  # fmt: skip
 
 
-def run(arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.benchmark", *arguments.split()],
-        cwd=pathlib.Path(__file__).resolve().parents[2], env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+def run(arguments: str) -> tuple[str, str]:
+    """What a benchmark prints on stdout and stderr."""
+    status, out, err = call_apart("benchmark", *arguments.split())
+    assert status == 0, err
+    return out, err
 
 
 def test_train_alone_as_json():
-    result = run("train --sizes=tiny --precisions=bfloat16 --contenders=jax --rounds=2 "
-                 "--format=json")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    out, err = run("train --sizes=tiny --precisions=bfloat16 --contenders=jax --rounds=2 "
+                   "--format=json")  # fmt: skip
+    report = json.loads(out)
     (row,) = report["rows"]
     rate = SIZES["tiny"].num_tokens / row["seconds_per_step"]
     assert row["tokens_per_second"] == pytest.approx(rate)
@@ -51,7 +47,7 @@ def test_train_alone_as_json():
     assert 0 < row["loss"] < 5
     assert report["environment"]["versions"]["jax"]
     assert report["environment"]["command"].startswith("python -m experiments.benchmark train --s")
-    assert "round 2/2" in result.stderr
+    assert "round 2/2" in err
 
 
 @pytest.mark.oracle
@@ -60,9 +56,8 @@ def test_train_alone_as_json():
     reason="needs the peers extra",
 )
 def test_train_against_torch():
-    result = run("train --sizes=tiny --precisions=float32 --contenders=jax,torch --rounds=3")
-    assert result.returncode == 0, result.stderr
-    rows = [line.split("|")[1:-1] for line in result.stdout.splitlines() if "| tiny |" in line]
+    out, _ = run("train --sizes=tiny --precisions=float32 --contenders=jax,torch --rounds=3")
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if "| tiny |" in line]
     assert [row[2].strip() for row in rows] == ["jax", "torch"]
     assert float(rows[1][5]) == 1.0
     # Both train: repeating one batch brings each below the loss of a uniform guess.
@@ -92,8 +87,7 @@ def test_missing_peers_leave_ours(monkeypatch, capsys):
 
 def test_all_kernels_on_a_cpu(tmp_path):
     path = tmp_path / "kernels.json"
-    result = run(f"kernels --sizes=tiny --rounds=1 --json={path}")
-    assert result.returncode == 0, result.stderr
+    out, _ = run(f"kernels --sizes=tiny --rounds=1 --json={path}")
     report = json.loads(path.read_text())
     assert {row["contender"] for row in report["attention"]} == {"flash", "blocked"}
     for row in report["attention"]:
@@ -106,7 +100,7 @@ def test_all_kernels_on_a_cpu(tmp_path):
     assert paged["max_error"] < 2e-2 and paged["of_copy"] > 0
     assert step["tokens_per_second"] > 0
     assert report["environment"]["versions"]["jax"]
-    lines = result.stdout.splitlines()
+    lines = out.splitlines()
     for row in (*report["attention"], paged):
         begin = f"| {row['case']} | {row['contender']} |"
         assert sum(line.startswith(begin) for line in lines) == 1
@@ -159,20 +153,20 @@ def test_contenders_go_first_in_turn():
     assert "".join(order) == "abcbcacab"
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("train --sizes=huge --contenders=jax", "--sizes=huge: use some of tiny, small, large"),
-        ("train --parts=paged", "Unknown command line flag 'parts'.*"),
-        ("evaluate", "no benchmark 'evaluate'; use one of train, kernels, generate"),
-        ("kernels --sizes=large", "--sizes=large: kernels have tiny or full"),
-        ("kernels --sizes=full", "--sizes=full needs an accelerator, .*; use --sizes=tiny"),
-        ("kernels --contenders=mosaic_gpu", "--contenders=mosaic_gpu: use some of flash, blocked"),
-        ("kernels --json=/nowhere/x.json", "--json=.*: there is no folder /nowhere.*"),
-        ("generate", "no model; give a .gguf file .*"),
-    ],
-)
-def test_errors(command, message):
-    result = run(command)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+ERRORS = {
+    "train --sizes=huge --contenders=jax": "--sizes=huge: use some of tiny, small, large",
+    "train --parts=paged": "Unknown command line flag 'parts'.*",
+    "evaluate": "no benchmark 'evaluate'; use one of train, kernels, generate",
+    "kernels --sizes=large": "--sizes=large: kernels have tiny or full",
+    "kernels --sizes=full": "--sizes=full needs an accelerator, .*; use --sizes=tiny",
+    "kernels --contenders=mosaic_gpu": "--contenders=mosaic_gpu: use some of flash, blocked",
+    "kernels --json=/nowhere/x.json": "--json=.*: there is no folder /nowhere.*",
+    "generate": "no model; give a .gguf file .*",
+}
+
+
+def test_errors():
+    done = calls_apart("benchmark", [arguments.split() for arguments in ERRORS])
+    for each, message in zip(done, ERRORS.values(), strict=True):
+        error = printed(each, status=2)
+        assert re.fullmatch(f"error: {message}\n", error), error

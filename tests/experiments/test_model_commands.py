@@ -23,7 +23,7 @@ from lm.infer.generate import LocalSampler
 from lm.infer.score import Scorer, perplexity
 from lm.tokenizers import ChatTemplate
 from lm.tokenizers.save import save_tokenizer
-from tests.commands import ROOT
+from tests.commands import ROOT, apart
 from tests.commands import command as run
 from tests.formats.tiny_gguf import write_tiny
 from tests.refuses import refuses
@@ -72,7 +72,7 @@ def test_generate_prints_an_object_a_prompt(tiny, opened, tmp_path):
 
 
 def test_one_text_comes_as_it_is_made(tiny, opened):
-    out = run("generate", f"--model={tiny}", "--prompt=The", "--max_new_tokens=9")
+    out = apart("generate", f"--model={tiny}", "--prompt=The", "--max_new_tokens=9")
     sampler = LocalSampler(opened.params, opened.config, tokenizer=opened.tokenizer)
     ids = opened.tokenizer.encode_prompt("The")
     (sample,) = sampler.sample([Request(prompt=ids, max_new_tokens=9)])

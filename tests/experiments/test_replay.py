@@ -146,7 +146,6 @@ def test_what_there_is_not(spiked: Spiked, values: dict, message: str) -> None:
 
 
 def test_the_command(spiked: Spiked) -> None:
-    """In a process of its own, whose data is not spoiled: a step of good data is the same."""
     workdir = f"--workdir={spiked.workdir}"
     found = json.loads(command("replay", workdir, "--step=20", "--format=json", "--worst=3"))
     expected = to_json(replay(spiked.run, 20, num_worst=3))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import pathlib
 import shutil
@@ -67,6 +69,18 @@ def adapted(full: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pat
     return lora(full, tmp_path_factory.mktemp("lora") / "lora")
 
 
+@pytest.fixture(scope="module")
+def longer(
+    full: pathlib.Path, adapted: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, str]:
+    """That run, started again for four steps more, and what it printed."""
+    workdir = tmp_path_factory.mktemp("longer") / "lora"
+    shutil.copytree(adapted, workdir)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        lora(full, workdir, train__num_steps="24")
+    return workdir, printed.getvalue()
+
+
 def rows(workdir: pathlib.Path, name: str) -> dict[int, float]:
     found = [row for row in read(workdir / "metrics.jsonl") if "event" not in row]
     assert len({row["step"] for row in found}) == len(found)
@@ -114,7 +128,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 
 
 def test_adapters_leave_the_base_as_it_is(
-    full: pathlib.Path, adapted: pathlib.Path, tmp_path: pathlib.Path
+    full: pathlib.Path, adapted: pathlib.Path, longer: tuple[pathlib.Path, str]
 ) -> None:
     """It is stored once, and what opens by the run's path is that model with adapters over it."""
     params, config = open_checkpoint(adapted)
@@ -127,27 +141,19 @@ def test_adapters_leave_the_base_as_it_is(
     assert changed == {name for name in begun if trains(name)}
     stored = list((adapted / "checkpoints").glob("*/weights/*"))
     assert stored and not any("frozen" in path.name for path in stored)
-    before = files(adapted / "base")
-    workdir = tmp_path / "further"
-    shutil.copytree(adapted, workdir)
-    lora(full, workdir, train__num_steps="24")
-    assert [*files(workdir / "base").values()] == [*before.values()]
+    workdir, _ = longer
+    assert [*files(workdir / "base").values()] == [*files(adapted / "base").values()]
     served = load_pretrained(workdir)
     assert stack(served.params, served.config) is not None and served.config == config
     assert "default" in served.tokenizer.chat_templates
 
 
-def test_a_longer_run_says_that_its_schedule_changed(
-    adapted: pathlib.Path, full: pathlib.Path, tmp_path: pathlib.Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    workdir = tmp_path / "longer"
-    shutil.copytree(adapted, workdir)
-    lora(full, workdir, train__num_steps="24")
+def test_a_longer_run_says_that_its_schedule_changed(longer: tuple[pathlib.Path, str]) -> None:
+    workdir, printed = longer
     (event,) = survival.events(workdir, "changed")
     assert event["changes"] == ["train.num_steps: 20 -> 24"]
     assert "learning-rate schedule" in event["notes"][0]
-    assert event["notes"][0] in capsys.readouterr().out
+    assert event["notes"][0] in printed
     assert rows(workdir, "loss_sigma")[21] > 0  # its statistics go on
 
 

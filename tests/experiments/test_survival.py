@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -25,7 +25,7 @@ from tests.experiments.survival import NUM_STEPS, SETTINGS, course, digest, last
 def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The workdir of a run that nothing happened to."""
     workdir = tmp_path_factory.mktemp("survival") / "finished"
-    survival.finish(workdir, SETTINGS)
+    pretrain.main(survival.config_of(pretrain.configs.quicktest(), SETTINGS), workdir)
     assert list(course(workdir)) == list(range(1, NUM_STEPS + 1))
     return workdir
 
@@ -36,41 +36,32 @@ def settings(finished: pathlib.Path, **changes: str) -> dict[str, str]:
     return SETTINGS | {"data.directory": str(finished / "data")} | edits
 
 
-def test_killed_while_training_and_while_saving_it_ends_the_same(
+def test_killed_told_to_go_and_killed_while_saving_it_ends_the_same(
     finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    workdir, rng = tmp_path / "killed", random.Random(0)
+    """Told to go, it saves at once: no checkpoint is due by its interval then."""
+    workdir, rng = tmp_path / "run", random.Random(0)
     ours = settings(finished)
     first = rng.randrange(6, NUM_STEPS // 2)
     process = survival.start(workdir, ours)
     assert survival.stop_when(process, lambda: last_step(workdir) >= first) == -signal.SIGKILL
-    process = survival.start(workdir, ours)
+
+    process = survival.start(workdir, ours | {"intervals.save": "1000"})
     before = last_step(workdir)
-    saving = lambda: last_step(workdir) > before and survival.is_saving(workdir)  # noqa: E731
+    code = survival.stop_when(process, lambda: last_step(workdir) > before, signal.SIGTERM)
+    assert code == PreemptionNotice.EXIT, pathlib.Path(f"{workdir}.log").read_text()[-2000:]
+    (event,) = survival.events(workdir, "preempted")
+    assert (workdir / "checkpoints" / str(event["step"])).is_dir()
+    assert before < last_step(workdir) == event["step"] < NUM_STEPS
+
+    process = survival.start(workdir, ours)
+    saving = lambda: last_step(workdir) > event["step"] and survival.is_saving(workdir)  # noqa: E731
     assert survival.stop_when(process, saving) == -signal.SIGKILL
     survival.finish(workdir, ours)
     assert course(workdir) == course(finished)
     assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
     resumed = [row["step"] for row in survival.events(workdir, "resumed")]
-    assert len(resumed) == 2 and resumed == sorted(resumed)
-
-
-def test_told_to_go_it_saves_at_once_and_goes_on(
-    finished: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    workdir = tmp_path / "preempted"
-    ours = settings(finished, intervals__save="1000")
-    process = survival.start(workdir, ours)
-    # The last checkpoint due by its interval is at a tenth of the steps; this one is not.
-    happens: Callable[[], bool] = lambda: last_step(workdir) >= 20  # noqa: E731
-    code = survival.stop_when(process, happens, signal.SIGTERM)
-    assert code == PreemptionNotice.EXIT, pathlib.Path(f"{workdir}.log").read_text()[-2000:]
-    (event,) = survival.events(workdir, "preempted")
-    assert (workdir / "checkpoints" / str(event["step"])).is_dir()
-    assert last_step(workdir) == event["step"] < NUM_STEPS
-    survival.finish(workdir, ours)
-    assert course(workdir) == course(finished)
-    assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
+    assert len(resumed) == 3 and resumed == sorted(resumed) and resumed[1] == event["step"]
 
 
 @pytest.mark.slow
@@ -140,8 +131,8 @@ def test_a_killed_host_ends_all_and_two_hosts_go_on_as_one_did(
 Spoil = Callable[[dict[str, np.ndarray]], None]
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, bad: range, spoil: Spoil) -> None:
-    """Spoil the batches whose global rows lie in `bad`."""
+def poison(monkeypatch: pytest.MonkeyPatch, bad: Container[int], spoil: Spoil) -> None:
+    """Spoil the batches whose first global row is in `bad`."""
     read = Batches.host_batch
 
     def spoiled(stream: Batches, step: int, rows=None) -> dict[str, np.ndarray]:
@@ -166,50 +157,37 @@ def run(finished: pathlib.Path, workdir: pathlib.Path, **changes: str) -> pathli
     config = survival.config_of(
         pretrain.configs.quicktest(), SETTINGS, finished / "data", **changes
     )
-    pretrain.main(config, workdir)
+    with mock.patch.object(pretrain, "summarize") as summarize:
+        pretrain.main(config, workdir)
+    assert summarize.call_count == 1, "it did not finish"
     return workdir
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(
-    finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poison(monkeypatch, range(11 * 16, 12 * 16), not_a_number)
-    workdir = run(
-        finished, tmp_path / "nan", train__num_steps="20", learning_rate__decay="constant"
-    )
-    assert [row["step"] for row in survival.events(workdir, "skipped")] == [12]
-    by_step = {row["step"]: row for row in survival.rows(workdir) if "event" not in row}
-    assert by_step[12]["loss"] == "NaN"
-    assert [by_step[step]["skipped_total"] for step in (11, 12, 20)] == [0, 1, 1]
-    assert math.isfinite(by_step[13]["loss"]) and by_step[20]["loss"] < by_step[11]["loss"]
-
-
 @pytest.mark.parametrize("spoil", [not_a_number, noise])
-def test_three_spikes_rewind_skip_their_data_and_lower_the_rate(
+def test_spikes_are_skipped_and_three_rewind_past_their_data_and_lower_the_rate(
     finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, spoil: Spoil
 ) -> None:
-    """Bad data begins with step 30 (counted from 0) and lasts; the last checkpoint is of 28."""
-    poison(monkeypatch, range(30 * 16, 36 * 16), spoil)
-    changes = {
-        "train__num_steps": "40", "learning_rate__decay": "constant", "stability__warmup": "12",
-        "stability__window": "12", "rewind__learning_rate": "0.5", "rewind__recovery_steps": "4",
-        "rewind__skip_steps": "4",
-    }  # fmt: skip
-    workdir = run(finished, tmp_path / "spikes", **changes)
+    """Step 18 is bad, and from step 31 on all are; the last checkpoint is of 28."""
+    poison(monkeypatch, [17 * 16, *range(30 * 16, 36 * 16)], spoil)
+    workdir = run(finished, tmp_path / "spikes")
+    assert 18 in [row["step"] for row in survival.events(workdir, "skipped")]
     (event,) = survival.events(workdir, "rewound")
     assert (event["step"], event["from_step"]) == (28, 33)
     assert event["skipped_rows"] == (5 + 4) * 16
     steps = {row["step"]: row for row in survival.rows(workdir) if "event" not in row}
-    assert list(steps) == list(range(1, 41))
+    assert list(steps) == list(range(1, NUM_STEPS + 1))
+    assert [steps[step]["skipped_total"] for step in (17, 18, 30)] == [0, 1, 1]
+    assert (steps[18]["loss"] == "NaN") == (spoil is not_a_number)
+    assert steps[30]["loss"] < steps[17]["loss"]
     rates = [steps[step]["learning_rate"] for step in range(27, 36)]
     assert rates == [*rates[:2], *[rates[0] / 2] * 4, *[rates[0]] * 3]
-    assert not any(steps[step]["skipped"] for step in range(29, 41))
-    assert all(math.isfinite(row["loss"]) for row in steps.values())
-    # Started again from the checkpoint before, it comes the same way.
-    again = survival.interrupted(workdir, tmp_path / "again", 24)
-    run(finished, again, **changes)
-    assert course(again) == course(workdir)
-    assert digest(again, 40) == digest(workdir, 40)
+    assert not any(steps[step]["skipped"] for step in range(29, NUM_STEPS + 1))
+    assert all(math.isfinite(row["loss"]) for step, row in steps.items() if step != 18)
+    if spoil is noise:  # started again from the checkpoint before, it comes the same way
+        again = survival.interrupted(workdir, tmp_path / "again", 24)
+        run(finished, again)
+        assert course(again) == course(workdir)
+        assert digest(again, NUM_STEPS) == digest(workdir, NUM_STEPS)
 
 
 def test_it_does_not_go_back_for_ever(
@@ -217,25 +195,22 @@ def test_it_does_not_go_back_for_ever(
 ) -> None:
     poison(monkeypatch, range(10 * 16, 10**6), not_a_number)
     with pytest.raises(FloatingPointError, match="gone back 2 times"):
-        run(finished, tmp_path / "lost", train__num_steps="20", rewind__limit="2")
-    assert [row["step"] for row in survival.events(tmp_path / "lost", "rewound")] == [10, 10]
+        run(finished, tmp_path / "lost", rewind__limit="2")
+    assert [row["step"] for row in survival.events(tmp_path / "lost", "rewound")] == [8, 8]
 
 
 def test_a_newer_checkpoint_on_the_hosts_own_disk_is_the_one_to_go_on_from(
     finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     workdir = tmp_path / "local"
-    changes = {
-        "train__num_steps": "20", "checkpoints__local": str(tmp_path / "disk"),
-        "checkpoints__local_steps": "3",
-    }  # fmt: skip
+    changes = {"checkpoints__local": str(tmp_path / "disk"), "checkpoints__local_steps": "3"}
     run(finished, workdir, **changes)
-    theirs = course(workdir), digest(workdir, 20)
-    survival.interrupted(workdir, workdir, 10)
+    theirs = course(workdir), digest(workdir, NUM_STEPS)
+    survival.interrupted(workdir, workdir, 40)
     run(finished, workdir, **changes)
     (event,) = survival.events(workdir, "resumed")
-    assert event["step"] == 15  # steps 12 and 18 were due on the shared disk too
-    assert (course(workdir), digest(workdir, 20)) == theirs
+    assert event["step"] == 57  # step 60 was due on the shared disk too
+    assert (course(workdir), digest(workdir, NUM_STEPS)) == theirs
 
 
 def test_a_damaged_checkpoint_is_passed_over(
@@ -269,10 +244,10 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
         return real(writer, directory, leaves)
 
     monkeypatch.setattr(arrays, "start", start)
-    workdir = run(finished, tmp_path / "full", train__num_steps="20")
+    workdir = run(finished, tmp_path / "full")
     failed = survival.events(workdir, "save_failed")
-    assert [row["step"] for row in failed] == [6, 8]
+    assert [row["step"] for row in failed] == [12, 16]
     assert all("No space left" in row["error"] for row in failed)
     saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert saved == [2, 4, 10, 12, 14, 16, 18, 20]
-    assert json.loads((workdir / "summary.json").read_text())["held_out"]["bits_per_byte"] > 0
+    assert saved == [step for step in range(4, NUM_STEPS + 1, 4) if step not in (12, 16)]
+    assert course(workdir) == course(finished)

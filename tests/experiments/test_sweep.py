@@ -13,7 +13,7 @@ from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
 from lm.config.sweep import chain, named_runs, param, product, zipped
 from lm.train.optimizers import AdamW
-from tests.commands import ROOT, command
+from tests.commands import ROOT, apart, command
 from tests.refuses import refuses
 
 BASE = pretrain.quicktest()
@@ -196,7 +196,7 @@ def test_a_sweep_of_pretraining(tmp_path):
         "--config.train.batch_size=8", "--config.train.sequence_length=32",
         f"--workdir={tmp_path / 'sweep'}", "--sweep=train.num_steps=2,8",
     ]  # fmt: skip
-    command("sweep", *arguments, timeout=500)
+    apart("sweep", *arguments, timeout=500)
     best, worst = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
     assert best["edits"] == {"train.num_steps": "8"}
     assert 0 < best["bits_per_byte"] < worst["bits_per_byte"] < 9
