@@ -8,10 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from data_pipelines import texts as stages
 from data_pipelines.texts import Candidate, Text, content_hash
+from lm.config.fields import BelowOne, Checked, NonNegative, Positive, within
 from lm.data.corpus import CorpusError
 from lm.data.files import matches
 from lm.data.jsonl import read_jsonl
@@ -23,7 +24,7 @@ _RESERVED = ("token_cache", "plans")
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
+class Files(Checked):
     """Documents in files.
 
     Attributes:
@@ -36,7 +37,7 @@ class Files:
       max_megabytes: of text to take, about; 0 for all.
 
     Raises:
-      CorpusError: a bad name, no files, or a negative size.
+      CorpusError: a bad name, or no files.
     """
 
     name: str
@@ -44,9 +45,10 @@ class Files:
     kind: Kind = "text"
     field: str = "text"
     split: str = "train"
-    max_megabytes: float = 0.0
+    max_megabytes: NonNegative = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name in _RESERVED:
             raise CorpusError(
                 f"data source name {self.name!r} must be lower-case letters, digits and "
@@ -57,14 +59,10 @@ class Files:
                 f"files={self.files!r} of '{self.name}' must be a tuple of at least one glob "
                 "pattern, such as ('books/**/*.txt',)"
             )
-        if not (math.isfinite(self.max_megabytes) and self.max_megabytes >= 0):
-            raise CorpusError(
-                f"max_megabytes={self.max_megabytes} of '{self.name}' must be above 0, or 0 for all"
-            )
 
     @property
     def max_bytes(self) -> int | None:
-        return round(self.max_megabytes * 1e6) or None
+        return math.ceil(self.max_megabytes * 1e6) or None
 
     def find(self) -> list[Candidate]:
         """The files, sorted by name.
@@ -129,19 +127,10 @@ class DataSource(Files):
       held_out: share of its documents kept for its own validation set; 0 for none.
     """
 
-    weight: float = 1.0
-    max_epochs: float | None = None
-    max_tokens: int | None = None
-    held_out: float = 0.05
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.held_out < 1:
-            raise CorpusError(
-                f"held_out={self.held_out} of '{self.name}' must be in [0, 1), such as 0.05"
-            )
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise CorpusError(f"weight={self.weight} of '{self.name}' must be a number from 0 up")
+    weight: NonNegative = 1.0
+    max_epochs: Positive | None = None
+    max_tokens: Annotated[int, within(1, 2**63 - 1)] | None = None
+    held_out: BelowOne = 0.05
 
     @property
     def share(self) -> Share:

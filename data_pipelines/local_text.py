@@ -35,6 +35,8 @@ from data_pipelines import texts as stages
 from data_pipelines.documents import DataSource, SystemText, ValidationSet
 from data_pipelines.spool import BYTES, Spool, tokenize
 from data_pipelines.texts import Candidate
+from lm.config.fields import BelowOne, Count, Fraction, Positive, Seed
+from lm.config.program import Number
 from lm.data.corpus import Corpus, CorpusError, open_corpus
 from lm.data.sources import ArraySource, write_dataset
 from lm.tokenizers import SentencePieceTokenizer, train_sentencepiece
@@ -356,11 +358,13 @@ def _define_flags() -> None:
     flags.DEFINE_enum("kind", "text", ["text", "jsonl", "array_record"], "of --files")
     flags.DEFINE_string("field", "text", "that holds the text, of kind jsonl or array_record")
     flags.DEFINE_string("tokenizer", None, "SentencePiece model to use; trained without")
-    flags.DEFINE_integer("vocab_size", 4096, "tokens of the vocabulary")
-    flags.DEFINE_float("max_megabytes", None, "text to take; all of --files, 30 without")
-    flags.DEFINE_float("held_out", 0.05, "share of the documents held out")
-    flags.DEFINE_float("prose_fraction", 0.3, "share of prose in the system's text")
-    flags.DEFINE_integer("seed", 0, "of the order, the choice and the split")
+    flags.DEFINE(Number(Count), "vocab_size", 4096, "tokens of the vocabulary")
+    flags.DEFINE(
+        Number(Positive), "max_megabytes", None, "text to take; all of --files, 30 without"
+    )
+    flags.DEFINE(Number(BelowOne), "held_out", 0.05, "share of the documents held out")
+    flags.DEFINE(Number(Fraction), "prose_fraction", 0.3, "share of prose in the system's text")
+    flags.DEFINE(Number(Seed), "seed", 0, "of the order, the choice and the split")
 
 
 def _build_by_flags(values: Any) -> Corpus:

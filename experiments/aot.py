@@ -33,6 +33,8 @@ from lm.aot.programs import compile_program, make_program
 from lm.aot.search import candidates, first, machine_of, nothing_fits, remedies
 from lm.config import program as program_lib
 from lm.config.command_line import ConfigError, config_arguments, input_errors
+from lm.config.fields import Count
+from lm.config.program import Number
 from lm.distributed.collectives import print_once
 
 progress = functools.partial(print_once, file=sys.stderr)  # standard output is for the result
@@ -180,7 +182,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("program", "train", ["train", "prefill", "decode"], "What to compile.")
     flags.DEFINE_enum("format", "table", ["table", "json"], "For people, or for programs.")
     flags.DEFINE_bool("search", False, "Choose mesh, remat and batch.")
-    flags.DEFINE_integer("compiled", 4, "How many a search compiles.", lower_bound=1)
+    flags.DEFINE(Number(Count), "compiled", 4, "How many a search compiles.")
     flags.DEFINE_bool("full_effort", False, "Compile as a run would; minutes instead of seconds.")
     flags.DEFINE_string("hlo", None, "Write the compiled program's text to this file.")
     flags.DEFINE_multi_string("compiler_options", [], "NAME=VALUE of the compiler, repeatable.")

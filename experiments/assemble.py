@@ -14,13 +14,11 @@ from absl import flags
 from experiments.configs.pretrain import Pretrain
 from experiments.configs.sft import Sft
 from lm.checkpoints import Checkpoints
-from lm.config.command_line import ConfigError
 from lm.data.batches import Batches, HeldOut
 from lm.data.mixtures import Share
 from lm.data.packed import PackedSource
 from lm.data.stages import DataStage
 from lm.hardware.chips import peak_flops
-from lm.kernels.attention import IMPLEMENTATIONS
 from lm.model import ModelConfig, param_specs
 from lm.parallel import choose_strategy, context_attention, reorder_for
 from lm.run.layout import check_sizes
@@ -60,7 +58,22 @@ def layout_of(config: Config, model: ModelConfig) -> Layout:
         model, layout, s, batch_size=t.batch_size, num_micro_batches=t.num_micro_batches,
         sequence_length=t.sequence_length,
     )  # fmt: skip
+    batch_sizes(config, layout)
     return layout
+
+
+def batch_sizes(config: Config, layout: Layout) -> BatchRamp:
+    """The batch size of every step.
+
+    Raises:
+      ValueError: a size on the way that micro-batches and the mesh do not divide, or a ramp of more
+        stages than steps.
+    """
+    t, ramp = config.train, config.train.ramp
+    if ramp is None:
+        return BatchRamp((BatchStage(0, t.batch_size),))
+    multiple = rows_multiple(NextToken(), layout, t.num_micro_batches)
+    return linear_ramp(ramp.first, t.batch_size, ramp.num_stages, ramp.num_steps, multiple)
 
 
 def make_stream(
@@ -69,18 +82,10 @@ def make_stream(
     layout: Layout,
     mixture: tuple[Share, ...] | None = None,
 ) -> Batches:
-    """The batches of every step: a function of the pack plans, the mixture, the seed, the step.
-
-    Raises:
-      ValueError: a batch size on the way that micro-batches and the mesh do not divide.
-    """
-    t, ramp = config.train, config.train.ramp
-    sizes = BatchRamp((BatchStage(0, t.batch_size),))
-    if ramp is not None:
-        multiple = rows_multiple(NextToken(), layout, t.num_micro_batches)
-        sizes = linear_ramp(ramp.first, t.batch_size, ramp.num_stages, ramp.num_steps, multiple)
+    """The batches of every step: a function of the pack plans, the mixture, the seed, the step."""
+    sizes = batch_sizes(config, layout)
     stages = [DataStage(s.batch_size, mixture, s.first_step) for s in sizes.stages]
-    return Batches(sources, stages, seed=config.data.seed, num_steps=t.num_steps)
+    return Batches(sources, stages, seed=config.data.seed, num_steps=config.train.num_steps)
 
 
 def make_run(
@@ -100,15 +105,8 @@ def make_run(
       config, workdir: of the run.
       model, layout, tokenizer, stream, held_out, data: see `Run`.
       others: fields of `Run` that only some programs set, such as `trains`.
-
-    Raises:
-      ConfigError: there is no attention of the name asked for.
     """
     t, c = config.train, config.checkpoints
-    if t.attention is not None and t.attention not in IMPLEMENTATIONS:
-        raise ConfigError(
-            f"train.attention={t.attention!r} is unknown; use {', '.join(IMPLEMENTATIONS)}, or none"
-        )
     strategy = choose_strategy(config.sharding.context, layout)
     return Run(**{
         "workdir": workdir,
@@ -132,7 +130,7 @@ def make_run(
         "data": data,
         "num_steps": t.num_steps,
         "seed": t.seed,
-        "max_grad_norm": t.max_grad_norm,
+        "max_grad_norm": t.max_grad_norm or None,
         "stability": config.stability,
         "rewind": config.rewind,
         "ema": config.ema,

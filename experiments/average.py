@@ -27,6 +27,8 @@ from experiments.pretrain import open_run
 from lm.checkpoints import Checkpoints, open_checkpoint
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
+from lm.config.fields import Several
+from lm.config.program import Number
 from lm.run.parts import Run
 from lm.train.state import TrainState
 from lm.weights import cast
@@ -148,7 +150,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    flags.DEFINE_integer("last", None, "How many of the last checkpoints to average.")
+    flags.DEFINE(Number(Several), "last", None, "How many of the last checkpoints to average.")
     flags.DEFINE_list("steps", [], "Steps of the checkpoints to average, in place of --last.")
     flags.DEFINE_string("output", None, "A new folder for the average.", required=True)
     program.run(main)

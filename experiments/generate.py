@@ -32,6 +32,7 @@ from experiments import model_flags
 from experiments.prompts import adapter_of, check_row, encode, read_rows
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
+from lm.config.fields import Count, NonNegative, PositiveFraction, Seed, Whole
 from lm.formats import Pretrained
 from lm.infer import Request, Sample
 from lm.infer.generate import LocalSampler
@@ -44,14 +45,16 @@ OPTIONS = program.Options()
 OPTIONS.define("string", "prompt", None, "Text to continue.")
 OPTIONS.define("string", "prompts", None, "File of prompts, one JSON object per line.")
 OPTIONS.define("bool", "chat", False, "Put prompts into the model's chat template.")
-OPTIONS.define("integer", "max_new_tokens", 64, "Most tokens to generate.")
-OPTIONS.define("float", "temperature", 0.0, "Divides the logits; 0 is greedy.")
-OPTIONS.define("integer", "top_k", 0, "Draw among this many likeliest tokens; 0 for all.")
-OPTIONS.define("float", "top_p", 1.0, "Draw among the likeliest of this probability; 1 for all.")
-OPTIONS.define("integer", "seed", 0, "Seed of the first prompt; prompt i uses seed + i.")
+OPTIONS.number(Count, "max_new_tokens", 64, "Most tokens to generate.")
+OPTIONS.number(NonNegative, "temperature", 0.0, "Divides the logits; 0 is greedy.")
+OPTIONS.number(Whole, "top_k", 0, "Draw among this many likeliest tokens; 0 for all.")
+OPTIONS.number(
+    PositiveFraction, "top_p", 1.0, "Draw among the likeliest of this probability; 1 for all."
+)
+OPTIONS.number(Seed, "seed", 0, "Seed of the first prompt; prompt i uses seed + i.")
 OPTIONS.define("multi_string", "stop", [], "Text that ends a sample; may be repeated.")
-OPTIONS.define("integer", "logprobs", None, "Print the K likeliest tokens as well.", lower_bound=0)
-OPTIONS.define("integer", "batch_size", 8, "Most prompts at once.", lower_bound=1)
+OPTIONS.number(Whole, "logprobs", None, "Print the K likeliest tokens as well.")
+OPTIONS.number(Count, "batch_size", 8, "Most prompts at once.")
 OPTIONS.define("enum", "format", "text", ["text", "json"], "What is printed.")
 
 

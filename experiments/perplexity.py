@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from experiments import model_flags
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
+from lm.config.fields import Count, Several
 from lm.data.files import read_text
 from lm.formats import Pretrained
 from lm.infer.generate import WIDER_DTYPE_HINT
@@ -34,11 +35,11 @@ from lm.infer.score import Scorer, perplexity
 
 OPTIONS = program.Options()
 OPTIONS.define("string", "text", None, "File of text, in UTF-8.")
-OPTIONS.define("integer", "max_tokens", None, "Most tokens of the text to read.", lower_bound=2)
-OPTIONS.define("integer", "window", None, "Tokens read at a time; by default 2048 or 512.")
-OPTIONS.define("integer", "stride", None, "Tokens between windows; by default the window.")
+OPTIONS.number(Several, "max_tokens", None, "Most tokens of the text to read.")
+OPTIONS.number(Several, "window", None, "Tokens read at a time; by default 2048 or 512.")
+OPTIONS.number(Count, "stride", None, "Tokens between windows; by default the window.")
 OPTIONS.define("enum", "convention", "transformers", ["transformers", "llama.cpp"], "See above.")
-OPTIONS.define("integer", "batch_size", 1, "Windows at once.", lower_bound=1)
+OPTIONS.number(Count, "batch_size", 1, "Windows at once.")
 OPTIONS.define("enum", "format", "text", ["text", "json"], "What is printed.")
 
 

@@ -13,6 +13,8 @@ from absl import flags
 
 from lm.config import program
 from lm.config.command_line import ConfigError
+from lm.config.fields import BelowOne
+from lm.config.program import Number
 from lm.run import report
 
 
@@ -30,6 +32,8 @@ def main(workdirs: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("output", "compare.html", "The page to write.")
     flags.DEFINE_multi_string("metric", [], "What to draw; may be repeated. Default: the usual.")
-    flags.DEFINE_float("smooth", 0.8, "Weight of a neighbour in the smoothed line; 0 for none.")
+    flags.DEFINE(
+        Number(BelowOne), "smooth", 0.8, "Weight of a neighbour in the smoothed line; 0 for none."
+    )
     flags.DEFINE_enum("x", "step", list(report.X_LABELS), "The x axis.")
     program.run(main, positional=True)

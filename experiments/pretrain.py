@@ -13,6 +13,7 @@ SIGTERM saves and ends the run; `--profile_steps=10:15` traces steps into `<work
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Mapping
 
@@ -41,6 +42,12 @@ CONFIGS = {
 
 
 def main(config: Pretrain, workdir: pathlib.Path) -> None:
+    room = config.model.max_length
+    if config.sampling.prompts and config.sampling.max_new_tokens >= room:
+        raise ConfigError(
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens} leaves no room for a prompt "
+            f"in model.max_length={room}; use at most {room - 1}, or sampling.prompts= for none"
+        )
     with session(config, workdir) as opened:
         run, corpus = assemble(config, workdir)
         outcome = opened.train(run, profile_steps())
@@ -121,7 +128,7 @@ def build_corpus(config: Pretrain, workdir: pathlib.Path) -> Corpus:
         validation=data.validation,
         tokenizer=data.tokenizer or None,
         vocab_size=config.model.vocab_size,
-        max_bytes=int(data.max_megabytes * 1e6) or None,
+        max_bytes=math.ceil(data.max_megabytes * 1e6) or None,
         held_out=data.held_out,
         progress=distributed.is_first_process(),
         process_index=jax.process_index(),

@@ -21,6 +21,8 @@ from absl import flags
 
 from experiments.pretrain import open_run
 from lm.config import program
+from lm.config.fields import Count, Whole
+from lm.config.program import Number
 from lm.run.metrics import to_json
 from lm.run.parts import Run
 from lm.run.replay import replay, text_of
@@ -85,10 +87,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    flags.DEFINE_integer("step", None, "Step to rebuild, from 1.", required=True)
-    flags.DEFINE_integer("row", None, "Show this row of the batch alone, token by token.")
-    flags.DEFINE_integer("attempt", None, "Which time the step was taken, from 1; the last.")
+    flags.DEFINE(Number(Count), "step", None, "Step to rebuild, from 1.", required=True)
+    flags.DEFINE(Number(Whole), "row", None, "Show this row of the batch alone, token by token.")
+    flags.DEFINE(Number(Count), "attempt", None, "Which time the step was taken, from 1; the last.")
     flags.DEFINE_string("checkpoint", None, "Take the weights from this checkpoint.")
-    flags.DEFINE_integer("worst", 20, "How many tokens of the highest loss to list.")
+    flags.DEFINE(Number(Whole), "worst", 20, "How many tokens of the highest loss to list.")
     flags.DEFINE_enum("format", "text", ["text", "json"], "For people, or for programs.")
     program.run(main)

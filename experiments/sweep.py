@@ -32,6 +32,8 @@ from absl import app, flags
 from lm.config import codec, program
 from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError
+from lm.config.fields import Count
+from lm.config.program import Number
 from lm.config.sweep import Edits, Sweep, named_runs, parse
 
 
@@ -158,6 +160,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("experiment", "pretrain", "Module of `experiments` to run.")
     flags.DEFINE_string("sweep", None, "What changes: 'a=1,2; b=3,4'.", required=True)
     flags.DEFINE_string("workdir", None, "Folder of all runs; the same one resumes.", required=True)
-    flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
+    flags.DEFINE(Number(Count), "jobs", 1, "Runs at a time.")
     flags.DEFINE_bool("dry_run", False, "Print the commands and run nothing.")
     app.run(_program, flags_parser=_parse)

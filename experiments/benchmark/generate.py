@@ -25,6 +25,8 @@ from experiments.benchmark import harness
 from experiments.benchmark.generate_contenders import NEEDS, bandwidth
 from experiments.benchmark.harness import Worker, interleaved, median, say
 from lm.config.command_line import ConfigError, input_errors
+from lm.config.fields import Count, Several
+from lm.config.program import Number
 
 FLAGS = flags.FLAGS
 SHORT = 1  # tokens of the short generation
@@ -42,8 +44,8 @@ COLUMNS = (
 def define_flags() -> None:
     flags.DEFINE_string("model", None, "A .gguf file, or a package's model.")
     flags.DEFINE_list("batch_sizes", ["1", "8"], "Prompts at once.")
-    flags.DEFINE_integer("new_tokens", 33, "Tokens of the long generation.", lower_bound=2)
-    flags.DEFINE_integer("rounds", 5, "Turns of each contender.", lower_bound=1)
+    flags.DEFINE(Number(Several), "new_tokens", 33, "Tokens of the long generation.")
+    flags.DEFINE(Number(Count), "rounds", 5, "Turns of each contender.")
     flags.DEFINE_list("contenders", list(NEEDS), "Who takes part.")
 
 

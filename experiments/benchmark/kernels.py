@@ -30,6 +30,8 @@ from absl import flags
 from experiments.benchmark import harness, train
 from experiments.benchmark.harness import BenchmarkError, Worker, interleaved, median, say
 from experiments.benchmark.kernels_contenders import CONTENDERS, RESULTS, Case
+from lm.config.fields import Count, Positive
+from lm.config.program import Number
 
 PARTS = ("attention", "paged", "train")
 LONG_ROW = 16384  # tokens per batch; longer rows are alone in theirs
@@ -63,12 +65,12 @@ def define_flags() -> None:
     flags.DEFINE_list("parts", list(PARTS), "What is timed.")
     flags.DEFINE_list("sizes", None, "tiny or full; default what suits the device.")
     flags.DEFINE_list("contenders", None, "Attention: who takes part; default all there are.")
-    flags.DEFINE_integer("rounds", 10, "Turns of each contender.", lower_bound=1)
-    flags.DEFINE_float("timeout", 300, "Seconds a contender may be silent.")
+    flags.DEFINE(Number(Count), "rounds", 10, "Turns of each contender.")
+    flags.DEFINE(Number(Positive), "timeout", 300, "Seconds a contender may be silent.")
     flags.DEFINE_list(
         "train_models", ["llama3_2_1b", "llama3_8b"], "On accelerators: names in lm.formats.known."
     )
-    flags.DEFINE_integer("batch_size", 8, "Training, on accelerators: rows per step.")
+    flags.DEFINE(Number(Count), "batch_size", 8, "Training, on accelerators: rows per step.")
 
 
 def cases(size: str) -> list[Case]:

@@ -29,6 +29,8 @@ from absl import flags
 from experiments.benchmark import harness
 from experiments.benchmark.harness import BenchmarkError, Worker, interleaved, median, say
 from experiments.benchmark.train_contenders import NEEDS, SIZES, time_accelerator
+from lm.config.fields import Count, Positive
+from lm.config.program import Number
 
 PRECISIONS = ("float32", "bfloat16")
 COLUMNS = (
@@ -44,14 +46,17 @@ def define_flags() -> None:
     flags.DEFINE_list("sizes", ["small", "large"], "On CPU: sizes to time.")
     flags.DEFINE_list("precisions", list(PRECISIONS), "On CPU: precisions to time.")
     flags.DEFINE_list("contenders", list(NEEDS), "On CPU: who takes part.")
-    flags.DEFINE_integer("rounds", 10, "Timed steps of each contender.", lower_bound=1)
+    flags.DEFINE(Number(Count), "rounds", 10, "Timed steps of each contender.")
     flags.DEFINE_string("remat", None, "See lm.model.remat; default none, full on accelerators.")
     flags.DEFINE_string("model", "llama3_2_1b", "On accelerators: a name in lm.formats.known.")
-    flags.DEFINE_integer("sequence_length", 4096, "On accelerators.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 8, "On accelerators: rows per step.", lower_bound=1)
+    flags.DEFINE(Number(Count), "sequence_length", 4096, "On accelerators.")
+    flags.DEFINE(Number(Count), "batch_size", 8, "On accelerators: rows per step.")
     flags.DEFINE_string("attention", None, "On accelerators: implementation; cudnn on GPU.")
-    flags.DEFINE_float(
-        "peak_tflops", None, "The accelerator's, dense bfloat16; default from lm.hardware.chips."
+    flags.DEFINE(
+        Number(Positive),
+        "peak_tflops",
+        None,
+        "The accelerator's, dense bfloat16; default from lm.hardware.chips.",
     )
 
 

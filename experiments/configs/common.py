@@ -10,19 +10,32 @@ from typing import Literal
 
 from data_pipelines.documents import DataSource, ValidationSet
 from lm.config.changes import may_change
+from lm.config.fields import (
+    BelowOne,
+    Checked,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Seed,
+    Several,
+    Whole,
+)  # fmt: skip
+from lm.kernels.attention import Implementation
+from lm.model.remat import Remat
 from lm.run.loop import Intervals, Rewind
 from lm.run.saving import Checkpointing
 from lm.sharding import MeshShape, Sharding
 from lm.train.ema import Ema
 from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
-from lm.train.schedules import Schedule
+from lm.train.schedules import Cooldown, Kind, Schedule
 from lm.train.stability import Stability
 
 NEW_SCHEDULE = "the learning-rate schedule changes with it, from the step that follows"
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Data(Checked):
     """The corpus.
 
     Attributes:
@@ -43,14 +56,14 @@ class Data:
     validation: tuple[ValidationSet, ...] = ()
     tokenizer: str = ""
     directory: str = may_change("")
-    max_megabytes: float = 30.0
-    held_out: float = 0.05
-    max_held_out_tokens: int = 100_000
-    seed: int = 0
+    max_megabytes: NonNegative = 30.0
+    held_out: BelowOne = 0.05
+    max_held_out_tokens: Count = 100_000
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class LearningRate:
+class LearningRate(Checked):
     """Linear warm-up to `peak`, then a decay to `final_fraction` of it at the last step.
 
     Attributes:
@@ -60,24 +73,24 @@ class LearningRate:
       time_scale: of "inverse_sqrt", in steps.
     """
 
-    peak: float = 1e-3
-    warmup_steps: int = 20
-    decay: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.2
-    cooldown: Literal["linear", "1-sqrt"] = "linear"
-    time_scale: float = 10_000.0
+    peak: NonNegative = 1e-3
+    warmup_steps: Whole = 20
+    decay: Kind = "cosine"
+    final_fraction: Fraction = 0.1
+    decay_fraction: Fraction = 0.2
+    cooldown: Cooldown = "linear"
+    time_scale: Positive = 10_000.0
 
     def schedule(self, num_steps: int) -> Schedule:
         """The rate of each step of a run of `num_steps`."""
         return Schedule(
-            self.decay, self.peak, min(self.warmup_steps, num_steps // 2), num_steps,
+            self.decay, self.peak, self.warmup_steps, num_steps,
             self.final_fraction, self.decay_fraction, self.cooldown, self.time_scale,
         )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Ramp:
+class Ramp(Checked):
     """A batch size that grows to `train.batch_size` in equal steps.
 
     Attributes:
@@ -86,13 +99,13 @@ class Ramp:
       num_steps: after which `train.batch_size` is reached.
     """
 
-    first: int = 8
-    num_stages: int = 4
-    num_steps: int = 100
+    first: Count = 8
+    num_stages: Several = 4
+    num_steps: Count = 100
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(Checked):
     """The run.
 
     Attributes:
@@ -106,28 +119,28 @@ class Train:
       attention: implementation; none for the default.
       unroll: write the layers out instead of looping over them: faster on CPU, slow to compile.
       z_loss: coefficient of the squared log-sum-exp of the logits.
-      max_grad_norm: gradients are scaled down to this norm.
+      max_grad_norm: gradients are scaled down to this norm; none or 0 for never.
       peak_tflops: of a device, for MFU where the chip is not known; 0 for the table's figure.
       seed: of the initial weights.
     """
 
-    num_steps: int = may_change(300, NEW_SCHEDULE)
-    batch_size: int = may_change(16, new_statistics=True)
+    num_steps: Count = may_change(300, NEW_SCHEDULE)
+    batch_size: Count = may_change(16, new_statistics=True)
     ramp: Ramp | None = None
-    sequence_length: int = 256
-    num_micro_batches: int = may_change(1)
+    sequence_length: Count = 256
+    num_micro_batches: Count = may_change(1)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: str = may_change("none")
-    attention: str | None = may_change(None)
+    remat: Remat = may_change("none")
+    attention: Implementation | None = may_change(None)
     unroll: bool = may_change(False)
-    z_loss: float = 0.0
-    max_grad_norm: float = 1.0
-    peak_tflops: float = may_change(0.0)
-    seed: int = 0
+    z_loss: NonNegative = 0.0
+    max_grad_norm: NonNegative | None = 1.0
+    peak_tflops: NonNegative = may_change(0.0)
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Checked):
     """What every training program's configuration has."""
 
     mesh: MeshShape = may_change(MeshShape(fsdp=-1))
@@ -143,9 +156,9 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """What the model is asked to go on with at the end."""
 
     prompts: tuple[str, ...] = ("def main(argv):\n", "Return the number of ", "The most important ")
-    max_new_tokens: int = 96
-    temperature: float = 0.8
+    max_new_tokens: Count = 96
+    temperature: NonNegative = 0.8

@@ -6,6 +6,7 @@ import dataclasses
 
 from experiments.configs.common import LearningRate, Train, Training
 from experiments.configs.pretrain import llama
+from lm.config.fields import BelowOne, Checked, Seed
 from lm.model import ModelConfig
 from lm.run.finetune import Lora
 from lm.run.loop import Intervals
@@ -13,7 +14,7 @@ from lm.train.optimizers import Muon
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversations:
+class Conversations(Checked):
     """What to learn from.
 
     Attributes:
@@ -28,9 +29,9 @@ class Conversations:
 
     files: str = ""
     validation: str = ""
-    held_out: float = 0.05
+    held_out: BelowOne = 0.05
     template: str = ""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from lm.config.fields import Checked, Count, Positive
+from lm.kernels.attention import Implementation
+from lm.kernels.cross_entropy import Implementation as Loss
 from lm.model import ModelConfig
+from lm.model.remat import Remat
 from lm.sharding import MeshShape, Sharding
 from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
 
@@ -13,7 +17,7 @@ Name = Literal["train", "prefill", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(Checked):
     """The training step.
 
     Attributes:
@@ -27,18 +31,18 @@ class Train:
       packed: rows hold several documents, so that attention masks segments.
     """
 
-    rows_per_device: float = 1.0
-    sequence_length: int | None = None
-    num_micro_batches: int = 1
+    rows_per_device: Positive = 1.0
+    sequence_length: Count | None = None
+    num_micro_batches: Count = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: str = "full"
-    attention: str | None = None
-    loss: str | None = None
+    remat: Remat = "full"
+    attention: Implementation | None = None
+    loss: Loss | None = None
     packed: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
-class Serve:
+class Serve(Checked):
     """Prefill and decode.
 
     Attributes:
@@ -49,15 +53,15 @@ class Serve:
       zero: 3 also shards the weights over `fsdp`, and gathers them one layer at a time.
     """
 
-    rows_per_device: float = 1.0
-    prompt_length: int | None = None
-    cache_length: int | None = None
+    rows_per_device: Positive = 1.0
+    prompt_length: Count | None = None
+    cache_length: Count | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     zero: Literal[0, 3] = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Aot:
+class Aot(Checked):
     """A model, how it is sharded, and what it does."""
 
     model: ModelConfig

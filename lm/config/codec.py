@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from lm.config.fields import (
+    FieldError,
+    base,
     dataclasses_in,
     expected,
     hints,
@@ -102,7 +104,7 @@ def decode(
         return _decode_dataclass(value, annotation, path, classes)
     if annotation is Any:
         return value
-    for member in members(annotation):
+    for member in map(base, members(annotation)):
         if get_origin(member) is Literal:
             for choice in get_args(member):
                 if value == choice and type(value) is type(choice):
@@ -135,6 +137,8 @@ def _decode_dataclass(value: Any, annotation: Any, path: str, classes: Classes) 
     decoded = {k: decode(v, fields[k], f"{path}.{k}", classes) for k, v in values.items()}
     try:
         return choices[name](**decoded)
+    except FieldError as error:
+        raise ValueError(f"{path}.{error}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

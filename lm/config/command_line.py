@@ -84,11 +84,11 @@ def choose(configs: Configs, spec: str) -> Any:
     if not colon and parameters and parameters[0].default is inspect.Parameter.empty:
         needed = f"--config={name}:{parameters[0].name.upper()}"
         raise ConfigError(f"--config={name} needs an argument: {needed}")
-    if not colon:
-        return functions[name]()
-    annotation = typing.get_type_hints(functions[name]).get(parameters[0].name, str)
     try:
-        return functions[name](fields.parse(argument, annotation))
+        if not colon:
+            return functions[name]()
+        known = typing.get_type_hints(functions[name], include_extras=True)
+        return functions[name](fields.parse(argument, known.get(parameters[0].name, str)))
     except ValueError as error:
         raise ConfigError(f"--config={spec}: {error}") from error
 
@@ -149,6 +149,8 @@ def _edit(value: Any, annotation: Any, edits: dict[tuple, str], path: str, root:
         return tuple(changes.get(str(i), old) for i, old in enumerate(value))
     try:
         return dataclasses.replace(value, **changes)
+    except fields.FieldError as error:
+        raise ConfigError(f"{path}.{error}") from error
     except (ValueError, TypeError) as error:
         changed = ", ".join(f"{path}.{key}" for key in changes)
         raise ConfigError(f"{error} (on setting {changed})") from error

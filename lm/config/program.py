@@ -12,9 +12,23 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from lm.config import command_line as config_lib
+from lm.config import fields
 from lm.config.command_line import ConfigError, Configs
 
 HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
+
+
+class Number(flags.ArgumentParser):
+    """Reads a flag by an annotation, as keys of a configuration are read."""
+
+    def __init__(self, annotation: Any) -> None:
+        self.annotation, self.syntactic_help = annotation, fields.expected(annotation)
+
+    def parse(self, argument: Any) -> Any:
+        return fields.parse(argument, self.annotation) if isinstance(argument, str) else argument
+
+    def flag_type(self) -> str:
+        return fields.type_name(self.annotation)
 
 
 class Options(flags.FlagValues):
@@ -26,6 +40,10 @@ class Options(flags.FlagValues):
     def define(self, kind: str, name: str, default: Any, *arguments: Any, **more: Any) -> None:
         """Define a flag, as absl's `DEFINE_<kind>` does."""
         getattr(flags, f"DEFINE_{kind}")(name, default, *arguments, **more, flag_values=self)
+
+    def number(self, annotation: Any, name: str, default: Any, note: str) -> None:
+        """Define a flag that is read by an annotation."""
+        flags.DEFINE(Number(annotation), name, default, note, flag_values=self)
 
 
 def run(

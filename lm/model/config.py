@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from lm.config.fields import NOT_EMPTY, Checked, Count, NonNegative, Positive, PositiveFraction
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Checked):
     """Stretching of the rotary frequencies for contexts longer than the model was trained on.
 
     Attributes:
@@ -29,22 +31,22 @@ class RopeScaling:
     """
 
     kind: Literal["linear", "llama3", "yarn", "longrope"]
-    factor: float
-    original_length: int = 8192
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
+    factor: Positive
+    original_length: Count = 8192
+    low_frequency: NonNegative = 1.0
+    high_frequency: NonNegative = 4.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive | None = None
     truncate: bool = True
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
+    mscale: NonNegative | None = None
+    mscale_all_dim: NonNegative | None = None
+    short_factors: tuple[Positive, ...] = ()
+    long_factors: tuple[Positive, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Rope:
+class Rope(Checked):
     """Rotary position embedding (arXiv:2104.09864), half-rotated.
 
     Attributes:
@@ -53,13 +55,13 @@ class Rope:
       scaling: stretching of the frequencies.
     """
 
-    theta: float = 10_000.0
-    fraction: float = 1.0
+    theta: Positive = 10_000.0
+    fraction: PositiveFraction = 1.0
     scaling: RopeScaling | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Norm:
+class Norm(Checked):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in float32.
 
     Attributes:
@@ -70,13 +72,13 @@ class Norm:
     """
 
     kind: Literal["rms", "layer"] = "rms"
-    eps: float = 1e-5
+    eps: NonNegative = 1e-5
     plus_one: bool = False
     bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Latent:
+class Latent(Checked):
     """Multi-head latent attention (MLA, arXiv:2405.04434): keys and values come from a latent.
 
     The latent and one rotated key, shared by all heads, are all that is cached.
@@ -90,16 +92,16 @@ class Latent:
       eps: of the RMSNorm over either latent.
     """
 
-    kv_rank: int
-    nope_dim: int
-    rope_dim: int
-    value_dim: int
-    query_rank: int | None = None
-    eps: float = 1e-6
+    kv_rank: Count
+    nope_dim: Count
+    rope_dim: Count
+    value_dim: Count
+    query_rank: Count | None = None
+    eps: NonNegative = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
+class Attention(Checked):
     """Multi-head, grouped-query (arXiv:2305.13245), multi-query or latent attention.
 
     Attributes:
@@ -118,13 +120,13 @@ class Attention:
       latent: keys and values come from a latent (MLA); None for projections of their own.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
     rope: Rope | None = Rope()
-    window: int | None = None
-    scale: float | None = None
-    softcap: float | None = None
+    window: Count | None = None
+    scale: Positive | None = None
+    softcap: Positive | None = None
     bias: bool = False
     out_bias: bool = False
     qk_norm: Literal["head", "full"] | None = None
@@ -132,7 +134,8 @@ class Attention:
     latent: Latent | None = None
 
     def __post_init__(self) -> None:
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        super().__post_init__()
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
             )
@@ -164,7 +167,7 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeedForward:
+class FeedForward(Checked):
     """Two matrices, or three where gated (arXiv:2002.05202).
 
     Attributes:
@@ -174,14 +177,14 @@ class FeedForward:
       bias: of every projection.
     """
 
-    hidden_dim: int
+    hidden_dim: Count
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated: bool = True
     bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class Layer(Checked):
     """One decoder layer.
 
     Attributes:
@@ -199,11 +202,11 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stack:
+class Stack(Checked):
     """A short pattern of layers, repeated: the weights of each position are stacked."""
 
-    pattern: tuple[Layer, ...]
-    num_repeats: int
+    pattern: Annotated[tuple[Layer, ...], NOT_EMPTY]
+    num_repeats: Count
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -212,7 +215,7 @@ class Stack:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """A decoder-only language model.
 
     Attributes:
@@ -230,17 +233,17 @@ class ModelConfig:
       score_dim: scores per token of a reward or value head beside the output; None for no head.
     """
 
-    vocab_size: int
-    embed_dim: int
-    stacks: tuple[Stack, ...]
+    vocab_size: Count
+    embed_dim: Count
+    stacks: Annotated[tuple[Stack, ...], NOT_EMPTY]
     norm: Norm = Norm()
     tied: bool = False
-    embed_scale: float | None = None
-    logit_softcap: float | None = None
-    vocab_multiple: int = 128
-    max_length: int = 2048
+    embed_scale: Positive | None = None
+    logit_softcap: Positive | None = None
+    vocab_multiple: Count = 128
+    max_length: Count = 2048
     family: str = "llama"
-    score_dim: int | None = None
+    score_dim: Count | None = None
 
     @property
     def padded_vocab_size(self) -> int:

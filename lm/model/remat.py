@@ -9,11 +9,16 @@ among them; `save:attention+offload:input` does both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 
+from lm.config.fields import Rule
+
 NAMES = ("input", "query", "key", "value", "attention", "up", "gate")
+POLICIES = (
+    f"none, full, matmuls, or save: or offload: (both joined by +) and some of {','.join(NAMES)}"
+)
 
 
 def policy(name: str) -> Any:
@@ -49,12 +54,20 @@ def named(name: str) -> tuple[list[str], list[str]]:
         names = [n for n in listed.split(",") if n]
         taken = found["save"] + found["offload"]
         if where not in found or not names or not {*names} <= {*NAMES} or {*names} & {*taken}:
-            raise ValueError(
-                f"remat={name!r} is unknown; use none, full, matmuls, or save: or offload: (both "
-                f"joined by +) and some of {','.join(NAMES)}"
-            )
+            raise ValueError(f"remat={name!r} is unknown; use {POLICIES}")
         found[where] += names
     return found["save"], found["offload"]
+
+
+def is_policy(name: str) -> bool:
+    """Whether `checkpointed` knows it."""
+    try:
+        return name in ("none", "full") or bool(policy(name))
+    except ValueError:
+        return False
+
+
+Remat = Annotated[str, Rule(is_policy, f"of the form {POLICIES}")]
 
 
 def checkpointed(f: Callable[..., Any], remat: str, scanned: bool) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lm import distributed
 from lm.adapters import add_lora, trains
 from lm.checkpoints import CheckpointError, Checkpoints, Reference, open_checkpoint
+from lm.config.fields import Checked, Count, Positive
 from lm.data.conversations import PLAIN_TEMPLATE
 from lm.formats import load_pretrained
 from lm.model import ModelConfig, param_specs, stack
@@ -27,11 +28,11 @@ Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
+class Lora(Checked):
     """Adapters over every matrix of every layer, which train alone; see `lm.adapters.add_lora`."""
 
-    rank: int = 16
-    alpha: float | None = None
+    rank: Count = 16
+    alpha: Positive | None = None
     rslora: bool = False
     dora: bool = False
 

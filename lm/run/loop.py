@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from lm.config.fields import Checked, Count, PositiveFraction, Whole
 from lm.run.goodput import Goodput, Throughput
 from lm.run.metrics import MetricsWriter, Progress, memory
 from lm.run.profile import Profiler
@@ -21,7 +22,7 @@ Metrics = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Intervals:
+class Intervals(Checked):
     """When things happen, in steps; each also happens at the last step.
 
     Attributes:
@@ -30,14 +31,9 @@ class Intervals:
       save: a checkpoint.
     """
 
-    log: int = 10
-    evaluate: int = 100
-    save: int = 100
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise ValueError(f"every {name} interval must be at least 1 step, got {value}")
+    log: Count = 10
+    evaluate: Count = 100
+    save: Count = 100
 
     def fitted(self, num_steps: int) -> Intervals:
         """These, shortened for a short run: 20 rows and 10 checkpoints at least."""
@@ -46,7 +42,7 @@ class Intervals:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rewind:
+class Rewind(Checked):
     """What to do when the device skips step after step (see `lm.train.stability`).
 
     Training goes back to the last checkpoint, made before the first of these steps, and on with
@@ -60,23 +56,11 @@ class Rewind:
       limit: rewinds of a run; one more ends it.
     """
 
-    patience: int = 3
-    skip_steps: int = 0
-    learning_rate: float = 1.0
-    recovery_steps: int = 100
-    limit: int = 10
-
-    def __post_init__(self) -> None:
-        if self.patience < 1 or self.skip_steps < 0 or self.limit < 0:
-            raise ValueError(
-                f"patience={self.patience} must be at least 1; skip_steps={self.skip_steps} and "
-                f"limit={self.limit} must not be negative"
-            )
-        if not 0 < self.learning_rate <= 1 or self.recovery_steps < 1:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} must be in (0, 1], and recovery_steps="
-                f"{self.recovery_steps} be at least 1"
-            )
+    patience: Count = 3
+    skip_steps: Whole = 0
+    learning_rate: PositiveFraction = 1.0
+    recovery_steps: Count = 100
+    limit: Whole = 10
 
 
 @dataclasses.dataclass

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 
 from lm.checkpoints import Checkpoints, Reference, SaveInterval
+from lm.config.fields import Checked, Count, Positive
 from lm.data.stream import Stream
 from lm.run.loop import Kind
 from lm.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpointing:
+class Checkpointing(Checked):
     """Checkpoints beyond those that `intervals.save` asks for, and how long they stay.
 
     Attributes:
@@ -25,12 +26,12 @@ class Checkpointing:
       keep_local: how many of those.
     """
 
-    keep: int | None = None
-    keep_every: int | None = None
-    save_minutes: float | None = None
+    keep: Count | None = None
+    keep_every: Count | None = None
+    save_minutes: Positive | None = None
     local: str = ""
-    local_steps: int = 10
-    keep_local: int = 2
+    local_steps: Count = 10
+    keep_local: Count = 2
 
 
 class Saving:

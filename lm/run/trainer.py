@@ -22,6 +22,7 @@ from lm.run.parts import Run
 from lm.run.profile import Profiler
 from lm.run.saving import Saving
 from lm.train.ema import ema_params
+from lm.train.schedules import Schedule
 from lm.train.stability import begin_recovery, restart_statistics
 from lm.train.state import TrainState
 
@@ -214,8 +215,22 @@ class CompiledStep:
         return self.programs[key](state, batch)
 
 
+def slips(run: Run) -> list[str]:
+    """A line for each setting that is allowed and yet likely to be a slip."""
+    found = []
+    if run.max_grad_norm is None:
+        found.append("gradients are not clipped: train.max_grad_norm is none or 0")
+    warmup = run.schedule.warmup_steps if isinstance(run.schedule, Schedule) else 0
+    if warmup > run.num_steps // 2:
+        found.append(
+            f"warm-up: learning_rate.warmup_steps={warmup} is over half of train.num_steps="
+            f"{run.num_steps}"
+        )
+    return found
+
+
 def describe(run: Run, stream: Stream) -> str:
-    """What is about to happen, in three lines."""
+    """What is about to happen, in three lines, and `slips`."""
     mesh, rules = run.layout.mesh, run.layout.rules
     zero = sum("embed" in table for table in (rules.weights, rules.gradients, rules.optimizer))
     devices = mesh.devices.flat
@@ -230,5 +245,6 @@ def describe(run: Run, stream: Stream) -> str:
             f"{epochs} epochs",
             f"devices: {len(devices)} x {devices[0].device_kind}"
             + (f", mesh {axes}, ZeRO-{zero}" if axes else ""),
+            *slips(run),
         ]
     )

@@ -7,18 +7,21 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from lm.config.fields import Checked, Count
+
 AXES = ("slice", "stage", "data", "fsdp", "expert", "context", "tensor")
+Axis = Literal[-1] | Count
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshShape:
+class MeshShape(Checked):
     """Devices along each mesh axis. At most one may be -1, for all remaining devices.
 
     Attributes:
@@ -31,24 +34,21 @@ class MeshShape:
       tensor: shards of heads, feed-forward and vocabulary.
     """
 
-    slice: int = 1
-    stage: int = 1
-    data: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
+    slice: Axis = 1
+    stage: Axis = 1
+    data: Axis = 1
+    fsdp: Axis = 1
+    expert: Axis = 1
+    context: Axis = 1
+    tensor: Axis = 1
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Axis sizes with -1 filled in.
 
         Raises:
-          ValueError: an axis below 1, more than one -1, or a product that is not `num_devices`.
+          ValueError: more than one -1, or a product that is not `num_devices`.
         """
         sizes = [getattr(self, axis) for axis in AXES]
-        for axis, size in zip(AXES, sizes, strict=True):
-            if size < 1 and size != -1:
-                raise ValueError(f"mesh axis {axis!r}={size}; use a positive number, or -1 once")
         free = [i for i, size in enumerate(sizes) if size == -1]
         if len(free) > 1:
             names = " and ".join(repr(AXES[i]) for i in free)

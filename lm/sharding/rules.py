@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from lm.config.fields import Checked
+
 Table = Mapping[str, tuple[str, ...]]
 
 BATCH = ("slice", "data", "fsdp", "expert")
@@ -52,7 +54,7 @@ class Rules:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sharding:
+class Sharding(Checked):
     """How arrays are sharded over the mesh.
 
     Attributes:

@@ -8,30 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.config.fields import BelowOne, Checked
 from lm.train.state import TrainState, merge
 
 Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Ema:
+class Ema(Checked):
     """After each step taken, `average += (1 - decay) * (weights - average)`, in float32.
 
     Attributes:
       decay: 1 / (1 - decay) is about how many steps it looks back.
       warmup: the decay of update t, from 0, is at most (1 + t) / (10 + t), so that the average
         soon forgets the initial weights (as in TensorFlow's ExponentialMovingAverage).
-
-    Raises:
-      ValueError: a decay outside [0, 1).
     """
 
-    decay: float = 0.999
+    decay: BelowOne = 0.999
     warmup: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"EMA decay={self.decay} must be in [0, 1), such as 0.999")
 
     def update(self, average: Tree, weights: Tree, num_updates: jax.Array) -> Tree:
         """The average after one more update, of which there were `num_updates` before."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
-KINDS = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
-COOLDOWNS = ("linear", "1-sqrt")
+from lm.config.fields import Checked, Fraction, NonNegative, Positive, Whole
+
+Kind = Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
+Cooldown = Literal["linear", "1-sqrt"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Schedule(Checked):
     """Linear warm-up from 0 to `peak`, then a decay that ends at step `num_steps`.
 
     Kinds, with x from 0 at the end of the warm-up to 1 at `num_steps`:
@@ -37,7 +39,8 @@ class Schedule:
     Attributes:
       kind: one of the above.
       peak: after the warm-up.
-      warmup_steps: step `warmup_steps` is the first at `peak`; step 0 has 1 / (warmup_steps + 1).
+      warmup_steps: step `warmup_steps` is the first at `peak`, if the run is that long; step k
+        before it has (k + 1) / (warmup_steps + 1) of it.
       num_steps: of the whole run.
       final_fraction: reached at `num_steps`; of no effect on "constant".
       decay_fraction: share of the steps that the cool-down of "wsd" and "inverse_sqrt" takes; 0
@@ -45,39 +48,16 @@ class Schedule:
       cooldown: "linear", 1 - x, or "1-sqrt", 1 - sqrt(x) (arXiv:2405.18392), with x from 0 to 1
         over the cool-down.
       time_scale: of "inverse_sqrt", in steps.
-
-    Raises:
-      ValueError: an unknown kind or cool-down, a negative rate, a fraction or time scale out of
-        range, or a warm-up longer than the run.
     """
 
-    kind: str
-    peak: float
-    warmup_steps: int
-    num_steps: int
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.2
-    cooldown: str = "linear"
-    time_scale: float = 10_000.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"schedule kind {self.kind!r} is unknown; use {', '.join(KINDS)}")
-        if self.cooldown not in COOLDOWNS:
-            raise ValueError(f"cooldown {self.cooldown!r} is unknown; use {', '.join(COOLDOWNS)}")
-        if self.peak < 0 or not 0 <= self.final_fraction <= 1:
-            raise ValueError(
-                f"peak={self.peak} must not be negative, nor final_fraction={self.final_fraction} "
-                "outside [0, 1]"
-            )
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction={self.decay_fraction} must be in [0, 1]")
-        if not self.time_scale > 0:
-            raise ValueError(f"time_scale={self.time_scale} must be positive")
-        if not 0 <= self.warmup_steps <= self.num_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be between 0 and num_steps={self.num_steps}"
-            )
+    kind: Kind
+    peak: NonNegative
+    warmup_steps: Whole
+    num_steps: Whole
+    final_fraction: Fraction = 0.1
+    decay_fraction: Fraction = 0.2
+    cooldown: Cooldown = "linear"
+    time_scale: Positive = 10_000.0
 
     def __call__(self, step: Any) -> Any:
         """The learning rate of step `step`, counted from 0: a float32 scalar, traceable."""

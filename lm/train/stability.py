@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.config.fields import Checked, Positive, Several
 from lm.train.state import Health, TrainState
 
 # Sigma is at least this fraction of the mean: a loss that stands still has no spikes of rounding.
@@ -23,7 +24,7 @@ FLOOR = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Stability:
+class Stability(Checked):
     """Which steps are skipped: those whose loss or gradient norm is not finite, or far too high.
 
     Too high is more than `sigmas` standard deviations above the running mean, once `warmup` steps
@@ -35,23 +36,11 @@ class Stability:
       sigmas: standard deviations above the mean.
       window: steps that the statistics look back.
       warmup: steps taken before anything finite counts as a spike.
-
-    Raises:
-      ValueError: a number of sigmas that is not positive, or less than two steps.
     """
 
-    sigmas: float = 6.0
-    window: int = 128
-    warmup: int = 128
-
-    def __post_init__(self) -> None:
-        if not self.sigmas > 0:
-            raise ValueError(f"sigmas={self.sigmas} must be above 0; 6 is usual")
-        for name in ("window", "warmup"):
-            if getattr(self, name) < 2:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be at least 2: one step has no deviation"
-                )
+    sigmas: Positive = 6.0
+    window: Several = 128  # one step alone has no deviation
+    warmup: Several = 128
 
     def is_healthy(self, health: Health, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
         """Whether a step with this loss and gradient norm is to be taken: a boolean scalar."""

@@ -257,11 +257,7 @@ def test_a_question_that_makes_no_sense_is_one_line_and_status_2(run) -> None:
     [
         ("train", {"mesh.fsdp": "3"}, "the mesh fsdp=3 needs 3 devices, 4 present"),
         ("train", {"train.rows_per_device": "0.3"}, "gives 1.2 rows on 4 devices"),
-        ("train", {"train.rows_per_device": "inf"}, "gives inf rows on 4 devices"),
-        ("train", {"train.rows_per_device": "nan"}, "gives nan rows on 4 devices"),
         ("train", {"train.sequence_length": "513"}, "is not between 1 and model.max_length=512"),
-        ("train", {"train.sequence_length": "0"}, "sequence_length=0 is not between 1 and"),
-        ("train", {"train.attention": "fast"}, "train.attention='fast' is unknown"),
         ("train", {"train.attention": "cudnn"}, "needs cuDNN and its GPU to compile; use mosaic"),
         ("train", {"train.attention": "mosaic_gpu"}, "is written for GPUs; use flash, splash"),
         ("train", {"mesh.fsdp": "2", "mesh.stage": "2"}, "the model has no pipeline; use 1"),

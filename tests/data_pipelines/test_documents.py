@@ -270,9 +270,6 @@ def test_bad_configuration():
         "not one of token_cache, plans": {"name": "plans"},
         "files='a/*.txt' of 'web' must be a tuple": {"files": "a/*.txt"},
         "at least one glob pattern": {"files": ()},
-        "held_out=1 of 'web' must be in [0, 1)": {"held_out": 1},
-        "weight=-1 of 'web'": {"weight": -1},
-        "max_megabytes=-1": {"max_megabytes": -1},
     }.items():
         fields = {"name": "web", "files": ("a",)} | changes
         refuses(lambda fields=fields: DataSource(**fields), words, error=CorpusError)

@@ -56,8 +56,6 @@ def test_accelerators_are_not_left_idle(monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (MeshShape(tensor=0), "mesh axis 'tensor'=0; use a positive number, or -1 once"),
-        (MeshShape(data=-2), "mesh axis 'data'=-2"),
         (MeshShape(data=-1, fsdp=-1), "mesh axes 'data' and 'fsdp' are both -1"),
         (MeshShape(tensor=3, data=-1), "fixes 3 devices, which does not divide the 8 present"),
         (MeshShape(tensor=16), "the mesh tensor=16 needs 16 devices, 8 present; change an axis"),

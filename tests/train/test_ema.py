@@ -65,5 +65,5 @@ def test_ema_params_is_the_average_where_weights_train():
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
 def test_bad_decay(decay):
-    with pytest.raises(ValueError, match=r"EMA decay=.* must be in"):
+    with pytest.raises(ValueError, match=r"decay=.* is not a finite float32 in \[0, 1\)"):
         Ema(decay)

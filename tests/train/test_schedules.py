@@ -1,11 +1,15 @@
 """Schedules against optax's and transformers', and at the points their definitions name."""
 
+from typing import get_args
+
 import jax
 import numpy as np
 import optax
 import pytest
 
-from lm.train.schedules import KINDS, BatchRamp, BatchStage, Schedule, linear_ramp, ramp_by_tokens
+from lm.train.schedules import BatchRamp, BatchStage, Kind, Schedule, linear_ramp, ramp_by_tokens
+
+KINDS = get_args(Kind)
 
 
 def rates(schedule, steps):
@@ -106,19 +110,25 @@ def test_no_steps_and_no_warm_up_are_finite_and_traceable(kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("step", 1.0, 0, 1), "kind 'step' is unknown; use cosine, linear, wsd, inverse_sqrt"),
-        (("cosine", -1.0, 0, 1), "peak=-1.0 must not be negative"),
-        (("cosine", 1.0, 0, 1, 1.5), r"final_fraction=1.5 outside \[0, 1\]"),
-        (("wsd", 1.0, 0, 1, 0.1, -0.1), "decay_fraction=-0.1 must be in"),
-        (("wsd", 1.0, 0, 1, 0.1, 0.2, "sqrt"), "cooldown 'sqrt' is unknown; use linear, 1-sqrt"),
-        (("inverse_sqrt", 1.0, 0, 1, 0.1, 0.2, "linear", 0), "time_scale=0 must be positive"),
-        (("cosine", 1.0, 11, 10), "warmup_steps=11 must be between 0 and num_steps=10"),
+        (("step", 1.0, 0, 1), "kind='step' is not one of cosine, linear, wsd, inverse_sqrt"),
+        (("cosine", -1.0, 0, 1), "peak=-1.0 is not"),
+        (("wsd", 1.0, 0, 1, 0.1, 0.2, "sqrt"), "cooldown='sqrt' is not one of linear, 1-sqrt"),
+        (("inverse_sqrt", 1.0, 0, 1, 0.1, 0.2, "linear", 0), "time_scale=0 is not"),
         (("cosine", 1.0, -1, 10), "warmup_steps=-1"),
     ],
 )
 def test_bad_schedules(arguments, message):
     with pytest.raises(ValueError, match=message):
         Schedule(*arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("warmup_steps", "num_steps"), [(90, 100), (100, 100), (20, 6)])
+def test_a_long_warm_up_is_not_cut(kind, warmup_steps, num_steps):
+    schedule = Schedule(kind, 3.0, warmup_steps, num_steps, decay_fraction=0.0)
+    steps = range(min(warmup_steps, num_steps))
+    expected = [3.0 * (step + 1) / (warmup_steps + 1) for step in steps]
+    np.testing.assert_allclose(rates(schedule, steps), expected, rtol=1e-6)
 
 
 def test_a_batch_ramp_counts_the_rows_of_its_steps():

@@ -310,10 +310,6 @@ def test_statistics_begin_anew():
 def test_refusals():
     state = new_state(ONE)
     unhealthy = dataclasses.replace(state, health=None)
-    refuses(lambda: Stability(sigmas=0.0), "sigmas=0.0 must be above 0")
-    refuses(lambda: Stability(sigmas=NAN), "sigmas=nan must be above 0")
-    refuses(lambda: Stability(window=1), "window=1 must be at least 2")
-    refuses(lambda: Stability(warmup=0), "warmup=0 must be at least 2")
     refuses(lambda: begin_recovery(state, 0.0, 3), "scale=0.0", "must be in (0, 1]")
     refuses(lambda: begin_recovery(state, 0.5, 0), "num_steps=0 of recovery must be at least 1")
     refuses(lambda: begin_recovery(unhealthy, 0.5, 3), "the state has no health; make it")

@@ -2,6 +2,7 @@
 
 from lm.kernels.attention.choose import (
     IMPLEMENTATIONS,
+    Implementation,
     attention,
     attention_backward,
     default_implementation,
@@ -11,6 +12,7 @@ from lm.kernels.attention.scores import Scores
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Implementation",
     "Scores",
     "View",
     "attention",

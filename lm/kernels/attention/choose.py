@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ from lm.kernels.attention.sharded import (
     target,
 )
 
-IMPLEMENTATIONS = ("reference", "blocked", "flash", "mosaic_gpu", "splash", "cudnn")
+Implementation = Literal["reference", "blocked", "flash", "mosaic_gpu", "splash", "cudnn"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 FLASH_FROM = 16  # queries; of fewer, as in decoding, most of a block would be padding
 CUDNN_HEAD_DIM = 128  # the largest cuDNN takes on every GPU since Ampere
 # Those that do all that is asked, or say themselves what they do not.

@@ -7,12 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lm.config.fields import BelowOne, Checked, Fraction, NonNegative, Positive
 from lm.train.optimizers.base import PathRule, Slots
 from lm.weights import ParamSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Adafactor:
+class Adafactor(Checked):
     """Adam's second moment as rows times columns (arXiv:1804.04235), and no first moment.
 
     A matrix [*stack, in, out] keeps the means of the squared gradients of each row and each column,
@@ -31,13 +32,13 @@ class Adafactor:
       rules: by path, see `PathRule`; the first that fits holds.
     """
 
-    decay_rate: float = 0.8
-    clip_threshold: float = 1.0
-    momentum: float | None = None
+    decay_rate: Fraction = 0.8
+    clip_threshold: Positive = 1.0
+    momentum: BelowOne | None = None
     relative_step: bool = False
-    min_scale: float = 1e-3
-    eps: float = 1e-30
-    weight_decay: float = 0.1
+    min_scale: NonNegative = 1e-3
+    eps: Positive = 1e-30
+    weight_decay: NonNegative = 0.1
     rules: tuple[PathRule, ...] = ()
 
     def method(self, weight: ParamSpec) -> _Adafactor:

@@ -7,12 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lm.config.fields import BelowOne, Checked, NonNegative, Positive
 from lm.train.optimizers.base import PathRule, Slots
 from lm.weights import ParamSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class AdamW(Checked):
     """Adam with decoupled weight decay (arXiv:1711.05101), on matrices only.
 
     Attributes:
@@ -22,10 +23,10 @@ class AdamW:
       rules: by path, see `PathRule`; the first that fits holds.
     """
 
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
     rules: tuple[PathRule, ...] = ()
 
     def method(self, weight: ParamSpec) -> AdamW:

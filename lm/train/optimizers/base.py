@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm.config.fields import Checked, NonNegative
 from lm.weights import ParamSpec, is_spec, path_name
 from lm.weights.specs import Kind
 
@@ -27,7 +28,7 @@ Kinds = Mapping[str, Kind]  # of weights, by path
 
 
 @dataclasses.dataclass(frozen=True)
-class PathRule:
+class PathRule(Checked):
     """Learning rate and weight decay of the weights whose path a pattern is found in.
 
     Attributes:
@@ -37,22 +38,21 @@ class PathRule:
       weight_decay: in place of the optimizer's own; None keeps that.
 
     Raises:
-      ValueError: the pattern is not a regular expression, or a number is negative.
+      ValueError: the pattern is not a regular expression.
     """
 
     pattern: str
-    learning_rate: float = 1.0
-    weight_decay: float | None = None
+    learning_rate: NonNegative = 1.0
+    weight_decay: NonNegative | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(
                 f"pattern {self.pattern!r} is not a regular expression: {error}"
             ) from None
-        if self.learning_rate < 0 or (self.weight_decay or 0) < 0:
-            raise ValueError(f"{self} must have no negative learning_rate or weight_decay")
 
 
 class Method(Protocol):

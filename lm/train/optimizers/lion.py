@@ -7,12 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lm.config.fields import BelowOne, Checked, NonNegative
 from lm.train.optimizers.base import PathRule, Slots
 from lm.weights import ParamSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Lion:
+class Lion(Checked):
     """The sign of a momentum (arXiv:2302.06675): half of Adam's state.
 
     Every weight moves by the whole learning rate, so that it wants a rate 3 to 10 times below
@@ -25,9 +26,9 @@ class Lion:
       rules: by path, see `PathRule`; the first that fits holds.
     """
 
-    b1: float = 0.9
-    b2: float = 0.99
-    weight_decay: float = 0.5
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.99
+    weight_decay: NonNegative = 0.5
     rules: tuple[PathRule, ...] = ()
 
     def method(self, weight: ParamSpec) -> Lion:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from lm.config.fields import BelowOne, Checked, Count, NonNegative
 from lm.parallel import distribute_matrices
 from lm.train.optimizers.adamw import AdamW
 from lm.train.optimizers.base import PathRule, Slots, refuse_rules
@@ -17,7 +18,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon:
+class Muon(Checked):
     """Momentum, orthogonalized, for the matrices of the layers; AdamW for everything else.
 
     K. Jordan, "Muon: an optimizer for hidden layers", 2024; updates are scaled by
@@ -32,14 +33,15 @@ class Muon:
       rules: by path, see `PathRule`; the first that fits holds.
     """
 
-    momentum: float = 0.95
-    steps: int = 5
-    dtype: str = "bfloat16"
-    weight_decay: float = 0.1
+    momentum: BelowOne = 0.95
+    steps: Count = 5
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    weight_decay: NonNegative = 0.1
     adam: AdamW = AdamW()
     rules: tuple[PathRule, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_rules(self.adam)
 
     def method(self, weight: ParamSpec) -> Muon | AdamW:

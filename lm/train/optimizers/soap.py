@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lm.config.fields import BelowOne, Checked, Count, NonNegative, Positive, Whole
 from lm.parallel import distribute_matrices
 from lm.train.optimizers.adamw import AdamW, adam_direction
 from lm.train.optimizers.base import PathRule, Slots, refuse_rules
@@ -17,7 +18,7 @@ FIRST_ITERATIONS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Soap:
+class Soap(Checked):
     """Adam in Shampoo's eigenbasis (arXiv:2409.11321) for the matrices of the layers.
 
     A matrix G [in, out] of gradients has the statistics L of G G^T and R of G^T G, and Adam's
@@ -38,23 +39,22 @@ class Soap:
       rules: by path, see `PathRule`; the first that fits holds.
 
     Raises:
-      ValueError: a frequency below 1, or rules within `adam`.
+      ValueError: rules within `adam`.
     """
 
-    b1: float = 0.95
-    b2: float = 0.95
-    eps: float = 1e-8
-    stats_decay: float = 0.95
-    frequency: int = 10
-    max_precond_dim: int = 10_000
-    weight_decay: float = 0.1
+    b1: BelowOne = 0.95
+    b2: BelowOne = 0.95
+    eps: Positive = 1e-8
+    stats_decay: BelowOne = 0.95
+    frequency: Count = 10
+    max_precond_dim: Whole = 10_000
+    weight_decay: NonNegative = 0.1
     adam: AdamW = AdamW()
     rules: tuple[PathRule, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_rules(self.adam)
-        if self.frequency < 1:
-            raise ValueError(f"frequency={self.frequency} must be at least 1")
 
     def method(self, weight: ParamSpec) -> Soap | AdamW:
         return self if weight.kind == "matrix" and self.sides(weight.shape) else self.adam
