@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first, each with its budget in lines, raised only on purpose. A package imports only
 # packages above it in this list.
 BUDGETS = {
-    "lm.config": 950,
+    "lm.config": 1_070,
     "lm.files": 1_800,
     "lm.sharding": 600,
     "lm.distributed": 1_300,
