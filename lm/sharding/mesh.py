@@ -110,10 +110,11 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 def pretend_cpu_devices(shape: MeshShape) -> None:
     """Creates enough CPU devices for `shape`. No effect on GPU or TPU.
 
-    Nor once JAX has used a device, or where `--xla_force_host_platform_device_count` is given.
+    Nor once JAX has used a device, where `--xla_force_host_platform_device_count` is given, or for
+    more than a thousand, which would take minutes; `make_mesh` says then that they are missing.
     """
     sizes = [size for size in dataclasses.astuple(shape) if size > 0]
     wanted = math.prod(sizes)
-    if wanted > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if 1 < wanted <= 1024 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # the backend is up already
             jax.config.update("jax_num_cpu_devices", wanted)
