@@ -115,6 +115,7 @@ def pretend_cpu_devices(shape: MeshShape) -> None:
     """
     sizes = [size for size in dataclasses.astuple(shape) if size > 0]
     wanted = math.prod(sizes)
-    if 1 < wanted <= 1024 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if 1 < wanted <= 1024 and not forced:
         with contextlib.suppress(RuntimeError):  # the backend is up already
             jax.config.update("jax_num_cpu_devices", wanted)
