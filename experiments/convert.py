@@ -3,9 +3,10 @@
     python -m experiments.convert --model=gemma3-270m --format=safetensors --output=gemma-3-270m \\
         --dtype=bfloat16
 
-Blocks of GGUF files are decoded, and an adapter (`--adapter=DIRECTORY`) is added in. Writes
-config.json, generation_config.json, safetensors, and tokenizer.json with its configuration and chat
-templates: all of them, or after an error nothing.
+Blocks of GGUF files are decoded, and an adapter (`--adapter=DIRECTORY`) is added in, with the whole
+weights and the tokenizer it may bring. Of a model of more than text, the text model is written.
+Writes config.json, generation_config.json, safetensors, and tokenizer.json with its configuration
+and chat templates: all of them, or after an error nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ def main() -> None:
         dtype=model_flags.dtype(),
         adapter=model_flags.adapter_path(),
         tokenizer=model_flags.TOKENIZER.value,
+        ignore=model_flags.IGNORE.value,
     )
     for path in sorted(output.rglob("*")):
         if path.is_file():
@@ -68,25 +70,31 @@ def convert(
     dtype: Any = jnp.float32,
     adapter: str | pathlib.Path | None = None,
     tokenizer: str | pathlib.Path | None = None,
+    ignore: Collection[str] = (),
 ) -> None:
     """Write a model as a Hugging Face directory.
 
     Args:
-      model, dtype, tokenizer: see `lm.formats.load_pretrained`.
+      model, dtype, tokenizer, ignore: see `lm.formats.load_pretrained`.
       output: a new folder.
-      adapter: a PEFT directory whose LoRA adapter is merged into the weights.
+      adapter: a PEFT directory whose LoRA adapter is merged into the weights, and whose whole
+        weights replace the model's.
 
     Raises:
       ConfigError: the model cannot be opened, or `output` is there or cannot be written.
     """
     with input_errors(), new_folder(output) as folder:
-        pretrained = load_pretrained(model, dtype=dtype, tokenizer=tokenizer)
+        opened = load_pretrained(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore)
+        params, config, words = opened
         if adapter is not None:
-            pretrained = model_flags.with_adapter(pretrained, adapter)
-        params, config, words = pretrained
+            params, config, words = model_flags.with_adapter(
+                opened, adapter, tokenizer=tokenizer, ignore=ignore
+            )
         save_huggingface(merge(params), config, folder, extra=special_ids(words))
         source = locate(model)
-        if is_huggingface(source) and tokenizer is None:
+        if adapter is not None and words is not opened.tokenizer:
+            copy_tokenizer(pathlib.Path(adapter).expanduser(), folder)
+        elif is_huggingface(source) and tokenizer is None:
             copy_tokenizer(source, folder)
         else:
             write_tokenizer(words, source, folder)

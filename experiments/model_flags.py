@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from lm.config.command_line import ConfigError, input_errors
 from lm.formats import Pretrained, load_peft, load_pretrained
 from lm.formats.common import malformed
 from lm.formats.open import DTYPES
+from lm.tokenizers import check_fits, open_tokenizer
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # These are the command's own flags, so that its `--help` lists them.
 _OWN: dict[str, Any] = {"module_name": sys.argv[0]}
 MODEL = flags.DEFINE_string(
@@ -33,6 +36,12 @@ _ADAPTER = flags.DEFINE_multi_string(
     "adapter", [], "A PEFT directory with a LoRA adapter, put over the model. experiments.generate "
     "takes several as NAME=DIRECTORY, of which each row of --prompts chooses by "
     '"adapter": NAME.', **_OWN,
+)  # fmt: skip
+
+
+IGNORE = flags.DEFINE_list(
+    "ignore_config_keys", [], "Keys of config.json, adapter_config.json or a .gguf file's metadata "
+    "to pass over, because they do not change what the model computes.", **_OWN,
 )  # fmt: skip
 
 
@@ -57,7 +66,7 @@ def model_from_flags() -> Pretrained:
       ConfigError: there is none, it or its adapter cannot be opened, or there are several adapters.
     """
     adapter = adapter_path()
-    return _base() if adapter is None else with_adapter(_base(), adapter)
+    return _base() if adapter is None else _from_flags(_base(), adapter)
 
 
 def open_with_adapters() -> tuple[Pretrained, dict[str, int]]:
@@ -80,16 +89,47 @@ def open_with_adapters() -> tuple[Pretrained, dict[str, int]]:
     model = _base()
     if not named:
         return model, {}
-    adapted = [with_adapter(model, directory).params for directory in named.values()]
+    adapted = []
+    for name, directory in named.items():
+        other = _from_flags(model, directory)
+        if other.config != model.config:
+            raise ConfigError(
+                f"--adapter={name}={directory} replaces the embedding or the output, and so cannot "
+                "be one of several; give it alone, or merge it with experiments.convert"
+            )
+        adapted.append(other.params)
     with input_errors():
         params = combine(model.params, adapted)
     return model._replace(params=params), {name: i for i, name in enumerate(named)}
 
 
-def with_adapter(model: Pretrained, directory: str | pathlib.Path) -> Pretrained:
-    """The model with the LoRA adapter in a PEFT directory. Raises ConfigError."""
+def with_adapter(
+    model: Pretrained,
+    directory: str | pathlib.Path,
+    *,
+    tokenizer: str | pathlib.Path | None = None,
+    ignore: Collection[str] = (),
+) -> Pretrained:
+    """The model with the LoRA adapter in a PEFT directory.
+
+    An adapter with its own embedding brings the tokenizer that is in its directory, unless
+    `tokenizer` was named. `ignore`: see `load_peft`.
+
+    Raises:
+      ConfigError: the adapter cannot be opened, or does not fit the model.
+    """
     with input_errors(), malformed(directory):
-        return model._replace(params=load_peft(directory, model.params, model.config))
+        params, config = load_peft(directory, model.params, model.config, ignore=ignore)
+        text, own = model.tokenizer, pathlib.Path(directory).expanduser()
+        has_tokenizer = any((own / name).is_file() for name in TOKENIZER_FILES)
+        if params.embed is not model.params.embed and has_tokenizer and tokenizer is None:
+            text = open_tokenizer(own)
+        check_fits(text, config.vocab_size)
+        return Pretrained(params, config, text)
+
+
+def _from_flags(model: Pretrained, directory: str) -> Pretrained:
+    return with_adapter(model, directory, tokenizer=TOKENIZER.value, ignore=IGNORE.value)
 
 
 def _base() -> Pretrained:
@@ -99,6 +139,7 @@ def _base() -> Pretrained:
             dtype=dtype(),
             keep_quantized=KEEP_QUANTIZED.value,
             tokenizer=TOKENIZER.value,
+            ignore=IGNORE.value,
         )
 
 

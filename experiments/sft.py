@@ -65,7 +65,7 @@ def assemble(config: Sft, workdir: pathlib.Path) -> Run:
         folder, seed, length = workdir / "data", config.train.seed, config.train.sequence_length
         template = read_text(config.data.template) if config.data.template else ""
         if isinstance(config.model, str):
-            base = pretrained(config.model, template, folder)
+            base = pretrained(config.model, template, folder, config.ignore_config_keys)
         else:
             texts = (str(m["content"]) for each in train for m in each.messages)
             base = from_scratch(config.model, seed, template or PLAIN_TEMPLATE, folder, texts)

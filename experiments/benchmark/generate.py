@@ -93,7 +93,7 @@ def main() -> None:
         raise ConfigError("no model; give a .gguf file or a package's model with --model")
     with input_errors():
         path = locate(FLAGS.model).resolve()
-    if path.suffix != ".gguf":
+    if not path.is_file():
         raise ConfigError(f"{path} is not a .gguf file, which all contenders read")
     sizes = FLAGS.batch_sizes
     if not sizes or not all(size.isdecimal() and int(size) for size in sizes):

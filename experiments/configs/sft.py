@@ -42,11 +42,14 @@ class Sft(Training):
       model: to begin with, a path or name as `experiments.generate --model` opens it; or a
         configuration, for a model with random weights and a tokenizer of its own.
       lora: train adapters; none to train every weight.
+      ignore_config_keys: keys of the model's config.json to pass over, because they do not change
+        what it computes.
     """
 
     model: str | ModelConfig
     data: Conversations = Conversations()
     lora: Lora | None = None
+    ignore_config_keys: tuple[str, ...] = ()
 
 
 def quicktest() -> Sft:

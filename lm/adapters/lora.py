@@ -184,12 +184,18 @@ def combine(params: ModelWeights, adapted: Sequence[ModelWeights]) -> ModelWeigh
         have one may differ.
 
     Raises:
-      ValueError: no adapter is given, or one has magnitudes (DoRA).
+      ValueError: no adapter is given, or one has magnitudes (DoRA) or other weights beneath it.
     """
     if not adapted:
         raise ValueError("no adapter to combine")
 
     def leaf(path: str, base: Any, *weights: Any) -> Any:
+        beneath = [w.base if isinstance(w, LoRA) else w for w in weights]
+        if not all(_same(base, other) for other in beneath):
+            raise ValueError(
+                f"{path}: an adapter that replaces whole weights cannot be one of several; merge "
+                "it into the model instead (experiments.convert)"
+            )
         found = [w if isinstance(w, LoRA) else None for w in weights]
         ranks = [0 if w is None else w.a.shape[-1] for w in found]
         if not any(ranks):
@@ -201,6 +207,15 @@ def combine(params: ModelWeights, adapted: Sequence[ModelWeights]) -> ModelWeigh
         return MultiLoRA(base, jnp.stack(a, -3), jnp.stack(b, -3), jnp.stack(scale, -1))
 
     return _map(leaf, params, *adapted)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two weights are one, or hold the same numbers."""
+    if a is b:
+        return True
+    ours, theirs = jax.tree.leaves(a), jax.tree.leaves(b)
+    pairs = zip(ours, theirs, strict=False)
+    return len(ours) == len(theirs) and all(x is y or jnp.array_equal(x, y) for x, y in pairs)
 
 
 def _padded(

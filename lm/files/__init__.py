@@ -1,7 +1,7 @@
 """GGUF and safetensors files, and small models shipped in Python packages. Imports no JAX."""
 
 from lm.files.base import FileFormatError, FormatError
-from lm.files.gguf import GGUF, read_gguf
+from lm.files.gguf import GGUF, is_gguf, read_gguf
 from lm.files.gguf_blocks import dequantize, quantize
 from lm.files.gguf_writer import GGUFTensor, write_gguf
 from lm.files.packaged import find_packaged
@@ -17,6 +17,7 @@ __all__ = [
     "Safetensors",
     "dequantize",
     "find_packaged",
+    "is_gguf",
     "open_safetensors",
     "quantize",
     "read_gguf",

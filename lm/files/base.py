@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import mmap
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
 Path = str | os.PathLike[str]
+LFS_POINTER = b"version https://git-lfs"
 
 
 class FormatError(ValueError):
@@ -52,13 +54,17 @@ def map_file(path: Path) -> mmap.mmap:
     lost part kills the process: replace files, do not rewrite them (`replacing` does that).
 
     Raises:
-      FileFormatError: the file is empty.
+      FileFormatError: the file is empty, or Git LFS's pointer to a file that was not fetched.
       OSError: it cannot be opened.
     """
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise FileFormatError(path, "size", 0, "expected a file with a header")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if mapping[: len(LFS_POINTER)] == LFS_POINTER:
+        remedy = "it points to a file in Git LFS; fetch that with git lfs pull"
+        raise FileFormatError(path, "beginning", LFS_POINTER, remedy)
+    return mapping
 
 
 def forget_pages(mapping: mmap.mmap, offset: int, nbytes: int) -> None:
@@ -110,6 +116,14 @@ class MappedTensors:
         mappings: tuple[mmap.mmap, ...],
     ) -> None:
         self.paths, self.tensors, self._mappings = paths, tensors, mappings
+
+    def under(self, names: Mapping[str, str]) -> Self:
+        """The same files with some of their tensors alone; `names` are new names -> old ones."""
+        other = copy.copy(self)
+        other.tensors = {
+            new: dataclasses.replace(self.tensors[old], name=new) for new, old in names.items()
+        }
+        return other
 
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor: uint8 [nbytes], a read-only view of the file."""

@@ -36,7 +36,8 @@ from lm.files.gguf_blocks import dequantize
 from lm.files.gguf_values import SCALARS, Cursor, read_value
 
 MAX_DIMS = 4
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+MAGIC = b"GGUF"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE | re.DOTALL)
 
 
 class GGUF(MappedTensors):
@@ -87,6 +88,26 @@ class GGUF(MappedTensors):
         return dequantize(self.raw(name), info.type, info.shape)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do, whatever its name.
+
+    Raises:
+      OSError: it cannot be opened.
+    """
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def first_part(path: pathlib.Path) -> pathlib.Path:
+    """By its name, the first file of the split model that a file is a part of, or the file."""
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return path
+    return path.with_name(f"{match[1]}-00001-of-{match[3]}{match[4]}")
+
+
 def read_gguf(path: Path) -> GGUF:
     """Open a GGUF file; for one part of a split model (`-00001-of-00003.gguf`), all of them.
 
@@ -127,7 +148,7 @@ def _parts(path: Path, count: Any) -> tuple[str, ...]:
             count,
             "expected the number at the end of the name, as -00001-of-00003.gguf",
         )
-    paths = tuple(f"{match[1]}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1))
+    paths = tuple(f"{match[1]}-{i:05d}-of-{count:05d}{match[4]}" for i in range(1, count + 1))
     for part in paths:
         if not pathlib.Path(part).is_file():
             raise FileFormatError(path, "split.count", count, f"expected {part}, which is missing")
@@ -153,8 +174,8 @@ def _read_file(path: Path, part: int) -> GGUF:
 
 def _read_version(cursor: Cursor) -> int:
     magic = cursor.take(4, "magic")
-    if magic != b"GGUF":
-        raise cursor.error("magic", magic, "expected b'GGUF'")
+    if magic != MAGIC:
+        raise cursor.error("magic", magic, f"expected {MAGIC!r}: it is not a GGUF file")
     version = cursor.u32("version")
     if version & 0xFFFF == 0 and version:
         raise cursor.error("version", version, "expected little-endian; this file is big-endian")

@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -102,6 +103,9 @@ class Safetensors(MappedTensors):
 def open_safetensors(path: Path) -> Safetensors:
     """Open a file, or a directory with `model.safetensors` or its shards and their index.
 
+    Where there are both, it is the single file, as in transformers: an index stays behind where a
+    smaller model was saved.
+
     Raises:
       FileFormatError: a file does not follow the format or packs several numbers into a byte (F4,
         F6), or the index names a file outside the directory, a tensor its file does not hold, or
@@ -111,18 +115,33 @@ def open_safetensors(path: Path) -> Safetensors:
     place = pathlib.Path(path)
     if not place.is_dir():
         return _join((path,), None)
+    if (place / SINGLE).exists():
+        return _join((place / SINGLE,), None)
     index = place / INDEX
     if not index.exists():
-        if not (place / SINGLE).exists():
-            raise FileNotFoundError(
-                f"{place} has no {SINGLE}; a model's directory holds it, or {INDEX} and the files "
-                "it names"
-            )
-        return _join((place / SINGLE,), None)
+        raise FileNotFoundError(
+            f"{place} has no {SINGLE}; a model's directory holds it, or {INDEX} and the files "
+            f"it names{other_weights(place)}"
+        )
     weight_map = _read_index(index)
     names = sorted(set(weight_map.values()))
     files = tuple(_inside(index, name) for name in names)
     return _join(files, {name: names.index(file) for name, file in weight_map.items()}, index)
+
+
+def other_weights(place: pathlib.Path) -> str:
+    """What to do with the weights that a directory has instead of those looked for, or ""."""
+    names = sorted(entry.name for entry in place.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    safe = [name for name in names if name.endswith(".safetensors")]
+    if pickled:
+        return (
+            f". It has {pickled[0]}: PyTorch's pickled weights are not read; save them as "
+            "safetensors, in Python with save_pretrained(DIR, safe_serialization=True)"
+        )
+    if any(re.search(r"-\d{5}-of-\d{5}\.", name) for name in safe):
+        return f". It has {safe[0]} without the index; fetch {INDEX} as well"
+    return f". It has {safe[0]}, which is named otherwise" if safe else ""
 
 
 def _join(

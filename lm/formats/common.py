@@ -20,6 +20,11 @@ from lm.weights import is_spec, path_name
 Path = str | pathlib.Path
 Header = tuple[tuple[int, ...], str]  # shape and dtype of a tensor in a file
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of weights in safetensors
+# How a user passes over a key of a configuration that nothing here understands.
+IGNORE_HINT = (
+    "If a key does not change what the model computes, pass it over: --ignore_config_keys=KEY,... "
+    "(in Python, ignore=[KEY, ...])"
+)
 _LAYER = re.compile(r"(?:\.layers\.|\bblk\.)(\d+)")
 
 

@@ -103,6 +103,13 @@ _POST = (
 
 # -- The families. --------------------------------------------------------------------------------
 
+
+def _sizes(*sizes: int) -> dict[str, int]:
+    """What transformers assumes: configurations of text models in larger ones leave it out."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    return dict(zip((*names, "num_attention_heads"), sizes, strict=True))
+
+
 _HEADS = ("num_key_value_heads", "head_dim")
 _BIASED = (*_HEADS, "attention_bias")
 _SOFT_CAPPED = (*_BIASED, "query_pre_attn_scalar", "final_logit_softcapping")
@@ -111,7 +118,13 @@ _EPS6 = Norm(eps=1e-6)
 _LLAMA = Family(
     "llama",
     Traits(),
-    HuggingFace("llama", "LlamaForCausalLM", _PRE + _BLOCKS, keys=(*_BIASED, "mlp_bias")),
+    HuggingFace(
+        "llama",
+        "LlamaForCausalLM",
+        _PRE + _BLOCKS,
+        _sizes(32000, 4096, 11008, 32, 32),
+        keys=(*_BIASED, "mlp_bias"),
+    ),
     GGUF(("llama", "mistral"), has_biases=True, interleaved=True),
 )
 _MISTRAL = Family(
@@ -121,11 +134,16 @@ _MISTRAL = Family(
         "mistral",
         "MistralForCausalLM",
         _PRE + _BLOCKS,
-        {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+        _sizes(32000, 4096, 14336, 32, 32)
+        | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
         window="all",
     ),
 )
-_QWEN_DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN_DEFAULTS = _sizes(151936, 4096, 22016, 32, 32) | {
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 _QWEN2 = Family(
     "qwen2",
     Traits(norm=_EPS6, attention_bias=True, rope=Rope(theta=1e6)),
@@ -207,7 +225,9 @@ _GEMMA3 = Family(
         _GEMMA2.huggingface,
         model_type="gemma3_text",
         class_name="Gemma3ForCausalLM",
-        defaults={**_GEMMA_DEFAULTS, "max_position_embeddings": 131072},
+        defaults=_GEMMA_DEFAULTS
+        | _sizes(262208, 2304, 9216, 26, 8)
+        | {"max_position_embeddings": 131072},
         keys=_SOFT_CAPPED,
         period_keys=("sliding_window_pattern", "_sliding_window_pattern"),
         other_keys=(),

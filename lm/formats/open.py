@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import pathlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +15,14 @@ import numpy as np
 
 from lm.checkpoints import model_json, open_checkpoint
 from lm.checkpoints.opening import all_steps, find
-from lm.files import FormatError, find_packaged, read_gguf
+from lm.files import FormatError, find_packaged, is_gguf, read_gguf
+from lm.files.gguf import first_part
 from lm.files.packaged import PACKAGED
-from lm.files.safetensors import INDEX, SINGLE
-from lm.formats.common import Path, malformed
+from lm.files.safetensors import INDEX, SINGLE, other_weights
+from lm.formats.common import Path, malformed, read_json
 from lm.formats.gguf.io import load_gguf
 from lm.formats.huggingface.io import read_config
+from lm.formats.peft.config import CONFIG as ADAPTER
 from lm.formats.quantized.io import load_quantized, load_unstacked, read_quantization
 from lm.model import ModelConfig, ModelWeights, Stacked, Unstacked
 from lm.sharding import Layout
@@ -54,6 +57,7 @@ def load_pretrained(
     keep_quantized: bool = False,
     layout: Layout | None = None,
     tokenizer: Path | None = None,
+    ignore: Collection[str] = (),
 ) -> Pretrained:
     """The model at a path, unstacked, its configuration and its tokenizer.
 
@@ -66,6 +70,8 @@ def load_pretrained(
         Face model, and compute on them; otherwise they are decoded once.
       layout: place each shard by these rules; None for the default device.
       tokenizer: where the tokenizer is, if not with the model.
+      ignore: keys of the configuration to pass over, because they do not change what the model
+        computes.
 
     Raises:
       FormatError: there is no model; the message says what was looked for. Or it is not supported,
@@ -79,26 +85,31 @@ def load_pretrained(
         raise ValueError(f"dtype {np.dtype(dtype).name} is not one of {', '.join(DTYPES)}")
     with malformed(model):
         path = locate(model)
-        if path.suffix == ".gguf":
+        if path.is_file():
             file = read_gguf(path)
             text = open_tokenizer(tokenizer) if tokenizer else from_gguf(file.metadata, str(path))
             params, config = load_gguf(
-                file, dtype=dtype, keep_quantized=keep_quantized, layout=layout
+                file, dtype=dtype, keep_quantized=keep_quantized, layout=layout, ignore=ignore
             )
         else:
             text = open_tokenizer(tokenizer or tokenizer_path(path))
-            params, config = _load_directory(path, model, dtype, keep_quantized, layout)
+            params, config = _load_directory(path, model, dtype, keep_quantized, layout, ignore)
         check_fits(text, config.vocab_size)
     return Pretrained(params, config, text)
 
 
 def _load_directory(
-    path: pathlib.Path, model: Path, dtype: Any, keep_quantized: bool, layout: Layout | None
+    path: pathlib.Path,
+    model: Path,
+    dtype: Any,
+    keep_quantized: bool,
+    layout: Layout | None,
+    ignore: Collection[str],
 ) -> tuple[ModelWeights, ModelConfig]:
     """The model in a Hugging Face directory, or the newest sound checkpoint of `model`."""
     is_theirs = is_huggingface(path)
     if is_theirs and read_quantization(path) is not None:
-        params, config = load_quantized(path, dtype=dtype, layout=layout)
+        params, config = load_quantized(path, dtype=dtype, layout=layout, ignore=ignore)
         return params if keep_quantized else _decoded(params, dtype), config
     if keep_quantized:
         raise ValueError(
@@ -106,8 +117,7 @@ def _load_directory(
             "file or a quantized model"
         )
     if is_theirs:
-        config = read_config(path)
-        return load_unstacked(path, config, dtype=dtype, layout=layout), config
+        return load_unstacked(path, read_config(path, ignore=ignore), dtype=dtype, layout=layout)
     params, config = open_checkpoint(model, layout)
     return _unstacked(params, dtype), config
 
@@ -173,27 +183,36 @@ def locate(model: Path) -> pathlib.Path:
             f"Packages' models: {', '.join(PACKAGED)}. As a path, {_EXPECTED}"
         )
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf" or is_gguf(path):
             return path
-        hint = f"; give its directory, {path.parent}" if path.suffix == ".safetensors" else ""
+        safe = path.suffix == ".safetensors" or path.name == "config.json"
+        hint = f"; give its directory, {path.parent}" if safe else ""
         raise FormatError(f"{path} is not a model that can be opened{hint}: {_EXPECTED}")
+    has_weights = (path / SINGLE).exists() or (path / INDEX).exists()
+    if (path / ADAPTER).is_file() and not has_weights:
+        base = read_json(path / ADAPTER).get("base_model_name_or_path")
+        named = f", {base!r} by its {ADAPTER}," if base else ""
+        raise FormatError(
+            f"{path} is an adapter, not a model: give the model it was trained over{named} as "
+            f"--model and the adapter as --adapter={path}"
+        )
     if is_huggingface(path):
         return path
     steps = (path / model_json.FILE).exists() or all_steps(path)  # type: ignore[arg-type]
     if steps or (path / "checkpoints").is_dir():
         return pathlib.Path(find(path, verify=False))
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1 or (files and "-00001-of-" in files[0].name):
-        return files[0]
-    if files:
-        names = ", ".join(file.name for file in files)
+    entries = sorted(path.iterdir())
+    files = [e for e in entries if e.is_file() and (e.suffix.lower() == ".gguf" or is_gguf(e))]
+    models = list(dict.fromkeys(map(first_part, files)))
+    if len(models) == 1:
+        return models[0] if models[0] in files else files[0]
+    if models:
+        names = ", ".join(file.name for file in models)
         raise FormatError(f"{path} has several GGUF files; give one of them: {names}")
-    found = sorted(entry.name for entry in path.iterdir())
+    found = [entry.name for entry in entries]
     more = ", ..." if len(found) > 8 else ""
     inside = f"it has {', '.join(found[:8])}{more}" if found else "it is empty"
-    if any(name.endswith(".bin") for name in found):
-        inside += "; PyTorch's pickled weights are not read: save the model as safetensors"
-    raise FormatError(f"{path} holds no model ({inside}): {_EXPECTED}")
+    raise FormatError(f"{path} holds no model ({inside}): {_EXPECTED}{other_weights(path)}")
 
 
 def is_huggingface(path: pathlib.Path) -> bool:
@@ -214,7 +233,7 @@ def tokenizer_path(path: pathlib.Path) -> pathlib.Path:
     Raises:
       FileNotFoundError: a checkpoint is not in a run with a tokenizer.
     """
-    if path.suffix == ".gguf" or is_huggingface(path):
+    if path.is_file() or is_huggingface(path):
         return path
     for folder in (path, *path.absolute().parents[:3]):
         for data in (folder, folder / "data"):

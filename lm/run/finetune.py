@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -52,7 +52,9 @@ class Base:
     load: Callable[[], Tree]
 
 
-def pretrained(name: str, template: str, folder: pathlib.Path) -> Base:
+def pretrained(
+    name: str, template: str, folder: pathlib.Path, ignore: Collection[str] = ()
+) -> Base:
     """The model of that path or name; its tokenizer is stored in `folder` with its chat template.
 
     Args:
@@ -60,11 +62,12 @@ def pretrained(name: str, template: str, folder: pathlib.Path) -> Base:
       template: of chats, in place of the tokenizer's own; "" to keep that, or to take
         `PLAIN_TEMPLATE` where there is none, as with base models.
       folder: where the run's checkpoints are opened with the tokenizer.
+      ignore: see `load_pretrained`.
 
     Raises:
       CheckpointError, FileNotFoundError, ValueError: as `load_pretrained`.
     """
-    opened = load_pretrained(name)
+    opened = load_pretrained(name, ignore=ignore)
     config, tokenizer = opened.config, opened.tokenizer
     del opened  # its weights are read again where they are needed, not held until then
     _set_template(tokenizer, template)
@@ -73,7 +76,9 @@ def pretrained(name: str, template: str, folder: pathlib.Path) -> Base:
         save_tokenizer(tokenizer, folder)
         ends = json.dumps({"eos_token_id": list(tokenizer.eos_ids)})
         (folder / "generation_config.json").write_text(ends + "\n")
-    return Base(config, tokenizer, lambda: stack(load_pretrained(name).params, config))
+    return Base(
+        config, tokenizer, lambda: stack(load_pretrained(name, ignore=ignore).params, config)
+    )
 
 
 def from_scratch(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import tokenizers
 
-from lm.files.gguf import read_gguf
+from lm.files.gguf import is_gguf, read_gguf
 from lm.tokenizers.base import Tokenizer
 from lm.tokenizers.fast import FastTokenizer
 from lm.tokenizers.gguf import from_gguf
@@ -46,7 +46,7 @@ def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _open_file(path: Path) -> Tokenizer:
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" or is_gguf(path):
         return from_gguf(read_gguf(path).metadata, str(path))
     if path.suffix == ".json":
         return _open_json(path)

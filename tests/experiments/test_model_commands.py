@@ -260,7 +260,7 @@ def test_rows_choose_among_adapters(tiny, opened, adapters, tmp_path):
         "--max_new_tokens=8", *[f"--adapter={name}={path}" for name, path in adapters.items()],
     )  # fmt: skip
     found = [json.loads(line)["token_ids"] for line in out.splitlines()]
-    models = [load_peft(path, opened.params, opened.config) for path in adapters.values()]
+    models = [load_peft(path, opened.params, opened.config)[0] for path in adapters.values()]
     request = Request(prompt=opened.tokenizer.encode_prompt("The"), max_new_tokens=8)
     expected = []
     for params in (*map(merge, models), opened.params):
@@ -272,7 +272,7 @@ def test_rows_choose_among_adapters(tiny, opened, adapters, tmp_path):
 
 def test_convert_merges_an_adapter(tiny, opened, adapters, tmp_path):
     run("convert", f"--model={tiny}", f"--adapter={adapters['wordy']}", f"--output={tmp_path}")
-    merged = merge(load_peft(adapters["wordy"], opened.params, opened.config))
+    merged = merge(load_peft(adapters["wordy"], opened.params, opened.config)[0])
     jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path).params, merged)
 
 

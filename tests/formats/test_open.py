@@ -191,7 +191,7 @@ def test_paths_without_a_model(tmp_path):
     look = functools.partial(locate, tmp_path)
     refuses(look, "holds no model (it is empty): expected", error=FormatError)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    refuses(look, "save the model as safetensors", error=FormatError)
+    refuses(look, "save them as safetensors", error=FormatError)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"")
     refuses(look, "several GGUF files; give one of them: a.gguf, b.gguf", error=FormatError)

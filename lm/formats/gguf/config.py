@@ -6,12 +6,14 @@ Keys and defaults as in llama.cpp (docs/gguf.md of ggml, src/llama-model.cpp).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from lm.files import FormatError
+from lm.formats.common import IGNORE_HINT
 from lm.formats.families import FAMILIES, make_config
 from lm.formats.family import GGUF, Family
 from lm.model import ModelConfig, Rope, RopeScaling
@@ -40,10 +42,23 @@ class Keys:
         self.arch, self.family = str(arch), ARCHITECTURES[str(arch)]
         assert self.family.gguf is not None
         self.gguf: GGUF = self.family.gguf
+        self.used: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of the architecture."""
+        self.used.add(key)
         return self.metadata.get(f"{self.arch}.{key}", default)
+
+    def unread(self, prefix: str) -> list[str]:
+        """Keys of the architecture that begin so, say something, and were never asked for."""
+        start = f"{self.arch}.{prefix}"
+        keys = [key.removeprefix(f"{self.arch}.") for key in self.metadata if key.startswith(start)]
+        return [key for key in keys if key not in self.used and self.says(key)]
+
+    def says(self, key: str) -> bool:
+        """Whether the value of a key is there, and neither false, zero nor empty."""
+        value = self.metadata.get(f"{self.arch}.{key}")
+        return bool(value.any() if isinstance(value, np.ndarray) else value)
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer."""
@@ -73,6 +88,7 @@ def from_gguf(
     *,
     rope_factors: Callable[[str], np.ndarray] | None = None,
     source: str = "GGUF metadata",
+    ignore: Collection[str] = (),
 ) -> ModelConfig:
     """The `ModelConfig` of a GGUF file.
 
@@ -81,15 +97,18 @@ def from_gguf(
       tensors: shapes by name, row-major: biases and a tied output are known by them.
       rope_factors: gives the tensor of that name, where there is `rope_freqs.weight`.
       source: of the metadata, for errors.
+      ignore: keys to pass over, with or without the architecture, because they do not change what
+        the model computes.
 
     Raises:
       FormatError: an architecture or a feature of it that is not supported, or a key that is
         missing or has a wrong value.
       ValueError: sizes do not fit each other.
     """
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise FormatError(f"{source}: general.type is {kind!r}; only whole models are read")
     keys = Keys(metadata, source)
     gguf, traits = keys.gguf, keys.family.traits
-    _check_supported(keys, tensors)
     num_layers = keys.size("block_count")
     if num_layers > len(tensors):
         raise FormatError(
@@ -112,7 +131,10 @@ def from_gguf(
     }
     if traits.local_rope is not None:
         theta = traits.local_rope.theta
-        changes["local_rope"] = Rope(keys.number("rope.freq_base_swa", theta) or theta)
+        changes["local_rope"] = Rope(
+            keys.number("rope.freq_base_swa", theta) or theta,
+            keys.size("rope.dimension_count_swa", head_dim) / head_dim,
+        )
     if gguf.has_biases:
         changes |= {
             "attention_bias": "blk.0.attn_q.bias" in tensors,
@@ -124,6 +146,7 @@ def from_gguf(
         changes[trait] = bool(keys.get(key, default)) if flag else keys.number(key, default)
     if num_layers == gguf.wide_layers:
         changes["query_scalar"] = embed_dim // num_heads
+    _check_supported(keys, tensors, ignore)
     return make_config(
         keys.family.name,
         # Key `vocab_size` is not in every file, and counts padding in some.
@@ -139,19 +162,33 @@ def from_gguf(
     )
 
 
-def _check_supported(keys: Keys, tensors: Collection[str]) -> None:
-    faults = []
-    for key in ("expert_count", "attention.kv_lora_rank", "logit_scale", "residual_scale"):
-        if keys.get(key):
-            faults.append(f"{keys.arch}.{key}={keys.get(key)}")
-    if keys.get("attention.value_length", None) not in (None, keys.get("attention.key_length")):
-        faults.append(f"{keys.arch}.attention.value_length={keys.get('attention.value_length')}")
+# Keys that change what is computed in a way that is not read for any architecture.
+_UNSUPPORTED = """
+attention.alibi_bias_max attention.clamp_kqv attention.kv_lora_rank attention.max_alibi_bias
+attention.output_scale attention.scale attention.temperature_scale attn_logit_softcapping
+embedding_scale expert_count final_logit_softcapping logit_scale residual_scale
+"""
+
+
+def _check_supported(keys: Keys, tensors: Collection[str], ignore: Collection[str]) -> None:
+    """Raises FormatError where something is left, the rest being read, that may change the model.
+
+    What the rotary embedding is computed from is known: no key of it is passed over.
+    """
+    found = [*filter(keys.says, _UNSUPPORTED.split()), *keys.unread("rope.")]
+    found = [key for key in found if key not in keys.used]
+    if keys.get("attention.causal") is False:
+        found.append("attention.causal")
+    if keys.get("attention.value_length") not in (None, keys.get("attention.key_length")):
+        found.append("attention.value_length")
+    passed = {key.removeprefix(f"{keys.arch}.") for key in ignore}
+    faults = [f"{keys.arch}.{key}={keys.get(key)}" for key in found if key not in passed]
     if "rope_factors_long.weight" in tensors:
         faults.append("rope_factors_long.weight (LongRoPE)")
-    if keys.metadata.get("general.type", "model") != "model":
-        faults.append(f"general.type={keys.metadata['general.type']!r}")
     if faults:
-        raise FormatError(f"{keys.source} has {', '.join(faults)}, which is not supported")
+        raise FormatError(
+            f"{keys.source} has {', '.join(faults)}, which is not supported. {IGNORE_HINT}"
+        )
 
 
 def _read_kinds(keys: Keys, num_layers: int, window: int | None) -> list[Kind]:
@@ -179,29 +216,55 @@ def _read_rope(
     theta = keys.number("rope.freq_base", 10_000.0)
     assert theta is not None
     rope = Rope(theta, keys.size("rope.dimension_count", head_dim) / head_dim)
-    kind = keys.get("rope.scaling.type", "none")
-    old_factor = keys.number("rope.scale_linear", 1.0)
-    factor = keys.number("rope.scaling.factor", old_factor) or 1.0
+    scaling = _read_scaling(keys)
     if "rope_freqs.weight" in tensors and rope_factors is not None:
+        if scaling is not None:
+            raise FormatError(
+                f"{keys.source} has rope_freqs.weight and {keys.arch}.rope.scaling.type="
+                f"{scaling.kind!r}; supported is one of them"
+            )
         return _llama3(keys, rope, head_dim, rope_factors("rope_freqs.weight"))
+    return dataclasses.replace(rope, scaling=scaling)
+
+
+def _read_scaling(keys: Keys) -> RopeScaling | None:
+    """The stretching that the keys say, as llama.cpp computes it."""
+    keys.get("rope.scaling.finetuned")  # says how the model was trained
+    kind = keys.get("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn"):
         raise FormatError(
             f"{keys.source}: {keys.arch}.rope.scaling.type is {kind!r}; supported are 'none', "
             "'linear' and 'yarn'"
         )
+    old_factor = keys.number("rope.scale_linear", 1.0)
+    factor = keys.number("rope.scaling.factor", old_factor) or 1.0
+    original = keys.get("rope.scaling.original_context_length")
+    betas = [keys.number(f"rope.scaling.yarn_beta_{x}", None) for x in ("fast", "slow")]
+    # Both multiply cos and sin, besides yarn's own factor.
+    names = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
+    more = math.prod(keys.number(name, 1.0) or 1.0 for name in names)
+    mixed = keys.number("rope.scaling.yarn_ext_factor", -1.0)
+    if mixed not in ((-1.0, 1.0) if kind == "yarn" else (-1.0, 0.0)):
+        raise FormatError(
+            f"{keys.source}: {keys.arch}.rope.scaling.yarn_ext_factor is {mixed} with "
+            f"rope.scaling.type {kind!r}; supported is 1 with 'yarn', and 0 without"
+        )
     if kind == "yarn":
-        scaling = RopeScaling(
+        return RopeScaling(
             "yarn",
             factor,
-            keys.get("rope.scaling.original_context_length") or keys.size("context_length"),
-            beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0) or 32.0,
-            beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0) or 1.0,
+            original or keys.size("context_length"),
+            beta_fast=betas[0] or 32.0,
+            beta_slow=betas[1] or 1.0,
+            attention_factor=None if more == 1 else more * (1 + 0.1 * math.log(max(factor, 1.0))),
         )
-    elif factor != 1.0 and (kind == "linear" or keys.get("rope.scale_linear")):
-        scaling = RopeScaling("linear", factor)
-    else:
-        return rope
-    return dataclasses.replace(rope, scaling=scaling)
+    if more != 1:
+        raise FormatError(
+            f"{keys.source}: {' x '.join(names)} is {more:g} with rope.scaling.type {kind!r}; "
+            "supported with 'yarn' alone"
+        )
+    stretched = factor != 1.0 and (kind == "linear" or keys.get("rope.scale_linear"))
+    return RopeScaling("linear", factor) if stretched else None
 
 
 def _llama3(keys: Keys, rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:

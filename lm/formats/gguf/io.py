@@ -6,7 +6,7 @@ holds about the largest of them. Blocks may be kept as they are in the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from lm.weights.gguf import KINDS
 INTEGERS = ("I8", "I16", "I32", "I64")
 
 
-def read_gguf_config(file: Path | GGUF) -> ModelConfig:
+def read_gguf_config(file: Path | GGUF, ignore: Collection[str] = ()) -> ModelConfig:
     """The `ModelConfig` of a GGUF file. Arguments and errors as `load_gguf`."""
     file = _opened(file)
     return from_gguf(
@@ -34,6 +34,7 @@ def read_gguf_config(file: Path | GGUF) -> ModelConfig:
         {name: info.shape for name, info in file.tensors.items()},
         rope_factors=file.dequantize,
         source=str(file.paths[0]),
+        ignore=ignore,
     )
 
 
@@ -47,6 +48,7 @@ def load_gguf(
     dtype: Any = jnp.float32,
     keep_quantized: bool = False,
     layout: Layout | None = None,
+    ignore: Collection[str] = (),
 ) -> tuple[ModelWeights, ModelConfig]:
     """The weights of a GGUF file, unstacked, and the model's configuration.
 
@@ -56,6 +58,7 @@ def load_gguf(
       keep_quantized: keep matrices in blocks as `lm.weights.GGUFBlocks`; plain numbers, and blocks
         of types that are not computed on, become arrays all the same.
       layout: place each shard by these rules; None for the default device.
+      ignore: see `from_gguf`.
 
     Raises:
       FormatError: it is not a GGUF file, its architecture or something in it is not supported, or
@@ -64,7 +67,7 @@ def load_gguf(
       ValueError: sizes do not fit each other, or a mesh axis does not divide a weight.
     """
     file = _opened(file)
-    source, config = str(file.paths[0]), read_gguf_config(file)
+    source, config = str(file.paths[0]), read_gguf_config(file, ignore)
     wanted = list(rows(config, Keys(file.metadata, source).gguf))
     _check_tensors(file, wanted, config, source)
     done = {}

@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from lm.formats.common import IGNORE_HINT
 from lm.formats.families import FAMILIES, family_of, make_config
 from lm.formats.family import Family, HuggingFace
-from lm.formats.huggingface.keys import ACTIVATIONS, DEFAULTS, KEYS, METADATA, NOTHING
+from lm.formats.huggingface.keys import ACTIVATIONS, DEFAULTS, KEYS, NOTHING, is_harmless
 from lm.formats.huggingface.rope import read_rope, rope_type, write_rope
 from lm.model import Latent, ModelConfig, Rope
 from lm.model.traits import Kind
@@ -21,6 +22,12 @@ from lm.model.traits import Kind
 # Keys of the fields of `Latent`, in their order.
 LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MAX_LAYERS = 10_000  # more are refused before anything is allocated for them
+# Models of more than text: the type of the text model where `text_config` does not say it, and
+# those whose text model is not a causal one.
+TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"} | dict.fromkeys(
+    ("llava", "llava_next", "vipllava", "idefics3", "smolvlm"), "llama"
+)
+NOT_CAUSAL = ("paligemma",)
 _KINDS: dict[str, Kind] = {"sliding_attention": "local", "full_attention": "global"}
 
 
@@ -48,21 +55,21 @@ class Reader:
 
     def check_rest(self, ignore: Collection[str]) -> None:
         """Raises ValueError where keys are left that may change what the model computes."""
-        known = self.used | METADATA | set(self.fmt.other_keys) | set(ignore)
-        rest = {key: value for key, value in self.data.items() if key not in known and value}
+        known = self.used | set(self.fmt.other_keys) | set(ignore)
+        left = {key: value for key, value in self.data.items() if key not in known}
+        rest = {key: value for key, value in left.items() if value and not is_harmless(key, value)}
         if rest:
             found = ", ".join(f"{key!r}={value!r}" for key, value in sorted(rest.items()))
             raise ValueError(
                 f"config.json of model_type {self.fmt.model_type!r} has {found}, which is not "
-                f"supported; understood are {', '.join(sorted(self.used))}. Name a key in `ignore` "
-                "if it does not change what the model computes"
+                f"supported; understood are {', '.join(sorted(self.used))}. {IGNORE_HINT}"
             )
 
 
 def from_huggingface(
     data: Mapping[str, Any], *, vocab_multiple: int = 128, ignore: Collection[str] = ()
 ) -> ModelConfig:
-    """The `ModelConfig` of a `config.json`.
+    """The `ModelConfig` of a `config.json`, of a model of more than text that of its text model.
 
     Args:
       data: its contents.
@@ -74,11 +81,13 @@ def from_huggingface(
         message has key, value, and what is supported.
     """
     families = {family.huggingface.model_type: family for family in FAMILIES.values()}
+    outer, data = data.get("model_type"), _text_config(data)
     model_type = data.get("model_type")
     if model_type not in families:
+        inside = "" if model_type == outer else f" with a text model of type {model_type!r}"
         raise ValueError(
-            f"config.json has model_type {model_type!r}; supported are "
-            f"{', '.join(sorted(families))}"
+            f"config.json has model_type {outer!r}{inside}; supported are "
+            f"{', '.join(sorted(families))}, alone or as the text model of a larger one"
         )
     family = FAMILIES[families[model_type].name]
     fmt = family.huggingface
@@ -92,7 +101,7 @@ def from_huggingface(
     max_length = read.size("max_position_embeddings")
     kinds, window = _read_window(read, family, num_layers)
     arguments: dict[str, Any] = {"window": window, "tied": bool(read("tie_word_embeddings"))}
-    arguments |= _read_rope(read, family, max_length)
+    arguments |= _read_rope(read, family, max_length, ignore)
     arguments["norm"] = dataclasses.replace(family.traits.norm, eps=float(read(fmt.eps_key)))
     arguments["activation"] = _read_activation(read)
     if family.traits.latent is not None:
@@ -113,6 +122,20 @@ def from_huggingface(
     )
     read.check_rest(ignore)
     return config
+
+
+def _text_config(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is said of the text model: all, or the `text_config` of a model of more than text."""
+    outer, inner = data.get("model_type"), data.get("text_config")
+    if not isinstance(inner, Mapping):
+        return data
+    if outer in NOT_CAUSAL:
+        raise ValueError(
+            f"config.json has model_type {outer!r}, whose prompts see what comes after them; its "
+            "text model alone computes something else, which is not supported"
+        )
+    tied = {key: data[key] for key in ("tie_word_embeddings",) if key in data}
+    return {"model_type": TEXT_TYPES.get(outer or "", outer), **tied, **inner}
 
 
 def _read_latent(read: Reader, num_layers: int) -> Latent:
@@ -184,7 +207,9 @@ def _read_types(types: Sequence[str], window: int | None, num_layers: int) -> li
     return [_KINDS[kind] for kind in types]
 
 
-def _read_rope(read: Reader, family: Family, max_length: int) -> dict[str, Rope]:
+def _read_rope(
+    read: Reader, family: Family, max_length: int, ignore: Collection[str]
+) -> dict[str, Rope]:
     """The rotary embeddings, of whichever way they are written."""
     theta_key, fraction_key = read.fmt.rope_keys
     traits = family.traits
@@ -202,7 +227,8 @@ def _read_rope(read: Reader, family: Family, max_length: int) -> dict[str, Rope]
             # Where both say it, transformers believes this one.
             original = "original_max_position_embeddings"
             parameters[original] = read(original) or parameters.get(original)
-        return read_rope(parameters, max_length, read.fmt.scalings, is_partial, has_latent)
+        known = {key: x for key, x in parameters.items() if key not in ignore}
+        return read_rope(known, max_length, read.fmt.scalings, is_partial, has_latent)
 
     if traits.local_rope is None:
         return {"rope": parse(old or new, 10_000.0)}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.files import FormatError, LazyTensor, open_safetensors, write_sharded
+from lm.files import FormatError, LazyTensor, write_sharded
 from lm.files.safetensors import INDEX
 from lm.formats.common import (
     DTYPES,
@@ -34,11 +34,10 @@ from lm.formats.common import (
 from lm.formats.families import family_of
 from lm.formats.huggingface.config import from_huggingface, to_huggingface
 from lm.formats.huggingface.keys import NOTHING
+from lm.formats.huggingface.names import as_held, open_tensors
 from lm.formats.huggingface.tensors import Tensor, tensors
 from lm.model import ModelConfig, ModelWeights, param_specs
 from lm.weights import is_structured, path_name
-
-TIED = (r"lm_head\..*", r"embed_out\..*")  # of a tied output, which some files hold all the same
 
 
 def read_config(
@@ -65,6 +64,9 @@ def load_huggingface(
 ) -> tuple[ModelWeights, ModelConfig]:
     """The weights of a Hugging Face model, stacked, and its configuration.
 
+    Of a model of more than text it is the text model. It is not tied where the file has another
+    output than the embedding.
+
     Args:
       path: directory with `config.json` and `model.safetensors`, or its shards and their index.
       config: instead of the one `config.json` says.
@@ -82,7 +84,7 @@ def load_huggingface(
     """
     if config is None:
         config = read_config(path, vocab_multiple=vocab_multiple, ignore=ignore)
-    file = open_safetensors(path)
+    file, config = open_tensors(path, config)
     headers = {name: (info.shape, info.type) for name, info in file.tensors.items()}
     params = _assemble(config, headers, file.array, dtype, shardings, str(path), file.release)
     return params, config
@@ -91,7 +93,15 @@ def load_huggingface(
 def from_tensors(
     arrays: Mapping[str, np.ndarray], config: ModelConfig, *, dtype: Any = None
 ) -> ModelWeights:
-    """The stacked weights of a model from tensors by name. Errors as `load_huggingface`."""
+    """The stacked weights of a model from tensors by name. Errors as `load_huggingface`.
+
+    Raises also:
+      FormatError: the output is not the embedding that `config` ties it to.
+    """
+    names, held = as_held(arrays, arrays.__getitem__, config)
+    if held != config:
+        raise FormatError("the output differs from the embedding it is tied to; use tied=False")
+    arrays = {name: arrays[old] for name, old in names.items()}
     codes = {name: code for code, name in DTYPES.items()}
     headers = {
         name: (tuple(array.shape), codes.get(str(array.dtype), str(array.dtype)))
@@ -224,12 +234,14 @@ def weight_fault(
     fault = tensor_fault(name, tensor.shape, found)
     if fault and found and tensor.places[0].field in ("embed", "output"):
         fault += f" (vocab_size={config.vocab_size})"
+    if fault and not found and tensor.places[0].field == "output":
+        fault += ' (with "tie_word_embeddings": true in config.json, it is the embedding)'
     return fault
 
 
 def surplus_tensors(names: Collection[str], config: ModelConfig, *ignored: str) -> list[str]:
     """Those of `names` that are not passed over, by the family or the regular expressions."""
-    patterns = (*family_of(config).huggingface.ignored, *ignored, *(TIED if config.tied else ()))
+    patterns = (*family_of(config).huggingface.ignored, *ignored)
     return sorted(n for n in names if not any(re.fullmatch(pattern, n) for pattern in patterns))
 
 

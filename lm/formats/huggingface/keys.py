@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -82,5 +83,24 @@ embd_pdrop hidden_dropout hidden_dropout_prob resid_pdrop diversity_penalty do_s
 early_stopping encoder_no_repeat_ngram_size length_penalty max_length min_length
 no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values
 repetition_penalty return_dict_in_generate temperature top_k top_p typical_p
+assistant_confidence_threshold assistant_lookbehind bad_words_ids cache_config compile_config
+constraints disable_compile dola_layers encoder_repetition_penalty epsilon_cutoff eta_cutoff
+exponential_decay_length_penalty force_words_ids generation_config guidance_scale low_memory
+max_cache_len max_matching_ngram_size max_time min_p num_assistant_tokens_schedule output_logits
+output_scores output_router_logits penalty_alpha prefill_chunk_size renormalize_logits
+sequence_bias stop_strings target_lookbehind token_healing watermarking_config
+base_model_pp_plan base_model_tp_plan causal finetuning_task flash_attn gradient_checkpointing
+ignore_index is_causal keys_to_ignore_at_inference language library_name license loss_type
+max_sequence_length model_max_length model_name num_labels processor_class seq_length tags
+use_bfloat16 use_flash_attention use_flash_attention_2 use_flash_attn use_liger_kernel
 """
 METADATA = frozenset(_METADATA.split())
+# Private names, special tokens, dropout; and factors that are one.
+_NAMES = re.compile(r"_.*|.*_token(s|_ids?|_index)?|.*(dropout|_pdrop|dropout_(prob|rate))")
+_FACTORS = re.compile(r".*(multiplier|scale|scaling|factor|ratio|_groups)")
+
+
+def is_harmless(key: str, value: Any) -> bool:
+    """Whether a key of `config.json` that nothing reads leaves what the model computes as it is."""
+    is_one = not isinstance(value, bool) and value == 1
+    return bool(key in METADATA or _NAMES.fullmatch(key) or (is_one and _FACTORS.fullmatch(key)))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lm.formats.common import IGNORE_HINT
 from lm.model import Rope, RopeScaling
 
 OLD_NAMES = {"su": "longrope"}
@@ -27,6 +28,11 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "long_factor": "long_factors",
     },
 }
+# Of every type; the last two change nothing where the type does not read them.
+_ANYWHERE = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+    *("finetuned", "original_max_position_embeddings"),
+)
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -67,12 +73,12 @@ def read_rope(
             f"config.json key 'rope_type' is {kind!r}; supported here are "
             f"{', '.join(('default', *scalings))}"
         )
-    allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *KEYS[kind]}
+    allowed = {*_ANYWHERE, *KEYS[kind]}
     for key, value in parameters.items():
         if key not in allowed and value:
             raise ValueError(
                 f"config.json rope parameter {key!r}={value!r} is not supported with rope_type "
-                f"{kind!r}; understood are {', '.join(sorted(allowed))}"
+                f"{kind!r}; understood are {', '.join(sorted(allowed))}. {IGNORE_HINT}"
             )
     fraction = parameters.get("partial_rotary_factor")
     fraction = 1.0 if fraction is None else float(fraction)

@@ -7,23 +7,25 @@ import math
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lm.files import FormatError
-from lm.formats.common import read_json
+from lm.formats.common import IGNORE_HINT, read_json
 
 CONFIG = "adapter_config.json"
 Values = Mapping[str, Any]
 
-# Keys whose value does not change what a finished adapter computes.
+# Keys whose value does not change what a finished adapter computes; trained biases, and what was
+# trained tied, are in its file.
 _METADATA_KEYS = """
-auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode
+auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
+fan_in_fan_out inference_mode
 init_lora_weights loftq_config lora_dropout lora_ga_config megatron_core peft_type peft_version
 qalora_group_size revision runtime_config task_type
 """
 _READ_KEYS = """
-alpha_pattern bias exclude_modules layers_pattern layers_to_transform lora_alpha modules_to_save r
+alpha_pattern exclude_modules layers_pattern layers_to_transform lora_alpha modules_to_save r
 rank_pattern target_modules use_dora use_rslora
 """
 _METADATA, _READ = frozenset(_METADATA_KEYS.split()), frozenset(_READ_KEYS.split())
@@ -105,27 +107,31 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return default
 
 
-def read_adapter_config(directory: pathlib.Path) -> AdapterConfig:
-    """The `adapter_config.json` in a directory.
+def read_adapter_config(directory: pathlib.Path, ignore: Collection[str] = ()) -> AdapterConfig:
+    """The `adapter_config.json` in a directory; of it, the keys of `ignore` are passed over.
 
     Raises:
       FormatError: there is none, it is not JSON, or of another kind of adapter than LoRA.
       ValueError: it asks for what is not supported; the message names the key.
     """
     file = directory / CONFIG
-    values = read_json(file, "; give a PEFT adapter's directory")
+    if directory.is_file():
+        raise FormatError(f"{directory} is a file; give a PEFT adapter's directory")
+    inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    remedy = "; give a PEFT adapter's directory"
+    if (directory / "config.json").exists():
+        remedy = f"; {directory} is a model: give it as --model, and as --adapter a PEFT adapter"
+    elif inside:
+        remedy = f"; give one of the directories in it that has one: {', '.join(inside)}"
+    values = read_json(file, remedy)
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         kind = values.get("peft_type") if isinstance(values, dict) else values
         raise FormatError(f"{file} has peft_type {kind!r}; only 'LORA' is read here")
-    return parse_adapter_config(values)
+    return parse_adapter_config({k: v for k, v in values.items() if k not in ignore})
 
 
 def parse_adapter_config(values: Values) -> AdapterConfig:
     """The configuration in the keys of `adapter_config.json`. Errors as `read_adapter_config`."""
-    if values.get("bias", "none") != "none":
-        raise ValueError(
-            f"{CONFIG} key 'bias' is {values['bias']!r}: trained biases are not read; use 'none'"
-        )
     init = values.get("init_lora_weights", True)
     if init not in _INITS:
         raise ValueError(
@@ -134,7 +140,7 @@ def parse_adapter_config(values: Values) -> AdapterConfig:
         )
     for key, value in values.items():
         if key not in _METADATA | _READ and value:
-            raise ValueError(f"{CONFIG} key {key!r}={value!r} is not supported")
+            raise ValueError(f"{CONFIG} key {key!r}={value!r} is not supported. {IGNORE_HINT}")
     config = AdapterConfig(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),

@@ -2,7 +2,8 @@
 
 The adapter of module m is `base_model.model.m.lora_A.weight` [r, in] and `lora_B.weight` [out, r];
 of an embedding, `lora_embedding_A` [r, vocab] and `lora_embedding_B` [dim, r]; DoRA adds
-`lora_magnitude_vector` [out]. The family's record maps m to our weights.
+`lora_magnitude_vector` [out]. A tensor named as one of the model, `base_model.model.m.weight`,
+replaces the model's. The family's record maps m to our weights.
 Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -12,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,32 +21,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.files import FormatError, Safetensors, open_safetensors, write_safetensors
+from lm.files.safetensors import other_weights
 from lm.formats.common import Path, refuse, tensor_fault
+from lm.formats.huggingface.names import text_names
 from lm.formats.huggingface.tensors import Place, Tensor, tensors
 from lm.formats.huggingface.transforms import Transform
 from lm.formats.peft.config import CONFIG, AdapterConfig, read_adapter_config, write_adapter_config
 from lm.model import ModelConfig, ModelWeights, Unstacked
 from lm.weights import LoRA, MultiLoRA, StructuredWeight, is_structured, path_name
+from lm.weights.blocked import Blocked
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_TABLES = ("embed", "output")  # the weights with a row per token
 
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """One of PEFT's modules that may have an adapter."""
+    """One of PEFT's modules that may have an adapter.
+
+    Attributes:
+      name: in the family's files.
+      own_name: in the adapter, which may be of a model of more than text.
+    """
 
     name: str
     tensor: Tensor
     config: ModelConfig
+    own_name: str = ""
 
     @property
     def is_embedding(self) -> bool:
         return self.tensor.places[0].field == "embed"
 
     def names(self) -> tuple[str, str, str]:
-        """Names of the tensors of a, b and the magnitude."""
-        stem = PREFIX + self.name
+        """Names of the tensors of a, b and the magnitude, without `PREFIX`."""
+        stem = self.name
         a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
         if self.is_embedding:
             a, b = f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
@@ -83,13 +94,19 @@ def _modules(config: ModelConfig) -> Iterator[_Module]:
 
 
 def load_peft(
-    path: Path, params: ModelWeights, config: ModelConfig, *, dtype: Any = None
-) -> ModelWeights:
-    """The model with one of PEFT's LoRA adapters.
+    path: Path,
+    params: ModelWeights,
+    config: ModelConfig,
+    *,
+    dtype: Any = None,
+    ignore: Collection[str] = (),
+) -> tuple[ModelWeights, ModelConfig]:
+    """The model with one of PEFT's LoRA adapters, and its configuration.
 
     Stacked layers share a rank: smaller adapters, and those of layers without one, are filled up
-    with zeros. Modules stored whole in the adapter (`modules_to_save`, or the embedding beneath its
-    adapter) replace ours; only those outside the layers are read.
+    with zeros. Weights stored whole in the adapter replace ours: modules of `modules_to_save`,
+    embedding layers saved with it (a vocabulary of another size too), trained biases. Where the
+    output was tied to the embedding and one of them alone changes, the model is not tied any more.
 
     Args:
       path: directory with `adapter_config.json` and `adapter_model.safetensors`.
@@ -97,37 +114,104 @@ def load_peft(
         mesh: `jax.device_put(params, lm.weights.shardings(lm.weights.specs_of(...), ...))`.
       config: the model.
       dtype: of `a` and `b`; None for the file's.
+      ignore: keys of `adapter_config.json` to pass over.
 
     Raises:
       FormatError: there is no adapter, or it is for another model: tensors are missing, surplus,
         of another shape or not floating-point; all are named.
-      ValueError: `adapter_config.json` has a setting that is not supported, a weight of the model
-        has an adapter already, or the adapter changes an embedding that the output is tied to.
+      ValueError: `adapter_config.json` has a setting that is not supported, or a weight of the
+        model has an adapter already.
     """
-    directory = pathlib.Path(path)
-    adapter = read_adapter_config(directory)
+    directory = pathlib.Path(path).expanduser()
+    adapter = read_adapter_config(directory, ignore)
     if not (directory / WEIGHTS).exists():
-        raise FormatError(f"{directory / WEIGHTS} does not exist")
+        raise FormatError(f"{directory / WEIGHTS} does not exist{other_weights(directory)}")
     file = open_safetensors(directory / WEIGHTS)
-    whole = _whole(adapter, file, config)
-    modules = _targeted(adapter, file, config)
-    _check(adapter, modules, whole, file, config, str(directory))
-    embeddings = [module.name for module in modules if module.is_embedding]
-    embeddings += [tensor.name for tensor in whole.values() if tensor.places[0].field == "embed"]
-    _refuse_tied(embeddings, config)
+    own_names = {name.removeprefix(PREFIX): name for name in file.tensors}
+    names = text_names(own_names)
+    file = file.under({name: own_names[own] for name, own in names.items()})
+    # The output has tensors of its own at first; at the end it may be tied again.
+    wanted = dataclasses.replace(config, tied=False)
+    wanted = _resized(_whole(file, wanted), file, wanted)
+    whole, modules = _whole(file, wanted), _targeted(adapter, names, wanted)
+    _check(adapter, modules, whole, file, wanted, str(directory))
+    replaced: dict[str, dict[int, np.ndarray]] = {}
+    for name, tensor in whole.items():
+        for place, part in zip(tensor.places, tensor.read(file.array(name)), strict=True):
+            key, index = _ours(place, params)
+            replaced.setdefault(key, {})[index] = part
     found: dict[str, dict[int, LoRA]] = {}
     for module in modules:
-        names, scale = module.names(), np.float32(adapter.scale_of(module.name))
-        a, b = (np.asarray(array, dtype) for array in map(file.array, names[:2]))
-        length = np.asarray(file.array(names[2]), np.float32) if adapter.dora else None
+        scale = np.float32(adapter.scale_of(module.own_name))
+        a, b = (np.asarray(array, dtype) for array in map(file.array, module.names()[:2]))
+        length = np.asarray(file.array(module.names()[2]), np.float32) if adapter.dora else None
         for place, part in zip(module.tensor.places, module.read(a, b, length), strict=True):
             key, index = _ours(place, params)
             found.setdefault(key, {})[index] = LoRA(None, *part[:2], scale, part[2])
-    replaced = {
-        tensor.places[0].path: jnp.array(tensor.read(file.array(name))[0])
-        for name, tensor in whole.items()
-    }
-    return _insert(params, found, replaced)
+    saved = {t.places[0].field for own, t in whole.items() if adapter.replaces(names[own])}
+    if config.tied:
+        tied = not (found.keys() & {"embed", "output"}) and _stays_tied(params, replaced, saved)
+        wanted = dataclasses.replace(wanted, tied=tied)
+        params, replaced = _output(params, replaced, saved, tied)
+    _check_rows(wanted, config, replaced)
+    return _insert(params, found, replaced), wanted
+
+
+def _resized(whole: dict[str, Tensor], file: Safetensors, config: ModelConfig) -> ModelConfig:
+    """The model with the vocabulary of the embedding or output in the adapter."""
+    tables = [name for name, tensor in whole.items() if tensor.places[0].field in _TABLES]
+    rows = {file.tensors[name].shape[0] for name in tables if len(file.tensors[name].shape) == 2}
+    return dataclasses.replace(config, vocab_size=rows.pop()) if len(rows) == 1 else config
+
+
+def _check_rows(config: ModelConfig, was: ModelConfig, replaced: Collection[str]) -> None:
+    """Raises FormatError where a new vocabulary lacks the rows of one of the two matrices."""
+    tables = ("embed",) if config.tied else _TABLES
+    missing = [table for table in tables if table not in replaced]
+    if config.vocab_size != was.vocab_size and missing:
+        raise FormatError(
+            f"the adapter is for a vocabulary of {config.vocab_size} tokens, the model has "
+            f"{was.vocab_size}, and the adapter does not hold all of it ({missing[0]} is missing); "
+            "save it with save_embedding_layers=True"
+        )
+
+
+def _stays_tied(
+    params: ModelWeights, replaced: Mapping[str, Mapping[int, np.ndarray]], saved: set[str]
+) -> bool:
+    """Whether the output of a tied model is still the embedding.
+
+    PEFT trains what `modules_to_save` names as a copy, and leaves what it was tied to as it was;
+    a tensor that is in the file for another reason is that of both.
+    """
+    if "output" not in replaced:
+        return "embed" not in saved
+    embed = replaced["embed"][0] if "embed" in replaced else np.asarray(_dense(params.embed))
+    return np.array_equal(embed.astype(np.float32), replaced["output"][0].T.astype(np.float32))
+
+
+def _output(
+    params: ModelWeights,
+    replaced: dict[str, dict[int, np.ndarray]],
+    saved: set[str],
+    tied: bool,
+) -> tuple[ModelWeights, dict[str, dict[int, np.ndarray]]]:
+    """Weights of a tied model, with an output of its own unless it stays tied; what replaces."""
+    if tied:
+        return params, {path: parts for path, parts in replaced.items() if path != "output"}
+    if "embed" in replaced and "embed" not in saved:
+        replaced = {"output": {0: replaced["embed"][0].T}, **replaced}
+    embed = params.embed
+    if isinstance(embed, Blocked):  # its transpose is the same blocks along the other dimension
+        flipped = "in" if embed.block_axis == "out" else "out"
+        output: Any = dataclasses.replace(embed, block_axis=flipped)  # type: ignore[type-var]
+    else:
+        output = _dense(embed).T
+    return dataclasses.replace(params, output=output), replaced
+
+
+def _dense(weight: Any) -> jax.Array:
+    return weight.dequantize(jnp.float32) if isinstance(weight, StructuredWeight) else weight
 
 
 def _ours(place: Place, params: ModelWeights) -> tuple[str, int]:
@@ -137,26 +221,34 @@ def _ours(place: Place, params: ModelWeights) -> tuple[str, int]:
     return place.path, place.repeat
 
 
-def _targeted(adapter: AdapterConfig, file: Safetensors, config: ModelConfig) -> list[_Module]:
-    """The modules with an adapter; where the configuration names none, those in the file."""
+def _targeted(
+    adapter: AdapterConfig, names: Mapping[str, str], config: ModelConfig
+) -> list[_Module]:
+    """The modules with an adapter; where the configuration names none, those in the file.
+
+    `names` are the family's -> the adapter's.
+    """
     found = []
     for module in _modules(config):
+        a = module.names()[0]
+        own = names.get(a, a).removesuffix(a.removeprefix(module.name))
         is_output = module.tensor.places[0].field == "output"
-        wanted = adapter.targets(module.name, is_output, module.is_embedding)
-        if module.names()[0] in file.tensors if wanted is None else wanted:
-            found.append(module)
+        wanted = adapter.targets(own, is_output, module.is_embedding)
+        if a in names if wanted is None else wanted:
+            found.append(dataclasses.replace(module, own_name=own))
     return found
 
 
-def _whole(adapter: AdapterConfig, file: Safetensors, config: ModelConfig) -> dict[str, Tensor]:
-    """Tensors in the file that replace modules outside the layers."""
+def _whole(file: Safetensors, config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors in the file that replace the model's, by their names."""
     found = {}
     for tensor in tensors(config):
-        name = tensor.name.removesuffix(".weight")
-        found[f"{PREFIX}{name}.base_layer.weight"] = tensor
-        if adapter.replaces(name):
-            found[PREFIX + tensor.name] = tensor
-    return {name: t for name, t in found.items() if name in file.tensors and t.layer is None}
+        for name in (tensor.name, *tensor.aliases):
+            module, _, end = name.rpartition(".")
+            for each in (name, f"{module}.base_layer.{end}"):
+                if each in file.tensors:
+                    found[each] = tensor
+    return found
 
 
 def _check(
@@ -170,7 +262,7 @@ def _check(
     """Raises FormatError with every fault."""
     wanted: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in whole.items()}
     for module in modules:
-        shapes = module.shapes(adapter.rank_of(module.name))
+        shapes = module.shapes(adapter.rank_of(module.own_name))
         names = module.names() if adapter.dora else module.names()[:2]
         wanted |= dict(zip(names, shapes, strict=False))
     headers = {name: (info.shape, info.type) for name, info in file.tensors.items()}
@@ -179,34 +271,38 @@ def _check(
     for name in sorted(file.tensors.keys() - wanted.keys()):
         shape = list(file.tensors[name].shape)
         faults.append(f"{name} {shape} is not in this model, or not among its target_modules")
-    if not modules:
+    if not modules and not whole:
         faults.append(f"target_modules {adapter.target_modules!r} names no module of this model")
     refuse(faults, source, config, "is not an adapter for this")
 
 
-def _refuse_tied(embeddings: list[str], config: ModelConfig) -> None:
-    """Raises ValueError for an adapter of a tied embedding: only ours would change the output."""
-    if config.tied and embeddings:
-        raise ValueError(
-            f"the adapter changes {embeddings[0]}, and the model's output is tied to it, which "
-            "PEFT does not adapt; untie the model first (tied=False, and the embedding's transpose "
-            "as output)"
-        )
-
-
 def _insert(
-    params: ModelWeights, found: dict[str, dict[int, LoRA]], replaced: dict[str, jax.Array]
+    params: ModelWeights,
+    found: dict[str, dict[int, LoRA]],
+    replaced: dict[str, dict[int, np.ndarray]],
 ) -> ModelWeights:
+    plain = params.norm.scale.dtype
+
     def leaf(path: tuple[Any, ...], weight: Any) -> Any:
         name = path_name(path)
-        base = replaced.get(name, weight)
-        if name not in found:
-            return base
-        if isinstance(weight, LoRA | MultiLoRA):
+        if isinstance(weight, LoRA | MultiLoRA) and (name in found or name in replaced):
             raise ValueError(f"{name} has an adapter already; merge or remove it first")
-        return _joined(base, found[name])
+        if name in replaced:
+            dtype = plain if isinstance(weight, StructuredWeight) else weight.dtype
+            weight = _replaced(weight, replaced[name], dtype)
+        return _joined(weight, found[name]) if name in found else weight
 
     return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_structured)
+
+
+def _replaced(weight: Any, parts: dict[int, np.ndarray], dtype: Any) -> jax.Array:
+    """The whole of a weight, or some layers of a stacked one, by those in an adapter."""
+    if next(iter(parts.values())).ndim == len(weight.shape):
+        return jnp.array(parts[0], dtype)
+    stacked = _dense(weight).astype(dtype)
+    for index, part in parts.items():
+        stacked = stacked.at[index].set(jnp.asarray(part, dtype))
+    return stacked
 
 
 def _joined(base: Any, parts: dict[int, LoRA]) -> LoRA:
@@ -268,12 +364,16 @@ def save_peft(
         if adapter is None:
             others.add(module.name)
             continue
-        if module.is_embedding:
-            _refuse_tied([module.name], config)
+        if module.is_embedding and config.tied:
+            raise ValueError(
+                f"the adapter changes {module.name}, and the model's output is tied to it, which "
+                "PEFT does not adapt; untie the model first (tied=False, and the embedding's "
+                "transpose as output)"
+            )
         a, b, scale, magnitude = adapter
         modules[module.name] = (a.shape[0], scale)
         lengths[module.name] = magnitude is not None
-        names = module.names()
+        names = [PREFIX + name for name in module.names()]
         written |= {names[0]: np.asarray(a, dtype), names[1]: np.asarray(b, dtype)}
         if magnitude is not None:
             written[names[2]] = magnitude

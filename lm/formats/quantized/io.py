@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.files import FormatError, Safetensors, open_safetensors
+from lm.files import FormatError, Safetensors
 from lm.formats.common import Path, by_path, put, read_json, refuse, tensor_fault, tree_of
 from lm.formats.huggingface.config import from_huggingface
 from lm.formats.huggingface.io import surplus_tensors, weight_fault
+from lm.formats.huggingface.names import open_tensors
 from lm.formats.huggingface.tensors import Tensor, tensors
 from lm.formats.huggingface.transforms import Transform, Vocabulary
 from lm.formats.quantized.layouts import Format, formats_of
@@ -73,7 +74,7 @@ def load_quantized(
     formats = formats_of(q)
     data = {**read_json(pathlib.Path(path) / "config.json"), "quantization_config": None}
     config = from_huggingface(data, ignore=ignore)
-    return load_unstacked(path, config, formats, dtype=dtype, layout=layout), config
+    return load_unstacked(path, config, formats, dtype=dtype, layout=layout)
 
 
 def load_unstacked(
@@ -83,12 +84,13 @@ def load_unstacked(
     *,
     dtype: Any = None,
     layout: Layout | None = None,
-) -> ModelWeights:
-    """The weights in a directory, unstacked; `formats` are those its matrices may be in.
+) -> tuple[ModelWeights, ModelConfig]:
+    """The weights in a directory, unstacked, and the model as it has them.
 
-    Arguments and errors are those of `load_quantized`.
+    `formats` are those its matrices may be in. Other arguments and errors are those of
+    `load_quantized`.
     """
-    file = open_safetensors(path)
+    file, config = open_tensors(path, config)
     modules = _match(config, formats, file, str(path))
     specs = unstacked_specs(config)
     spec_of = by_path(specs)
@@ -99,7 +101,7 @@ def load_unstacked(
             done[own] = _placed(weight, spec_of[own], layout, own)
         for name in module.names.values():
             file.release(name)
-    return tree_of(done, specs)
+    return tree_of(done, specs), config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _find(
             return _Module(tensor, None, {"": each})
     markers = " or ".join(form.marker for form in formats)
     hint = f", and so is {markers} in its place" if markers else ""
-    faults.append(f"{tensor.name} {list(tensor.shape)} is missing{hint}")
+    faults.append(f"{weight_fault(tensor, tensor.name, None, config)}{hint}")
     return _Module(tensor, None, {})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -77,33 +78,64 @@ def _check_setting(method: str, key: str, value: Any, *allowed: Any) -> None:
         raise ValueError(f"{method} with {key}={value!r} is not read; use {names}")
 
 
+def _group_size(method: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
+        raise ValueError(f"{method} with group_size={value!r} is not read; use -1 or 1 and more")
+    return value
+
+
 def _groups(size: int, group: int) -> int:
-    return 1 if group == -1 else _whole(size, group, "in")
+    """Groups of `group` rows, of which the last may be short; one where `group` is -1."""
+    return 1 if group == -1 else -(-size // group)
 
 
-def _leaf_of(bits: int, values: Any, scale: Any, zero: Any, g_idx: Any = None) -> Blocked:
+def _size_of(rows: int, groups: int, sizes: tuple[int, ...]) -> int:
+    """Rows of each group but the last: the one of `sizes` that makes so many, or equal parts."""
+    found = [size for size in sizes if _groups(rows, size) == groups]
+    if len(found) == 1:
+        return found[0]
+    if sizes and not found and groups > 1:
+        raise FormatError(f"{groups} groups of in={rows} are not of group_size={sizes}")
+    return _whole(rows, groups, "in")
+
+
+def _leaf_of(
+    bits: int, values: Any, scale: Any, zero: Any, g_idx: Any = None, group: int | None = None
+) -> Blocked:
     """Int4 or Int8Groups of values [in, out], rows in the file's order.
 
     Zero points [groups, out] that are all in the middle are dropped; `g_idx` [in] is the group of
-    each row, None where groups are consecutive rows.
+    each row, None where groups are consecutive rows. `group` is the number of rows in each but the
+    last, which may be short; None, or -1, where all are as long.
+
+    Raises:
+      FormatError: `g_idx` does not say such groups, or a short one has an odd number of rows.
     """
-    kind = Int4 if bits == 4 else Int8Groups
+    kind, rows = Int4 if bits == 4 else Int8Groups, len(values)
     if zero is not None:
         middle = 1 << (bits - 1)
         zero = None if np.all(zero == middle) else zero.astype(np.uint8 if bits == 4 else np.uint16)
-    order = None if g_idx is None else _order(g_idx, len(scale))
+    group = -(-rows // len(scale)) if group in (None, -1) else group
+    order = None if g_idx is None else _order(g_idx, np.arange(rows) // group)
+    if rows % group:
+        # Leaves have groups of one size: the largest of which both kinds are made.
+        size = math.gcd(rows, group)
+        _whole(size, kind.values_per_byte, "common divisor of in and group_size")
+        owners = np.arange(0, rows, size) // group
+        scale, zero = scale[owners], None if zero is None else zero[owners]
     values = np.ascontiguousarray(values if order is None else values[order])
     return kind.encode(values, np.ascontiguousarray(scale), zero, order)  # pyright: ignore[reportArgumentType]
 
 
-def _order(g_idx: np.ndarray, groups: int) -> np.ndarray | None:
-    """The rows sorted by group; None where they are sorted already."""
-    rows = len(g_idx)
-    counts = np.bincount(g_idx, minlength=groups) if g_idx.min(initial=0) >= 0 else np.zeros(1)
-    if len(counts) != groups or np.any(counts != rows // groups):
-        raise FormatError(f"g_idx does not divide {rows} rows into {groups} equal groups")
+def _order(g_idx: np.ndarray, groups: np.ndarray) -> np.ndarray | None:
+    """The rows sorted by group, which are then `groups` [in]; None where they are sorted."""
     order = np.argsort(g_idx, kind="stable").astype(np.int32)
-    return None if np.array_equal(order, np.arange(rows)) else order
+    if not np.array_equal(g_idx[order], groups):
+        raise FormatError(
+            f"g_idx does not divide {len(groups)} rows into {groups[-1] + 1} groups of "
+            f"{np.sum(groups == 0)}"
+        )
+    return None if np.array_equal(order, np.arange(len(order))) else order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +147,14 @@ class GPTQ(Format):
       bits: 4 or 8.
       group: rows per scale; -1 for one scale per column.
       symmetric: every zero point is in the middle.
+      ordered: rows are grouped by importance, so that `g_idx` has to be there.
       version: 1 stores zero points minus one, 2 as they are.
     """
 
     bits: int = 4
     group: int = 128
     symmetric: bool = True
+    ordered: bool = False
     version: int = 1
 
     marker = "qweight"
@@ -132,8 +166,9 @@ class GPTQ(Format):
         _check_setting("GPTQ", "checkpoint_format", kind, "gptq", "gptq_v2")
         _check_setting("GPTQ", "pack_dtype", q.get("pack_dtype", "int32"), "int32")
         _check_setting("GPTQ", "dynamic", q.get("dynamic") or None, None)
-        group = q.get("group_size", 128)
-        return cls(q["bits"], group, q.get("sym", True), 2 if kind == "gptq_v2" else 1)
+        group = _group_size("GPTQ", q.get("group_size", 128))
+        ordered = bool(q.get("desc_act")) and group != -1
+        return cls(q["bits"], group, q.get("sym", True), ordered, 2 if kind == "gptq_v2" else 1)
 
     def wanted(self, shape, present):
         out, rows = shape
@@ -144,7 +179,8 @@ class GPTQ(Format):
             "qzeros": ((groups, _whole(out, per_word, "out")), ("I32",)),
             "scales": ((groups, out), FLOATS),
         }
-        return wanted | ({"g_idx": ((rows,), INDICES)} if "g_idx" in present else {})
+        has_index = self.ordered or "g_idx" in present
+        return wanted | ({"g_idx": ((rows,), INDICES)} if has_index else {})
 
     def version_of(self, stored: np.ndarray) -> int:
         """1 or 2. Some files claim one and hold the other; symmetric zero points show which."""
@@ -159,7 +195,8 @@ class GPTQ(Format):
         stored = unpack(arrays["qzeros"], self.bits, 1)
         zero = stored.astype(np.uint16) + (2 - self.version_of(stored))
         values = unpack(arrays["qweight"], self.bits, 0)
-        return _leaf_of(self.bits, values, arrays["scales"], zero, arrays.get("g_idx"))
+        g_idx = arrays.get("g_idx")
+        return _leaf_of(self.bits, values, arrays["scales"], zero, g_idx, self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +218,7 @@ class AWQ(Format):
         _check_setting("AWQ", "bits", q.get("bits", q.get("w_bit")), 4)
         _check_setting("AWQ", "version", str(q.get("version", "gemm")).lower(), "gemm")
         _check_setting("AWQ", "zero_point", q.get("zero_point", True), True)
-        return cls(q.get("group_size", q.get("q_group_size", 128)))
+        return cls(_group_size("AWQ", q.get("group_size", q.get("q_group_size", 128))))
 
     def wanted(self, shape, present):
         out, rows = shape
@@ -194,13 +231,19 @@ class AWQ(Format):
 
     def leaf(self, arrays, shape):
         values, zero = (unpack(arrays[name], 4, 1, self.order) for name in ("qweight", "qzeros"))
-        return _leaf_of(4, values, arrays["scales"], zero)
+        return _leaf_of(4, values, arrays["scales"], zero, group=self.group)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackQuantized(Format):
     """compressed-tensors `pack-quantized`: `weight_packed` int32 [out, in bits/32] packed along in,
-    offset to start at 0; `weight_scale` [out, groups]; `weight_zero_point` packed along out."""
+    offset to start at 0; `weight_scale` [out, groups]; `weight_zero_point` packed along out.
+
+    Attributes:
+      sizes: of groups, in the configuration.
+    """
+
+    sizes: tuple[int, ...] = ()
 
     marker = "weight_packed"
 
@@ -211,7 +254,7 @@ class PackQuantized(Format):
         if bits not in (4, 8) or words * 32 != bits * rows:
             raise FormatError(f"{words} words for in={rows} are neither 4 nor 8 bits per number")
         groups = present.get("weight_scale", ((out, 1),))[0][-1]
-        _whole(rows, groups, "in")
+        _size_of(rows, groups, self.sizes)
         wanted: dict[str, Wanted] = {
             "weight_packed": ((out, words), ("I32",)),
             "weight_scale": ((out, groups), FLOATS),
@@ -236,7 +279,9 @@ class PackQuantized(Format):
             zero = unpack(zero, bits, 0).T
         if g_idx is not None and np.any(g_idx < 0):  # -1 where it is not in use
             g_idx = None
-        return _leaf_of(bits, values, scale, zero, g_idx)
+        return _leaf_of(
+            bits, values, scale, zero, g_idx, _size_of(shape[1], len(scale), self.sizes)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,9 +294,11 @@ class Plain(Format):
 
     Attributes:
       dynamic: see `Int8`.
+      sizes: of groups, in the configuration.
     """
 
     dynamic: bool = False
+    sizes: tuple[int, ...] = ()
 
     marker = "weight_scale"
 
@@ -278,8 +325,9 @@ class Plain(Format):
         elif scale.shape in ((1, 1), (out, 1)):
             columns = np.broadcast_to(transposed, (1, out)).astype(np.float32)
             return Int8(values, columns, self.dynamic)
-        elif scale.ndim == 2 and scale.shape[0] == out and rows % scale.shape[1] == 0:
-            return _leaf_of(8, values.view(np.uint8) ^ np.uint8(128), transposed, None)
+        elif scale.ndim == 2 and scale.shape[0] == out:
+            group = _size_of(rows, scale.shape[1], self.sizes)
+            return _leaf_of(8, values.view(np.uint8) ^ np.uint8(128), transposed, None, group=group)
         raise FormatError(f"weight_scale {list(scale.shape)} does not fit {list(shape)}")
 
 
@@ -376,4 +424,6 @@ def _compressed(q: Mapping[str, Any]) -> tuple[Format, ...]:
             raise ValueError(f"compressed-tensors with {key} is not read")
     activations = [group.get("input_activations") or {} for group in groups]
     dynamic = any(a.get("dynamic") and a.get("type", "int") == "int" for a in activations)
-    return (PackQuantized(), Plain(dynamic))
+    weights = [group.get("weights") or {} for group in groups]
+    sizes = tuple({w["group_size"] for w in weights if (w.get("group_size") or 0) > 0})
+    return (PackQuantized(sizes), Plain(dynamic, sizes))
