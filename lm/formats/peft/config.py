@@ -16,17 +16,15 @@ from lm.formats.common import IGNORE_HINT, read_json
 CONFIG = "adapter_config.json"
 Values = Mapping[str, Any]
 
-# Keys whose value does not change what a finished adapter computes; trained biases, and what was
-# trained tied, are in its file.
+# Keys whose value does not change what a finished adapter computes; biases are in its file.
 _METADATA_KEYS = """
-auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
-fan_in_fan_out inference_mode
+auto_mapping base_model_name_or_path bias corda_config eva_config fan_in_fan_out inference_mode
 init_lora_weights loftq_config lora_dropout lora_ga_config megatron_core peft_type peft_version
 qalora_group_size revision runtime_config task_type
 """
 _READ_KEYS = """
-alpha_pattern exclude_modules layers_pattern layers_to_transform lora_alpha modules_to_save r
-rank_pattern target_modules use_dora use_rslora
+alpha_pattern ensure_weight_tying exclude_modules layers_pattern layers_to_transform lora_alpha
+modules_to_save r rank_pattern target_modules trainable_token_indices use_dora use_rslora
 """
 _METADATA, _READ = frozenset(_METADATA_KEYS.split()), frozenset(_READ_KEYS.split())
 # Initializations that leave the base as it was; others (PiSSA, OLoRA, ...) subtract from it.
@@ -45,6 +43,9 @@ class AdapterConfig:
       layers, layers_pattern: only these layers, whose numbers follow one of these names.
       rslora, dora: see `LoRA`.
       modules_to_save: ends of names of modules that the adapter replaces.
+      token_rows: end of a module's name, or "" for the embedding -> its rows that the adapter
+        replaces.
+      tying: the output has an adapter where the embedding has.
     """
 
     rank: int = 8
@@ -58,6 +59,8 @@ class AdapterConfig:
     rslora: bool = False
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    token_rows: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    tying: bool = False
 
     def targets(self, name: str, is_output: bool, is_embedding: bool) -> bool | None:
         """Whether module `name` has an adapter; None where the configuration does not say."""
@@ -65,7 +68,7 @@ class AdapterConfig:
             return False
         if self.replaces(name):
             return False
-        if self.target_modules is None:
+        if self.target_modules is None or (is_output and self.tying):
             return None
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
@@ -78,6 +81,11 @@ class AdapterConfig:
     def replaces(self, name: str) -> bool:
         """Whether the adapter holds a whole module `name`."""
         return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in self.modules_to_save)
+
+    def rows_of(self, name: str, is_embedding: bool) -> tuple[int, ...] | None:
+        """The rows of an embedding or output that the adapter replaces; None for none."""
+        ends = (end for end in self.token_rows if (_names((end,), name) if end else is_embedding))
+        return next((self.token_rows[end] for end in ends), None)
 
     def _layer(self, name: str) -> bool:
         patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
@@ -141,6 +149,8 @@ def parse_adapter_config(values: Values) -> AdapterConfig:
     for key, value in values.items():
         if key not in _METADATA | _READ and value:
             raise ValueError(f"{CONFIG} key {key!r}={value!r} is not supported. {IGNORE_HINT}")
+    rows = values.get("trainable_token_indices") or {}
+    rows = rows if isinstance(rows, Mapping) else {"": rows}
     config = AdapterConfig(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),
@@ -153,6 +163,8 @@ def parse_adapter_config(values: Values) -> AdapterConfig:
         rslora=bool(values.get("use_rslora")),
         dora=bool(values.get("use_dora")),
         modules_to_save=_tuple(values.get("modules_to_save")),
+        token_rows={end: tuple(indices) for end, indices in rows.items()},
+        tying=bool(values.get("ensure_weight_tying")),
     )
     for rank in (config.rank, *config.rank_pattern.values()):
         if not isinstance(rank, int) or rank < 1:

@@ -22,7 +22,7 @@ import numpy as np
 
 from lm.files import FormatError, Safetensors, open_safetensors, write_safetensors
 from lm.files.safetensors import other_weights
-from lm.formats.common import Path, refuse, tensor_fault
+from lm.formats.common import Path, attribute, refuse, tensor_fault
 from lm.formats.huggingface.names import text_names
 from lm.formats.huggingface.tensors import Place, Tensor, tensors
 from lm.formats.huggingface.transforms import Transform
@@ -134,12 +134,19 @@ def load_peft(
     wanted = dataclasses.replace(config, tied=False)
     wanted = _resized(_whole(file, wanted), file, wanted)
     whole, modules = _whole(file, wanted), _targeted(adapter, names, wanted)
-    _check(adapter, modules, whole, file, wanted, str(directory))
+    rows = _token_rows(adapter, names, wanted)
+    _check(adapter, modules, whole, rows, file, wanted, str(directory))
     replaced: dict[str, dict[int, np.ndarray]] = {}
     for name, tensor in whole.items():
         for place, part in zip(tensor.places, tensor.read(file.array(name)), strict=True):
             key, index = _ours(place, params)
             replaced.setdefault(key, {})[index] = part
+    for name, (tensor, indices) in rows.items():
+        field = tensor.places[0].field
+        old = replaced[field][0] if field in replaced else _dense(attribute(params, field))
+        new = np.array(old.T if field == "output" else old)
+        new[list(indices)] = file.array(name)
+        replaced[field] = {0: new.T if field == "output" else new}
     found: dict[str, dict[int, LoRA]] = {}
     for module in modules:
         scale = np.float32(adapter.scale_of(module.own_name))
@@ -245,9 +252,21 @@ def _whole(file: Safetensors, config: ModelConfig) -> dict[str, Tensor]:
     for tensor in tensors(config):
         for name in (tensor.name, *tensor.aliases):
             module, _, end = name.rpartition(".")
-            for each in (name, f"{module}.base_layer.{end}"):
-                if each in file.tensors:
+            for between in ("", "base_layer.", "token_adapter.base_layer."):
+                if (each := f"{module}.{between}{end}") in file.tensors:
                     found[each] = tensor
+    return found
+
+
+def _token_rows(
+    adapter: AdapterConfig, names: Mapping[str, str], config: ModelConfig
+) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    """Tensors that replace some rows of the embedding or the output, and which."""
+    found = {}
+    for module in _modules(config):
+        name = f"{module.name}.token_adapter.trainable_tokens_delta"
+        if name in names and (rows := adapter.rows_of(module.name, module.is_embedding)):
+            found[name] = module.tensor, rows
     return found
 
 
@@ -255,23 +274,29 @@ def _check(
     adapter: AdapterConfig,
     modules: list[_Module],
     whole: dict[str, Tensor],
+    rows: dict[str, tuple[Tensor, tuple[int, ...]]],
     file: Safetensors,
     config: ModelConfig,
     source: str,
 ) -> None:
     """Raises FormatError with every fault."""
     wanted: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in whole.items()}
+    faults = []
+    for name, (_, indices) in rows.items():
+        wanted[name] = (len(indices), config.embed_dim)
+        if not 0 <= min(indices) <= max(indices) < config.vocab_size:
+            faults.append(f"trainable_token_indices {indices} are not all of {config.vocab_size}")
     for module in modules:
         shapes = module.shapes(adapter.rank_of(module.own_name))
         names = module.names() if adapter.dora else module.names()[:2]
         wanted |= dict(zip(names, shapes, strict=False))
     headers = {name: (info.shape, info.type) for name, info in file.tensors.items()}
     found = (tensor_fault(name, shape, headers.get(name)) for name, shape in wanted.items())
-    faults = [fault for fault in found if fault]
+    faults += [fault for fault in found if fault]
     for name in sorted(file.tensors.keys() - wanted.keys()):
         shape = list(file.tensors[name].shape)
         faults.append(f"{name} {shape} is not in this model, or not among its target_modules")
-    if not modules and not whole:
+    if not modules and not whole and not rows:
         faults.append(f"target_modules {adapter.target_modules!r} names no module of this model")
     refuse(faults, source, config, "is not an adapter for this")
 
