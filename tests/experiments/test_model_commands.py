@@ -314,7 +314,7 @@ def open_with(model, *arguments):
         (["--model=smollm3", "--prompt=a"], "error: no model 'smollm3': no such path"),
         (["--prompt=a", "--dtype=float8"], "flag --dtype=float8: value"),
         ([], "give either --prompt=TEXT or --prompts=FILE.jsonl"),
-        (["--prompt=a", "--top_p=0"], "error: top_p=0.0; use more than 0"),
+        (["--prompt=a", "--top_p=0"], "flag --top_p=0: '0' is not a finite float32 in (0, 1]"),
     ],
 )
 def test_flags_that_cannot_be(tiny, arguments, message):
