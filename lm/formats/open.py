@@ -196,7 +196,7 @@ def locate(model: Path) -> pathlib.Path:
             f"{path} is an adapter, not a model: give the model it was trained over{named} as "
             f"--model and the adapter as --adapter={path}"
         )
-    if is_huggingface(path):
+    if has_weights and is_huggingface(path):
         return path
     steps = (path / model_json.FILE).exists() or all_steps(path)  # type: ignore[arg-type]
     if steps or (path / "checkpoints").is_dir():
@@ -209,6 +209,8 @@ def locate(model: Path) -> pathlib.Path:
     if models:
         names = ", ".join(file.name for file in models)
         raise FormatError(f"{path} has several GGUF files; give one of them: {names}")
+    if is_huggingface(path):  # opening it says which weights are missing
+        return path
     found = [entry.name for entry in entries]
     more = ", ..." if len(found) > 8 else ""
     inside = f"it has {', '.join(found[:8])}{more}" if found else "it is empty"

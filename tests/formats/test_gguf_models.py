@@ -263,7 +263,7 @@ def test_sizes_that_lie_are_refused_before_anything_is_made_of_them(tmp_path, ke
     path = write_tiny(tmp_path / "model.gguf", changes={f"llama.{key}": size})
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"block_count|wants|dimension_count"):
+        with pytest.raises(ValueError, match=r"block_count|wants|dimension_count|head_dim"):
             load_gguf(path)
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:

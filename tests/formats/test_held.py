@@ -21,6 +21,7 @@ from lm.formats.families import make_config
 from lm.formats.known import known_model
 from lm.formats.open import locate
 from lm.formats.quantized.io import load_unstacked
+from tests.formats.directories import logits
 from tests.formats.tiny_gguf import write_tiny
 from tests.refuses import refuses
 
@@ -119,6 +120,28 @@ def test_the_text_model_of_a_larger_one(how, tmp_path, capsys):
     np.testing.assert_array_equal(params.embed[:24], arrays[EMBED])
 
 
+@pytest.mark.oracle
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Gemma3", "Mistral3"])
+def test_logits_of_larger_models_for_text(name, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = sizes | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    kind = {"Gemma3": {"model_type": "siglip_vision_model"}, "Mistral3": {"model_type": "pixtral"}}
+    text = sizes | {"vocab_size": 139, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"head_dim": 12, "num_hidden_layers": 3, "sliding_window": 4, "pad_token_id": None}
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision | kind[name], image_token_index=130
+    )
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = np.arange(9, dtype=np.int32)[None]
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids).long()).logits.numpy()
+    params, found = load_huggingface(tmp_path)
+    np.testing.assert_allclose(logits(params, ids, found), expected, atol=1e-5)
+
+
 def test_text_configurations():
     """Defaults, tying and types; of a larger model that is not supported both types are named."""
     published = {  # google/gemma-3-4b-it
@@ -134,6 +157,10 @@ def test_text_configurations():
         {"model_type": "internvl", "tie_word_embeddings": True, "text_config": inner}
     )
     assert (config.family, config.vocab_size, config.tied) == ("qwen2", 151936, True)
+    for outer, own, tied in ((True, False, True), (False, True, True), (False, False, False)):
+        data = {"model_type": "mistral3", "tie_word_embeddings": outer}
+        data |= {"text_config": {"tie_word_embeddings": own}}
+        assert from_huggingface(data).tied == tied
     for outer, kind, *words in (
         ("llama4", "llama4_text", "'llama4' with a text model of type 'llama4_text'; supported"),
         ("paligemma", "gemma2", "'paligemma', whose prompts see what comes after them"),
@@ -212,6 +239,16 @@ def test_gguf_files_are_known_by_their_beginning(tmp_path):
     write_tiny(tmp_path / "z.gguf")
     words = "several GGUF files; give one of them: M-00001-of-00002.GGUF, z.gguf"
     refuses(lambda: locate(tmp_path), words, error=FormatError)
+
+
+def test_a_gguf_file_beside_a_configuration(tmp_path):
+    """As GGUF repositories have; without either the weights that are missing are named."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert locate(tmp_path) == tmp_path
+    file = write_tiny(tmp_path / "m.gguf")
+    assert locate(tmp_path) == file
+    directory(tmp_path, tensors())
+    assert locate(tmp_path) == tmp_path
 
 
 def test_an_adapter_given_as_the_model(tmp_path):

@@ -28,6 +28,7 @@ TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"} | dict.fromkeys(
     ("llava", "llava_next", "vipllava", "idefics3", "smolvlm"), "llama"
 )
 NOT_CAUSAL = ("paligemma",)
+_TIED = "tie_word_embeddings"
 _KINDS: dict[str, Kind] = {"sliding_attention": "local", "full_attention": "global"}
 
 
@@ -134,8 +135,10 @@ def _text_config(data: Mapping[str, Any]) -> Mapping[str, Any]:
             f"config.json has model_type {outer!r}, whose prompts see what comes after them; its "
             "text model alone computes something else, which is not supported"
         )
-    tied = {key: data[key] for key in ("tie_word_embeddings",) if key in data}
-    return {"model_type": TEXT_TYPES.get(outer or "", outer), **tied, **inner}
+    # Which of the two counts depends on the version that wrote them; a stored output is used.
+    tied = [each[_TIED] for each in (data, inner) if _TIED in each]
+    said = {_TIED: any(tied)} if tied else {}
+    return {"model_type": TEXT_TYPES.get(outer or "", outer), **inner, **said}
 
 
 def _read_latent(read: Reader, num_layers: int) -> Latent:

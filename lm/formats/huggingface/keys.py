@@ -96,8 +96,10 @@ use_bfloat16 use_flash_attention use_flash_attention_2 use_flash_attn use_liger_
 """
 METADATA = frozenset(_METADATA.split())
 # Private names, special tokens, dropout; and factors that are one.
-_NAMES = re.compile(r"_.*|.*_token(s|_ids?|_index)?|.*(dropout|_pdrop|dropout_(prob|rate))")
-_FACTORS = re.compile(r".*(multiplier|scale|scaling|factor|ratio|_groups)")
+_NAMES = re.compile(
+    r"_.*|.*_token(s|_ids?|_index)?|.*(dropout|_pdrop|dropout_(prob|rate))|unsloth_.*"
+)
+_FACTORS = re.compile(r".*(multiplier|scale|scaling|factor|ratio|_groups|_mod)")
 
 
 def is_harmless(key: str, value: Any) -> bool:
