@@ -7,7 +7,13 @@
 A model is a Hugging Face directory, a .gguf file, a checkpoint or workdir of a run of ours, or the
 name of a model that an installed package brings. A prompt is raw text with the model's own rule for
 BOS, special tokens in it parsed; `--chat` puts it into the model's chat template as a user's turn.
-A row of `--prompts` is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}.
+A row of `--prompts` is {"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}, with
+"tools" (JSON schemas), "documents", "chat_template_kwargs" (the template's own variables, as
+{"enable_thinking": false}) and "continue_final_message" where its chat template reads them; for all
+rows `--tools` and `--chat_template_kwargs` take JSON, or the file that holds it. `--chat_template`
+is another template: one of the model's by its name, or a file.
+
+A `--stop` text that names a special token (`--stop='<|im_end|>'`) stops at that token too.
 
 `--adapter=DIRECTORY` puts a LoRA adapter of PEFT over the model, quantized or not. With
 `--adapter=NAME=DIRECTORY`, once for each of several, a row that has "adapter": NAME gets that one,
@@ -29,7 +35,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments import model_flags
-from experiments.prompts import adapter_of, check_row, encode, read_rows
+from experiments.prompts import adapter_of, chat_template, check_row, encode, json_of, read_rows
 from lm.config import program
 from lm.config.command_line import ConfigError, input_errors
 from lm.config.fields import Count, NonNegative, PositiveFraction, Seed, Whole
@@ -37,14 +43,19 @@ from lm.formats import Pretrained
 from lm.infer import Request, Sample
 from lm.infer.generate import LocalSampler
 from lm.infer.serving import serving_form
+from lm.tokenizers import ChatTemplate
 
 GROUP = 8  # batches of prompts between two lines of output
+KWARGS = "chat_template_kwargs"
 NO_ADAPTERS: Mapping[str, int] = {}
 
 OPTIONS = program.Options()
 OPTIONS.define("string", "prompt", None, "Text to continue.")
 OPTIONS.define("string", "prompts", None, "File of prompts, one JSON object per line.")
 OPTIONS.define("bool", "chat", False, "Put prompts into the model's chat template.")
+OPTIONS.define("string", "tools", None, "JSON schemas of functions, as text or in a file.")
+OPTIONS.define("string", "chat_template_kwargs", None, "The chat template's variables, as JSON.")
+OPTIONS.define("string", "chat_template", None, "Another chat template: a name, or a file.")
 OPTIONS.number(Count, "max_new_tokens", 64, "Most tokens to generate.")
 OPTIONS.number(NonNegative, "temperature", 0.0, "Divides the logits; 0 is greedy.")
 OPTIONS.number(Whole, "top_k", 0, "Draw among this many likeliest tokens; 0 for all.")
@@ -68,6 +79,9 @@ def main() -> None:
     rows = {"--prompt": {"prompt": OPTIONS.prompt}}
     if OPTIONS.prompts is not None:
         rows = dict(read_rows(OPTIONS.prompts))
+    common = json_of("tools", OPTIONS.tools, "tools")
+    common |= json_of(KWARGS, OPTIONS.chat_template_kwargs, KWARGS)
+    rows = {where: with_common(row, common) for where, row in rows.items()}
     model, adapters = model_flags.open_with_adapters()
     streams = OPTIONS.format == "text" and len(rows) == 1
     samples = generate(
@@ -76,6 +90,7 @@ def main() -> None:
         names=list(rows),
         adapters=adapters,
         chat=OPTIONS.chat,
+        template=chat_template(model, OPTIONS.chat_template),
         batch_size=OPTIONS.batch_size,
         dtype=model_flags.dtype(),
         donate=True,
@@ -96,6 +111,14 @@ def main() -> None:
         raise ConfigError(fault)
 
 
+def with_common(row: Mapping[str, Any], common: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row, with what all rows have; its own counts more, each variable by itself."""
+    own = {key: value for key, value in row.items() if value is not None}
+    if KWARGS in common:
+        own[KWARGS] = common[KWARGS] | own.get(KWARGS, {})
+    return {**common, **own}
+
+
 def read_settings() -> dict[str, Any]:
     """Fields of every request, checked before a model is opened."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
@@ -114,6 +137,7 @@ def generate(
     names: Sequence[str] | None = None,
     adapters: Mapping[str, int] = NO_ADAPTERS,
     chat: bool = False,
+    template: ChatTemplate | None = None,
     batch_size: int = 8,
     dtype: Any = jnp.float32,
     donate: bool = False,
@@ -128,6 +152,7 @@ def generate(
       names: of the rows, for errors.
       adapters: numbers of the model's adapters by name.
       chat: put prompts into the model's chat template, as a user's turn.
+      template: another chat template.
       batch_size: the most prompts at once.
       dtype: of compute.
       donate: the model's weights may be freed; it cannot be used afterwards.
@@ -141,7 +166,7 @@ def generate(
     for i, row in enumerate(rows):
         where = names[i] if names else f"row {i}"
         check_row(row, where)
-        seed, ids = (settings.get("seed", 0) + i) % 2**32, encode(model, row, where, chat)
+        seed, ids = (settings.get("seed", 0) + i) % 2**32, encode(model, row, where, chat, template)
         own: dict[str, Any] = {"seed": seed, "adapter": adapter_of(row, adapters, where)}
         with input_errors():
             requests.append(Request(prompt=ids, **settings | own))

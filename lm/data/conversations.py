@@ -29,7 +29,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] + ':\\n' }}"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n' }}"
+    "{% generation %}{{ message['content'] ~ eos_token }}{% endgeneration %}{{ '\\n' }}"
     "{% else %}{{ message['content'] + '\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )

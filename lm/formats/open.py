@@ -26,7 +26,7 @@ from lm.formats.peft.config import CONFIG as ADAPTER
 from lm.formats.quantized.io import load_quantized, load_unstacked, read_quantization
 from lm.model import ModelConfig, ModelWeights, Stacked, Unstacked
 from lm.sharding import Layout
-from lm.tokenizers import Tokenizer, check_fits, from_gguf, open_tokenizer
+from lm.tokenizers import Tokenizer, from_gguf, open_tokenizer
 from lm.weights import cast, is_structured
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -79,7 +79,7 @@ def load_pretrained(
       CheckpointError: every checkpoint of a run is damaged.
       FileNotFoundError: the package of a named model is not installed (the message has the
         command), or there is no tokenizer.
-      ValueError: the tokenizer does not fit, or `dtype` or `keep_quantized` is not possible.
+      ValueError: the tokenizer cannot be used, or `dtype` or `keep_quantized` is not possible.
     """
     if np.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype {np.dtype(dtype).name} is not one of {', '.join(DTYPES)}")
@@ -94,7 +94,7 @@ def load_pretrained(
         else:
             text = open_tokenizer(tokenizer or tokenizer_path(path))
             params, config = _load_directory(path, model, dtype, keep_quantized, layout, ignore)
-        check_fits(text, config.vocab_size)
+        text.use_with(config.vocab_size)
     return Pretrained(params, config, text)
 
 

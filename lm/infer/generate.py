@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -33,6 +33,9 @@ class Decoder(Protocol):
 
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]: ...
 
     def stream(self, *, continuation: bool) -> Stream: ...
 
@@ -173,8 +176,8 @@ class _Batch:
         self.ids: list[list[int]] = [[] for _ in requests]
         self.texts: list[StoppedText] = []
         if sampler.tokenizer is not None:
-            stream = sampler.tokenizer.stream
-            self.texts = [StoppedText(stream(continuation=True), r.stop) for r in requests]
+            stream, special = sampler.tokenizer.stream, sampler.tokenizer.special_tokens
+            self.texts = [StoppedText(stream(continuation=True), r.stop, special) for r in requests]
 
     def run(self) -> list[Sample]:
         sampler = self.sampler

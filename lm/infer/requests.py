@@ -11,6 +11,9 @@ from typing import Any, Literal, Protocol, get_args
 FinishReason = Literal["stop", "length", "error"]
 
 
+_OWN = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Messages:
     """A conversation to continue, for a sampler that knows the model's chat template.
@@ -18,15 +21,21 @@ class Messages:
     Attributes:
       messages: objects with "role", "content" and whatever else the template reads.
       tools: JSON schemas of the functions the model may call.
+      variables: further names that the template may read, as `enable_thinking`.
+      continue_final_message: go on with the last message, which is begun.
 
     Raises:
-      ValueError: there are no messages, or one has no role.
+      ValueError: there are no messages, one has no role, or a variable has the name of a field.
     """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
+        if taken := sorted(_OWN & {*self.variables}):
+            raise ValueError(f"the template's variable {taken[0]!r} has a field of its own")
         object.__setattr__(self, "messages", tuple(self.messages))
         object.__setattr__(self, "tools", tuple(self.tools))
         if not self.messages:

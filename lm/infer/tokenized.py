@@ -38,7 +38,8 @@ class Tokenized:
         return [samples[i] for i in range(len(requests))]
 
     def _text(self, request: Request, ids: Sequence[int]) -> str:
-        text = StoppedText(self.tokenizer.stream(continuation=True), request.stop)
+        stream, special = self.tokenizer.stream(continuation=True), self.tokenizer.special_tokens
+        text = StoppedText(stream, request.stop, special)
         ends = {*self.tokenizer.eos_ids, *request.stop_ids}
         for token in ids:
             if token not in ends:
@@ -52,6 +53,8 @@ def encode_prompt(
 ) -> tuple[int, ...]:
     """Token ids of a prompt, by the model's own rule for BOS; special tokens in text are parsed.
 
+    A text ends with EOS if the model's rule says so, messages never: the assistant's turn is open.
+
     Args:
       tokenizer: the model's.
       prompt: token ids, which stay as they are; a text; or messages.
@@ -60,11 +63,13 @@ def encode_prompt(
     Raises:
       ValueError: there is no template, it refuses the messages, or nothing is left to read.
     """
+    chat = isinstance(prompt, Messages)
     if isinstance(prompt, Messages):
         template = template or ChatTemplate.of(tokenizer)
         tools: Any = prompt.tools or None
-        prompt = template.render(prompt.messages, add_generation_prompt=True, tools=tools)
-    ids = tuple(tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt)
+        goes_on, variables = prompt.continue_final_message, prompt.variables
+        prompt = template.render(prompt.messages, True, tools, goes_on, **variables)
+    ids = tuple(tokenizer.encode_prompt(prompt, chat) if isinstance(prompt, str) else prompt)
     if not ids:
         raise ValueError(
             "the prompt is empty, and this model puts no BOS token in front; give text"

@@ -1,6 +1,6 @@
 """Text to token ids and back, and messages to text. Without JAX."""
 
-from lm.tokenizers.base import TextStream, Tokenizer, check_fits
+from lm.tokenizers.base import TextStream, Tokenizer
 from lm.tokenizers.chat import ChatTemplate
 from lm.tokenizers.fast import FastTokenizer
 from lm.tokenizers.gguf import from_gguf
@@ -15,7 +15,6 @@ __all__ = [
     "TemplateError",
     "TextStream",
     "Tokenizer",
-    "check_fits",
     "from_gguf",
     "open_tokenizer",
     "train_sentencepiece",

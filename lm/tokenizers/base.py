@@ -11,11 +11,10 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 # How SentencePiece writes a space inside pieces.
 SPACE_SYMBOL = "\u2581"
-# Most rows that padding adds to a model's vocabulary (Phi-2 has 905 rows without a token).
-_MOST_PADDING = 2048
 
 
 class Tokenizer(abc.ABC):
@@ -26,6 +25,8 @@ class Tokenizer(abc.ABC):
       token_bytes: the bytes of each id, which for special tokens are those of their name; b"" for
         an id without a token.
       special_tokens: ids by name of the tokens that control the model rather than stand for text.
+      named_tokens: tokens by the names that chat templates know them by, as "eos_token".
+      num_rows: of the model that the tokenizer is used with; see `use_with`.
       bos_id, eos_id, pad_id: -1 if the model has none.
       eos_ids: every token that ends a generation: end of text, of turn, of message.
       add_bos, add_eos: what the model expects around a prompt.
@@ -36,6 +37,8 @@ class Tokenizer(abc.ABC):
     fingerprint: str
     token_bytes: Sequence[bytes]
     special_tokens: Mapping[str, int]
+    named_tokens: Mapping[str, Any] = {}
+    num_rows: int | None = None
     bos_id: int = -1
     eos_id: int = -1
     pad_id: int = -1
@@ -62,18 +65,31 @@ class Tokenizer(abc.ABC):
         add_bos: bool,
         add_eos: bool,
         chat_templates: Mapping[str, str],
+        named_tokens: Mapping[str, Any],
     ) -> None:
         """Take the rules of the files that the vocabulary came with.
 
         Args:
           ids: of `bos`, `eos` and `pad`, or -1.
           ends: tokens besides EOS that end a generation.
-          add_bos, add_eos, chat_templates: the attributes.
+          add_bos, add_eos: the attributes; of no effect where there is no such token.
+          chat_templates, named_tokens: the attributes.
         """
         self.bos_id, self.eos_id, self.pad_id = (ids[key] for key in ("bos", "eos", "pad"))
         known = (i for i in (self.eos_id, *ends) if 0 <= i < self.vocab_size)
         self.eos_ids = tuple(dict.fromkeys(known))
-        self.add_bos, self.add_eos, self.chat_templates = add_bos, add_eos, chat_templates
+        self.add_bos, self.add_eos = add_bos and self.bos_id >= 0, add_eos and self.eos_id >= 0
+        self.chat_templates, self.named_tokens = chat_templates, named_tokens
+
+    def use_with(self, num_rows: int) -> None:
+        """Fit the tokenizer to a model of `num_rows` rows.
+
+        Rows without a token, from padding, become tokens without a text. Text that holds a token
+        without a row, as text models have none for images, is an error from here on.
+        """
+        self.num_rows = num_rows
+        self.token_bytes = [*self.token_bytes, *[b""] * (num_rows - self.vocab_size)]
+        vars(self).pop("text_bytes", None)
 
     @property
     def vocab_size(self) -> int:
@@ -123,17 +139,31 @@ class Tokenizer(abc.ABC):
             raise ValueError("eos=True, and this vocabulary has no EOS token; leave eos off")
         bodies = self._encode_texts(texts, parse_special, num_threads) if texts else []
         front, back = [self.bos_id] * bos, [self.eos_id] * eos
-        return [front + body + back for body in bodies]
+        return [self.with_rows(front + body + back) for body in bodies]
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, opened: bool = False) -> list[int]:
         """Ids of a prompt as the model expects it: special tokens parsed, BOS and EOS added.
 
         A chat template may have written the BOS token already; it is not doubled.
+
+        Args:
+          opened: the text ends within a turn, which is to go on: no EOS.
         """
         ids = self.encode(text, parse_special=True)
         if self.add_bos and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
-        return ids + [self.eos_id] * self.add_eos
+        return self.with_rows(ids + [self.eos_id] * (self.add_eos and not opened))
+
+    def with_rows(self, ids: list[int]) -> list[int]:
+        """The same ids. Raises ValueError if the model has no row for one of them."""
+        if self.num_rows is not None and max(ids, default=0) >= self.num_rows:
+            first = next(i for i in ids if i >= self.num_rows)
+            raise ValueError(
+                f"the text holds the token {self.token_bytes[first].decode('utf-8', 'replace')!r} "
+                f"({first}), and the model has only {self.num_rows} rows; leave the token out, or "
+                "use the model's own tokenizer"
+            )
+        return ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of `text` with special tokens parsed, and the characters [start, end) of each.
@@ -141,7 +171,8 @@ class Tokenizer(abc.ABC):
         Tokens that share a character each get its whole range.
         """
         check_encodable(text)
-        return self._offsets(text)
+        ids, offsets = self._offsets(text)
+        return self.with_rows(ids), offsets
 
     def decode(
         self, ids: Iterable[int], skip_special: bool = True, continuation: bool = False
@@ -246,24 +277,6 @@ class Splitter:
         if done < len(text):
             parts.append(text[done:])
         return parts
-
-
-def check_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raises ValueError unless a model of `model_vocab_size` rows fits the tokenizer.
-
-    A model may have some more rows, from padding.
-    """
-    tokens, spare = tokenizer.vocab_size, model_vocab_size - tokenizer.vocab_size
-    if spare < 0:
-        raise ValueError(
-            f"the tokenizer has {tokens} tokens, and the model only {model_vocab_size} rows; "
-            "use the model's own tokenizer, or resize its embedding"
-        )
-    if spare > _MOST_PADDING:
-        raise ValueError(
-            f"the model has {model_vocab_size} rows, {spare} more than the tokenizer's {tokens} "
-            "tokens, too many for padding; use the model's own tokenizer"
-        )
 
 
 def check_encodable(text: str) -> None:

@@ -10,6 +10,7 @@ from lm.tokenizers.base import Tokenizer
 from lm.tokenizers.sandbox import Span, TemplateError, make_environment, metered, spend
 
 Message = Mapping[str, Any]
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of a message that goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +30,29 @@ class ChatTemplate:
 
     Args:
       source: the template.
-      bos, eos: values of `bos_token` and `eos_token` in it.
+      bos, eos: values of `bos_token` and `eos_token` in it; undefined if empty.
       ends: names of further tokens that end a turn, as `<|im_end|>`.
+      tokens: values of further names in it, as `pad_token`.
+      tool_use: the template for conversations with tools, if that is another.
 
     Raises:
       TemplateError: `source` is not a template.
     """
 
-    def __init__(self, source: str, bos: str = "", eos: str = "", ends: Sequence[str] = ()):
-        self.source, self.bos, self.eos = source, bos, eos
+    def __init__(
+        self,
+        source: str,
+        bos: str = "",
+        eos: str = "",
+        ends: Sequence[str] = (),
+        tokens: Mapping[str, Any] = {},
+        tool_use: str | None = None,
+    ):
+        self.source = source
+        own = {"bos_token": bos, "eos_token": eos}
+        self._tokens = {**tokens, **{name: token for name, token in own.items() if token}}
+        others = ends, tokens
+        self._tool_use = None if tool_use is None else ChatTemplate(tool_use, bos, eos, *others)
         self._ends = tuple(dict.fromkeys(end for end in (eos, *ends) if end))
         try:
             environment = make_environment()
@@ -53,35 +68,58 @@ class ChatTemplate:
         self._has_generation = environment.has_generation
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, name: str = "default") -> "ChatTemplate":
+    def of(cls, tokenizer: Tokenizer, name: str | None = None) -> "ChatTemplate":
         """The tokenizer's own template.
+
+        Args:
+          name: of several; None for "default", and "tool_use" for conversations with tools.
 
         Raises:
           TemplateError: it has none of that name.
         """
-        if name not in tokenizer.chat_templates:
-            known = ", ".join(sorted(tokenizer.chat_templates)) or "none at all"
+        sources = tokenizer.chat_templates
+        if (name or "default") not in sources:
+            known = ", ".join(sorted(sources)) or "none at all"
             raise TemplateError(
-                f"the tokenizer has no chat template '{name}' ({known}); a base model has none: "
-                "give ChatTemplate a source"
+                f"the tokenizer has no chat template '{name or 'default'}' ({known}); "
+                + ("choose one of these" if sources else "a base model has none: give one")
             )
+        return cls.with_tokens(
+            tokenizer, sources[name or "default"], None if name else sources.get("tool_use")
+        )
+
+    @classmethod
+    def with_tokens(
+        cls, tokenizer: Tokenizer, source: str, tool_use: str | None = None
+    ) -> "ChatTemplate":
+        """A template of any origin, which knows the tokenizer's tokens by their names.
+
+        Raises:
+          TemplateError: as the constructor.
+        """
         names = {i: token for token, i in tokenizer.special_tokens.items()}
         ends = [names[i] for i in tokenizer.eos_ids if i in names]
-        bos, eos = names.get(tokenizer.bos_id, ""), names.get(tokenizer.eos_id, "")
-        return cls(tokenizer.chat_templates[name], bos, eos, ends)
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        own = {name: names[i] for name, i in ids.items() if i in names}
+        named = {**own, **tokenizer.named_tokens}
+        bos, eos = named.pop("bos_token", ""), named.pop("eos_token", "")
+        return cls(source, bos, eos, ends, named, tool_use)
 
     def render(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """Text of a conversation.
 
         Args:
-          messages: `role`, `content` and any other keys that the template reads.
+          messages: `role`, `content` and any other keys that the template reads; keys whose value
+            is None count as missing.
           add_generation_prompt: end with the beginning of the assistant's turn.
+          continue_final_message: end within the last message, right after its content.
           tools: JSON schemas of functions.
           variables: further names that the template may read, as `enable_thinking`.
 
@@ -89,22 +127,31 @@ class ChatTemplate:
           TemplateError: the template refuses the messages, lacks something in them, tries to leave
             its sandbox, or does too much work.
         """
-        variables |= {"add_generation_prompt": add_generation_prompt, "tools": tools}
-        return self._render(messages, variables).text
+        prompt = add_generation_prompt and not continue_final_message
+        variables |= {"add_generation_prompt": prompt, "tools": tools}
+        if not continue_final_message:
+            return self._render(messages, variables).text
+        text = self._render([*messages[:-1], _tagged(messages[-1])], variables).text
+        content, tag, _ = text.rpartition(_TAG.strip())
+        if not tag:
+            raise TemplateError("the template leaves out the last message, which was to go on")
+        # A template that trims a message takes the white space before its end as well.
+        return content if text[len(content) :].startswith(_TAG) else content.rstrip()
 
     def _render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> Rendered:
+        if self._tool_use is not None and variables["tools"] is not None:
+            return self._tool_use._render(messages, variables)
+        given = {"documents": None, **self._tokens, **variables}
+        given["messages"] = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in messages
+        ]
         chunks: list[str] = []
         spans: list[tuple[int, int]] = []
         length = 0
         try:
             with metered() as meter:
-                for chunk in self._template.generate(
-                    messages=list(messages),
-                    documents=None,
-                    bos_token=self.bos,
-                    eos_token=self.eos,
-                    **variables,
-                ):
+                for chunk in self._template.generate(given):
                     spend(len(chunk))
                     if isinstance(chunk, Span):
                         spans.append((length, length + len(chunk)))
@@ -136,6 +183,8 @@ class ChatTemplate:
         Raises:
           TemplateError: as `render`; also if the text of earlier turns depends on later ones.
         """
+        if self._tool_use is not None and tools is not None:
+            return self._tool_use.spans(messages, tools, **variables)
         whole = self._render(messages, {"add_generation_prompt": False, "tools": tools} | variables)
         if self._has_generation:
             if not whole.located:
@@ -181,6 +230,19 @@ class ChatTemplate:
         if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]:
             return [tokenizer.bos_id, *ids], [False, *mask]
         return ids, mask
+
+
+def _tagged(message: Message) -> Message:
+    """The message with a tag at the end of its content: a text, or parts of which one is text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + _TAG}
+    parts = list(content) if isinstance(content, list | tuple) else []
+    for i in reversed(range(len(parts))):
+        if isinstance(parts[i], Mapping) and isinstance(parts[i].get("text"), str):
+            parts[i] = {**parts[i], "text": parts[i]["text"] + _TAG}
+            return {**message, "content": parts}
+    raise TemplateError("the last message has no text that could go on; give it some, or none")
 
 
 def _check_prefix(start: str, text: str, start_name: str, name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 
 from lm.tokenizers.base import SPACE_SYMBOL, Tokenizer
+from lm.tokenizers.declared import flatten
 
 
 class FastTokenizer(Tokenizer):
@@ -47,7 +48,7 @@ class FastTokenizer(Tokenizer):
         if special is None:
             special = [content for content, token in added.items() if token["special"]]
         self.special_tokens = {content: vocabulary[content] for content in special}
-        self.set_rules({"bos": front, "eos": back, "pad": -1}, (), front >= 0, back >= 0, {})
+        self.set_rules({"bos": front, "eos": back, "pad": -1}, (), front >= 0, back >= 0, {}, {})
         # Whether the library parses special tokens is a flag of the whole object.
         self._plain = tokenizers.Tokenizer.from_str(serialized)
         self._plain.encode_special_tokens = True
@@ -98,7 +99,7 @@ def _bytes_of(
     layout: Mapping[str, Any], vocabulary: Mapping[str, int], added: Iterable[str], name: str
 ) -> tuple[bool, list[bytes]]:
     """Whether decoding removes a leading space, and the bytes of every id."""
-    steps = _decoder_steps(layout["decoder"])
+    steps = flatten(layout["decoder"])
     kinds = [step["type"] for step in steps]
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
     if kinds == ["ByteLevel"]:
@@ -128,11 +129,3 @@ def _bytes_of(
     for token, i in vocabulary.items():
         table[i] = fallback.get(token) or token.replace(SPACE_SYMBOL, " ").encode()
     return strips, table
-
-
-def _decoder_steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    if decoder is None:
-        return []
-    if decoder["type"] == "Sequence":
-        return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
-    return [decoder]

@@ -4,7 +4,6 @@ The keys are those of ggml's docs/gguf.md; defaults and tokens that end a genera
 llama.cpp.
 """
 
-import collections
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from lm.tokenizers.pretokenizers import PRETOKENIZERS
 from lm.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
+_KEYS = {"pad": "padding", "unk": "unknown", "sep": "seperator"}  # so they are spelled
 T = TypeVar("T", FastTokenizer, SentencePieceTokenizer)
 _PREFIX = "tokenizer.ggml."
 _SPECIAL = (CONTROL, UNKNOWN)
@@ -129,7 +129,7 @@ def _sentencepiece(metadata: Mapping[str, Any], name: str) -> SentencePieceToken
     prefix = bool(metadata.get(f"{_PREFIX}add_space_prefix", True))
     # SentencePiece needs exactly one unknown token; files may have more, or call it control.
     types = [CONTROL if kind == UNKNOWN else kind for kind in types]
-    types[_special_id(metadata, "unknown", len(tokens), name, default=0)] = UNKNOWN
+    types[_special_id(metadata, "unk", len(tokens), name, default=0)] = UNKNOWN
     always = {t: i for i, t in enumerate(tokens) if types[i] == USER_DEFINED}
     model = sentencepiece_model.Model(
         tokens,
@@ -157,16 +157,20 @@ def _with_rules(
     """The tokenizer with the file's rules, or these defaults; unused tokens get no text."""
     defaults = {"bos": bos, "eos": eos, "pad": -1}
     ids = {k: _special_id(metadata, k, len(tokens), name, i) for k, i in defaults.items()}
+    more = {k: _special_id(metadata, k, len(tokens), name) for k in ("unk", "sep", "cls", "mask")}
     tokenizer.set_rules(
         ids,
         _ends(metadata, tokens, name),
         _adds(metadata, "bos", ids["bos"], add_bos, name),
         _adds(metadata, "eos", ids["eos"], False, name),
         _chat_templates(metadata),
+        {f"{key}_token": tokens[i] for key, i in (ids | more).items() if i >= 0},
     )
+    given, table = metadata[f"{_PREFIX}tokens"], tokenizer.token_bytes
+    last = {token: i for i, token in enumerate(given)}
     tokenizer.token_bytes = [
-        b"" if kind == UNUSED else content
-        for content, kind in zip(tokenizer.token_bytes, types, strict=True)
+        table[i] if types[i] != UNUSED else b"" if token in ("", tokens[i]) else table[last[token]]
+        for i, token in enumerate(given)
     ]
     return tokenizer
 
@@ -194,22 +198,27 @@ def _same_length(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], n
 
 
 def _tokens_and_types(metadata: Mapping[str, Any], name: str) -> tuple[list[str], list[int]]:
-    """Pieces and types; tokens that end a turn become control tokens, whatever the file says."""
+    """Pieces and types; what begins or ends a text or a turn is a control token in any file.
+
+    An empty token becomes an unused one, with the text that llama.cpp gives it. Of several tokens
+    with one text the last is used, as there.
+    """
     tokens = list(_get(metadata, "tokens", Sequence, name))
-    if len(set(tokens)) != len(tokens):
-        token = collections.Counter(tokens).most_common(1)[0][0]
-        ids = [i for i, other in enumerate(tokens) if other == token]
-        raise ValueError(f"'{name}': the token {token!r} has the ids {ids}; each needs its own")
-    if "" in tokens:
-        raise ValueError(f"'{name}': token {tokens.index('')} is empty")
     types = [int(kind) for kind in _same_length(metadata, "token_type", tokens, name)]
     if wrong := sorted(set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}):
         raise ValueError(f"'{name}': token {types.index(wrong[0])} has the unknown type {wrong[0]}")
-    return tokens, [CONTROL if t in _ENDS else k for t, k in zip(tokens, types, strict=True)]
+    last = {token: i for i, token in enumerate(tokens)}
+    named = {_special_id(metadata, key, len(tokens), name) for key in ("bos", "eos", "eot", "eom")}
+    for i, token in enumerate(tokens):
+        if not token or last[token] != i:
+            tokens[i], types[i] = f"[{'DUPLICATE' if token else 'EMPTY'}_{i}]", UNUSED
+        elif (i in named and len(token) > 1) or token in _ENDS:  # files may name a comma
+            types[i] = CONTROL
+    return tokens, types
 
 
 def _special_id(metadata: Mapping[str, Any], key: str, size: int, name: str, default=-1) -> int:
-    full = f"{_PREFIX}{'padding' if key == 'pad' else key}_token_id"
+    full = f"{_PREFIX}{_KEYS.get(key, key)}_token_id"
     if full not in metadata:
         return default if default < size else -1
     token_id = int(metadata[full])

@@ -1,6 +1,6 @@
 """Opening the tokenizer at a path."""
 
-import json
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +10,15 @@ import tokenizers
 
 from lm.files.gguf import is_gguf, read_gguf
 from lm.tokenizers.base import Tokenizer
+from lm.tokenizers.declared import Declared, add_tokens, read_declared, read_json, set_spaces
 from lm.tokenizers.fast import FastTokenizer
 from lm.tokenizers.gguf import from_gguf
 from lm.tokenizers.sentencepiece import SentencePieceTokenizer
+from lm.tokenizers.sentencepiece_fast import fast_vocabulary
+from lm.tokenizers.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED
 
 T = TypeVar("T", FastTokenizer, SentencePieceTokenizer)
+_RULED = ("bos", "eos", "pad")
 _EXPECTED = (
     "a folder with tokenizer.json or tokenizer.model, the workdir of a training run, a .gguf or a "
     ".model file"
@@ -57,78 +61,106 @@ def _open_file(path: Path) -> Tokenizer:
 
 def _open_json(path: Path) -> FastTokenizer:
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"'{path}' is not a tokenizer.json ({error})") from error
-    return _with_rules(FastTokenizer(tokenizer, str(path)), path)
+    declared = read_declared(path.parent)
+    tokenizer = _as_declared(inner, path, declared)
+    ids = {key: getattr(tokenizer, f"{key}_id") for key in _RULED}
+    return _with_rules(tokenizer, path, declared, ids)
 
 
-def _open_model(path: Path) -> SentencePieceTokenizer:
-    tokenizer = SentencePieceTokenizer(path)
-    added = _read_json(path.parent / "added_tokens.json")
-    if missing := [token for token, i in added.items() if i >= tokenizer.vocab_size]:
+def _open_model(path: Path) -> Tokenizer:
+    tokenizer, declared = SentencePieceTokenizer(path), read_declared(path.parent)
+    ids = {key: getattr(tokenizer, f"{key}_id") for key in _RULED}
+    # What is null was taken away, whatever the vocabulary says.
+    ids |= {key: -1 for key in _RULED if declared.config.get(f"{key}_token", "") is None}
+    model = tokenizer.model
+    if declared.scheme(model.add_dummy_prefix, model_file=True) is None and all(
+        _is_piece(tokenizer, token) for token, _ in declared.tokens
+    ):
+        return _with_rules(tokenizer, path, declared, ids)
+    pieces, known = list(model.pieces), set(model.pieces)
+    for token, number in declared.tokens:  # placeholders get their names by their numbers
+        if number is not None and number < len(pieces) and token.content not in known:
+            pieces[number] = token.content
+    try:
+        inner = fast_vocabulary(dataclasses.replace(model, pieces=pieces), str(path))
+    except ValueError as error:
         raise ValueError(
-            f"'{path}' lacks {len(missing)} tokens that added_tokens.json adds ({missing[0]!r}...);"
-            " save the tokenizer as tokenizer.json"
-        )
-    return _with_rules(tokenizer, path)
+            f"{error}, and the files beside it have settings that SentencePiece cannot express; "
+            "save the tokenizer as tokenizer.json with the library that wrote it"
+        ) from error
+    opened = _as_declared(inner, path, declared, model_file=True)
+    opened.add_bos = tokenizer.add_bos
+    return _with_rules(opened, path, declared, ids)
 
 
-def _with_rules(tokenizer: T, path: Path) -> T:
-    """The tokenizer with the rules of the files beside it."""
-    # The second overrides the older first.
-    names = ("special_tokens_map.json", "tokenizer_config.json")
-    config = _read_json(path.parent / names[0]) | _read_json(path.parent / names[1])
-    ids = {key: getattr(tokenizer, f"{key}_id") for key in ("bos", "eos", "pad")}
-    for key in ids:
-        token = config.get(f"{key}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        if token is not None:
-            if (found := tokenizer.id_of(token)) is None:
-                raise ValueError(f"'{path}' names {token!r}, which is not in its vocabulary")
-            ids[key] = found
+def _as_declared(
+    inner: tokenizers.Tokenizer, path: Path, declared: Declared, model_file: bool = False
+) -> FastTokenizer:
+    set_spaces(inner, declared, model_file)
+    try:
+        inner = add_tokens(inner, declared)
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from error
+    return FastTokenizer(inner, str(path))
+
+
+def _is_piece(tokenizer: SentencePieceTokenizer, token: tokenizers.AddedToken) -> bool:
+    """Whether SentencePiece's own pieces are all that the declaration asks for."""
+    strips = token.lstrip or token.rstrip or token.single_word
+    kind = (CONTROL, UNKNOWN) if token.special else (USER_DEFINED,)
+    number = tokenizer.id_of(token.content)
+    return not strips and number is not None and tokenizer.model.types[number] in kind
+
+
+def _with_rules(tokenizer: T, path: Path, declared: Declared, ids: Mapping[str, int]) -> T:
+    """The tokenizer with the rules of the files beside it.
+
+    Args:
+      ids: of BOS, EOS and padding by the vocabulary, where the files name none.
+    """
+    config, names = declared.config, declared.names
+    named: dict[str, Any] = {
+        f"{key}_token": bytes(tokenizer.token_bytes[i]).decode("utf-8", "replace")
+        for key, i in ids.items()
+        if i >= 0
+    } | names
+    if declared.listed:
+        named["additional_special_tokens"] = list(declared.listed)
+    found = {key: tokenizer.id_of(names[f"{key}_token"]) for key in ids if f"{key}_token" in names}
     add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
     tokenizer.set_rules(
-        ids,
+        {**ids, **{key: i for key, i in found.items() if i is not None}},
         _eos_ids(path.parent),
         tokenizer.add_bos if add_bos is None else bool(add_bos),
         tokenizer.add_eos if add_eos is None else bool(add_eos),
         _chat_templates(path.parent, config),
+        named,
     )
     return tokenizer
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' holds a {type(content).__name__}; an object was expected")
-    return content
 
 
 def _eos_ids(folder: Path) -> list[int]:
     """Tokens that end a generation by the model's own files, in their order."""
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
+        value = read_json(folder / name).get("eos_token_id")
         ids += value if isinstance(value, list) else [] if value is None else [value]
     return ids
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates of the configuration, overridden by those in files of their own."""
+    """Templates in files of their own, or else those of the configuration."""
+    files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (file := folder / "chat_template.jinja").is_file():
+        files["default"] = file
+    if files:
+        return {name: files[name].read_text(encoding="utf-8") for name in sorted(files)}
     source = config.get("chat_template") or {}
     if isinstance(source, str):
         source = {"default": source}
     elif isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}
-    templates = dict(source)
-    if (file := folder / "chat_template.jinja").is_file():
-        templates["default"] = file.read_text(encoding="utf-8")
-    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[file.stem] = file.read_text(encoding="utf-8")
-    return templates
+    return dict(source)

@@ -101,10 +101,12 @@ def make_environment() -> "Environment":
 
 
 class _Missing(jinja2.Undefined):
-    """May be tested and iterated over, as templates do; printing it is an error."""
+    """Printed as nothing, unless it is undefined because the sandbox hides it."""
 
     def __str__(self) -> str:
-        self._fail_with_undefined_error()
+        if self._undefined_exception is jinja2.exceptions.SecurityError:
+            self._fail_with_undefined_error()
+        return super().__str__()
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -273,12 +275,12 @@ def _printed(value: Any) -> str:
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    if indent is not None and not 0 <= int(indent) <= 16:
-        raise TemplateError(f"tojson(indent={indent}); use 0 to 16")
+    if indent is not None and not 0 <= _width(indent) <= 16:
+        raise TemplateError(f"tojson(indent={indent!r:.40}); use 0 to 16, or as many characters")
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import processors
 
-from lm.tokenizers.base import SPACE_SYMBOL, Tokenizer
+from lm.tokenizers.base import Tokenizer
 from lm.tokenizers.fast import FastTokenizer
 from lm.tokenizers.sentencepiece import SentencePieceTokenizer
-from lm.tokenizers.sentencepiece_model import BPE, CONTROL, UNKNOWN, USER_DEFINED
+from lm.tokenizers.sentencepiece_fast import fast_vocabulary
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> list[str]:
@@ -40,7 +40,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> l
     if isinstance(tokenizer, FastTokenizer):
         inner = tokenizers.Tokenizer.from_str(tokenizer.serialized)
     elif isinstance(tokenizer, SentencePieceTokenizer):
-        inner = _from_sentencepiece(tokenizer)
+        inner = fast_vocabulary(tokenizer.model, str(tokenizer.path))
     else:
         raise ValueError(f"a {type(tokenizer).__name__} has no form in tokenizer.json")
     names = _names(tokenizer)
@@ -52,6 +52,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike[str]) -> l
         "add_bos_token": tokenizer.add_bos,
         "add_eos_token": tokenizer.add_eos,
     }
+    config |= tokenizer.named_tokens
     for key in ("bos", "eos", "pad"):
         token_id = getattr(tokenizer, f"{key}_id")
         if token_id >= 0:
@@ -86,49 +87,3 @@ def _post_processor(tokenizer: Tokenizer, names: dict[int, str]) -> Any:
         pair=[*front, "$A", *back, *front, "$B", *back],
         special_tokens=[(token, ids[token]) for token in dict.fromkeys(front + back)],
     )
-
-
-def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
-    """Byte-pair merges from the scores of pieces: the higher the score, the earlier the merge."""
-    model = tokenizer.model
-    if model.model_type != BPE or model.charsmap or model.remove_extra_whitespaces:
-        raise ValueError(
-            f"'{tokenizer.path}' is not byte-pair encoding without normalization, as "
-            "tokenizer.json requires"
-        )
-    vocabulary = {piece: i for i, piece in enumerate(model.pieces)}
-    ranked = sorted(range(len(model.pieces)), key=lambda i: (-model.scores[i], i))
-    merges = []
-    for i in ranked:
-        piece = model.pieces[i]
-        if model.types[i] not in (CONTROL, UNKNOWN):
-            merges += _splits(piece, vocabulary)
-    unknown = model.pieces[model.types.index(UNKNOWN)]
-    inner = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=merges,
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=model.byte_fallback,
-        )
-    )
-    spaces = normalizers.Replace(" ", SPACE_SYMBOL)
-    steps = [decoders.Replace(SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if model.add_dummy_prefix:
-        spaces = normalizers.Sequence([normalizers.Prepend(SPACE_SYMBOL), spaces])
-        steps.append(decoders.Strip(" ", 1, 0))
-    inner.normalizer, inner.decoder = spaces, decoders.Sequence(steps)
-    for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
-        found = [p for p, t in zip(model.pieces, model.types, strict=True) if t == kind]
-        inner.add_tokens(
-            [tokenizers.AddedToken(piece, special=special, normalized=False) for piece in found]
-        )
-    return inner
-
-
-def _splits(piece: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """The pairs of pieces that form a piece, by the ids of the pairs."""
-    cuts = ((piece[:n], piece[n:]) for n in range(1, len(piece)))
-    pairs = [(a, b) for a, b in cuts if a in vocabulary and b in vocabulary]
-    return sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))

@@ -77,7 +77,7 @@ class SentencePieceTokenizer(Tokenizer):
             if kind in (CONTROL, UNKNOWN)
         }
         ids = {key: getattr(self._processor, f"{key}_id")() for key in ("bos", "eos", "pad")}
-        self.set_rules(ids, (), ids["bos"] >= 0, False, {})
+        self.set_rules(ids, (), ids["bos"] >= 0, False, {}, {})
         self.strips_space = model.add_dummy_prefix
         self._always = Splitter(always_special or {})
         self._specials = Splitter({**self.special_tokens, **self._always.tokens})

@@ -41,7 +41,7 @@ class Letters:
     """A tokenizer whose tokens are one character each."""
 
     def __init__(self, *eos_ids):
-        self.eos_ids = eos_ids
+        self.eos_ids, self.special_tokens = eos_ids, {}
 
     def stream(self, *, continuation):
         assert continuation

@@ -75,9 +75,9 @@ def test_bad_samples(fields, message):
 class Characters:
     """A tokenizer of one id per character, and BOS."""
 
-    add_bos, bos_id, eos_id, eos_ids = True, 1, 2, (2,)
+    add_bos, bos_id, eos_id, eos_ids, special_tokens = True, 1, 2, (2,), {}
 
-    def encode_prompt(self, text):
+    def encode_prompt(self, text, opened=False):
         return [self.bos_id, *map(ord, text)]
 
     def stream(self, *, continuation):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.tokenizers import check_fits, from_gguf, train_sentencepiece
+from lm.tokenizers import from_gguf, train_sentencepiece
 from lm.tokenizers.base import Splitter
 from tests.refuses import refuses
 from tests.tokenizers import golden, lines
@@ -153,14 +153,27 @@ def test_splitter_takes_the_longest_from_left_to_right(names, text):
     assert Splitter(tokens).split(text) == splits(tokens, text)
 
 
-def test_check_fits(tokenizers):
-    tokenizer = tokenizers["bytes"]
-    size = tokenizer.vocab_size
-    check_fits(tokenizer, size)
-    check_fits(tokenizer, size + 900)
-    words = f"{size} tokens, and the model only {size - 1} rows"
-    refuses(lambda: check_fits(tokenizer, size - 1), words)
-    refuses(lambda: check_fits(tokenizer, size + 5000), "5000 more than the tokenizer's")
+def test_rows_of_the_model():
+    """Any number of padding rows has no text; refused is only text with a token without a row."""
+    metadata = {**RECORDED["bytes"], "tokenizer.ggml.pre": "llama-bpe"}
+    tokens = metadata["tokenizer.ggml.tokens"]
+    last = len(tokens)
+    more = {
+        "tokenizer.ggml.tokens": [*tokens, "<image>"],
+        "tokenizer.ggml.token_type": [*metadata["tokenizer.ggml.token_type"], 3],
+    }
+    tokenizer = from_gguf(metadata | more)
+    tokenizer.use_with(last + 5000)
+    assert tokenizer.encode("a<image>", parse_special=True)[-1] == last
+    assert tokenizer.decode([last + 1, last + 4999]) == ""
+    assert tokenizer.stream().push(last + 4999) == ""
+    tokenizer = from_gguf(metadata | more)
+    tokenizer.use_with(last)
+    assert last not in tokenizer.encode("<image>")
+    for encode in (tokenizer.encode_prompt, tokenizer.encode_with_offsets):
+        words = f"the token '<image>' ({last}), and the model has only {last} rows"
+        refuses(lambda encode=encode: encode("a<image>b"), words)
+    assert tokenizer.encode_prompt("ab")
 
 
 @KINDS

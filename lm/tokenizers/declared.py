@@ -1,0 +1,239 @@
+"""Tokens and settings in the files beside a vocabulary, read as Hugging Face's libraries do.
+
+tokenizer_config.json says which tokens are added to the vocabulary (`added_tokens_decoder`), which
+have a name (`eos_token`), and where a space goes in front of text. Where it has no such table, the
+older special_tokens_map.json and added_tokens.json count.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from lm.tokenizers.base import SPACE_SYMBOL
+
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
+# Classes that take tokenizer.json as it is, whatever the configuration says of spaces.
+_GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
+_MOST = 1 << 24  # numbers of tokens are below
+# The parts of tokenizer.json, and the key of their steps.
+_PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+_EMPTY = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What the files in a folder say.
+
+    Attributes:
+      config: tokenizer_config.json, with what the older files add.
+      tokens: added tokens in the order of their numbers, then those that only have a name, each
+        with its number, or None.
+      overrides: whether the flags of `tokens` count more than those in tokenizer.json.
+    """
+
+    config: Mapping[str, Any]
+    tokens: Sequence[tuple[AddedToken, int | None]] = ()
+    listed: Sequence[str] = ()
+    overrides: bool = False
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Tokens by name: `bos_token`, `image_token`, whatever the configuration has."""
+        more = self.config.get("extra_special_tokens")
+        found = {key: value for key, value in self.config.items() if key.endswith("_token")}
+        found |= more if isinstance(more, dict) else {}
+        pairs = {key: _content(value) for key, value in found.items()}
+        return {key: content for key, content in pairs.items() if content}
+
+    def scheme(self, prefixes: bool, model_file: bool) -> str | None:
+        """Which text gets a space in front: "always", "first", "never"; None to leave it as it is.
+
+        "always" is each text between special tokens, "first" only the one that nothing precedes.
+
+        Args:
+          prefixes: whether the vocabulary puts a space in front by itself.
+          model_file: whether it is a SentencePiece file, which "legacy" is about; tokenizer.json
+            was written with that setting, and is changed by "add_prefix_space" alone.
+        """
+        add, legacy = self.config.get("add_prefix_space"), self.config.get("legacy")
+        kind = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
+        if not model_file and (kind in _GENERIC or add is None):
+            return None
+        if not (prefixes if add is None else add):
+            return "never" if prefixes else None
+        return "first" if legacy is False else None if prefixes else "always"
+
+
+def read_declared(folder: Path) -> Declared:
+    """What the files in a folder say; nothing if there are none.
+
+    Raises:
+      ValueError: a file is malformed.
+    """
+    path = folder / "tokenizer_config.json"
+    config, older = read_json(path), read_json(folder / "special_tokens_map.json")
+    table = config.get("added_tokens_decoder")
+    config = {**older, **config} if table is not None else {**config, **older}
+    others = config.get("additional_special_tokens"), config.get("extra_special_tokens")
+    entries = [value for values in others if isinstance(values, list) for value in values]
+    listed = [content for content in map(_content, entries) if content]
+    special = dict.fromkeys([*Declared(config).names.values(), *listed])
+    tokens: dict[str, tuple[AddedToken, int | None]] = {}
+    try:
+        if table is not None:
+            numbered = sorted((int(i), value) for i, value in table.items())
+        else:
+            added = read_json(path := folder / "added_tokens.json")
+            numbered = sorted((int(i), content) for content, i in added.items())
+        for i, value in numbered:
+            if not 0 <= i < _MOST:
+                raise ValueError(f"number {i}")
+            token = _token(value, special)
+            tokens[token.content] = (token, i)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' has a malformed table of added tokens ({error!r:.80}); each needs a number "
+            "and its text"
+        ) from error
+    given = {_content(value): value for value in (*entries, *config.values())}
+    for content in special:
+        tokens.setdefault(content, (_token(given.get(content, content), special), None))
+    tokens.pop("", None)
+    return Declared(config, list(tokens.values()), listed, table is not None)
+
+
+def add_tokens(tokenizer: tokenizers.Tokenizer, declared: Declared) -> tokenizers.Tokenizer:
+    """The tokenizer with the tokens that the files declare, each at its number.
+
+    A token without a number, or whose number is another's, gets the next free one.
+
+    Raises:
+      ValueError: the kind of vocabulary cannot leave out numbers as the files do.
+    """
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    new: list[tuple[AddedToken, int | None]] = []
+    for token, number in declared.tokens:
+        old = known.get(token.content)
+        if old is not None and (number is None or not declared.overrides):
+            flags = {flag: getattr(old, flag) for flag in _FLAGS}
+            token = AddedToken(old.content, special=old.special or token.special, **flags)
+        if repr(token) != repr(old):
+            new.append((token, number))
+    if not new:
+        return tokenizer
+    taken = set(tokenizer.get_vocab(with_added_tokens=True).values())
+    absent = [(t.content, n) for t, n in new if tokenizer.token_to_id(t.content) is None]
+    entries = {content: n for content, n in absent if n is not None and n not in taken}
+    free = itertools.count(max((*taken, *entries.values()), default=-1) + 1)
+    entries |= {content: next(free) for content, _ in absent if content not in entries}
+    # By itself the library numbers from the end on, which takes no rebuilding.
+    if sorted(entries.values()) != [*range(len(taken), len(taken) + len(entries))]:
+        tokenizer = _with_entries(tokenizer, entries)
+    order = {content: i for i, content in enumerate(sorted(entries, key=lambda c: entries[c]))}
+    tokenizer.add_tokens(sorted((t for t, _ in new), key=lambda t: order.get(t.content, -1)))
+    return tokenizer
+
+
+def _with_entries(
+    tokenizer: tokenizers.Tokenizer, entries: Mapping[str, int]
+) -> tokenizers.Tokenizer:
+    """The tokenizer with more entries in its vocabulary, which may have any numbers."""
+    layout = json.loads(tokenizer.to_str())
+    vocabulary = layout["model"].get("vocab")
+    if not isinstance(vocabulary, dict):
+        content, number = next(iter(entries.items()))
+        raise ValueError(
+            f"token {content!r} has the number {number}, beyond the end of a vocabulary that "
+            "leaves out no numbers; save the tokenizer anew with the library that wrote it"
+        )
+    vocabulary.update(entries)
+    return tokenizers.Tokenizer.from_str(json.dumps(layout))
+
+
+def set_spaces(tokenizer: tokenizers.Tokenizer, declared: Declared, model_file: bool) -> None:
+    """Put the space in front of text where the files say; see `Declared.scheme`."""
+    state = {part: _steps(getattr(tokenizer, part)) for part in _PARTS}
+    before = json.dumps(state)
+    words, added = state["pre_tokenizer"], declared.config.get("add_prefix_space")
+    for step in words:
+        if step["type"] == "ByteLevel" and isinstance(added, bool):
+            step["add_prefix_space"] = added
+    prepends = any(step["type"] == "Prepend" for step in state["normalizer"])
+    spaced = [step for step in words if step["type"] == "Metaspace"]
+    marks = [step for step in state["normalizer"] if step.get("content") == SPACE_SYMBOL]
+    prefixes = prepends or any(step["prepend_scheme"] != "never" for step in spaced)
+    scheme = declared.scheme(prefixes, model_file) if spaced or marks else None
+    if scheme is not None:
+        _move_space(state, scheme)
+    if json.dumps(state) != before:
+        layout = {part: {"type": "Sequence", key: state[part]} for part, key in _PARTS.items()}
+        layout = {part: steps if state[part] else None for part, steps in layout.items()}
+        parts = tokenizers.Tokenizer.from_str(json.dumps(_EMPTY | layout))
+        for part in _PARTS:
+            setattr(tokenizer, part, getattr(parts, part))
+
+
+def _move_space(state: dict[str, list[dict[str, Any]]], scheme: str) -> None:
+    """Rewrite the steps of a SentencePiece-like tokenizer."""
+    words, decoder = state["pre_tokenizer"], state["decoder"]
+    state["normalizer"] = [step for step in state["normalizer"] if step["type"] != "Prepend"]
+    if scheme != "never" and not any(step["type"] == "Metaspace" for step in words):
+        words.insert(0, {"type": "Metaspace", "replacement": SPACE_SYMBOL, "split": False})
+    for step in (*words, *decoder):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = scheme
+    kept = [step for step in decoder if not (step["type"] == "Strip" and step["start"])]
+    if scheme != "never" and not any(step["type"] == "Metaspace" for step in kept):
+        kept.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    state["decoder"] = kept
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, in their order."""
+    return flatten(json.loads(part.__getstate__()) if part is not None else None)
+
+
+def flatten(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a part of tokenizer.json, sequences in sequences taken apart."""
+    if part is None:
+        return []
+    inner = next((part[key] for key in _PARTS.values() if key in part), None)
+    if part["type"] != "Sequence" or inner is None:
+        return [dict(part)]
+    return [step for each in inner for step in flatten(each)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is no file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}; an object was expected")
+    return content
+
+
+def _content(value: Any) -> str:
+    """The text of a token that is given as text or with flags; "" for anything else."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
+
+
+def _token(value: Any, special: Container[str]) -> AddedToken:
+    content = value if isinstance(value, str) else value["content"]
+    given = value if isinstance(value, dict) else {}
+    flags = {flag: bool(given[flag]) for flag in _FLAGS if flag in given}
+    return AddedToken(content, special=bool(given.get("special")) or content in special, **flags)
