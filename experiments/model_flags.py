@@ -15,7 +15,7 @@ from lm.config.command_line import ConfigError, input_errors
 from lm.formats import Pretrained, load_peft, load_pretrained
 from lm.formats.common import malformed
 from lm.formats.open import DTYPES
-from lm.tokenizers import check_fits, open_tokenizer
+from lm.tokenizers import open_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # These are the command's own flags, so that its `--help` lists them.
@@ -124,7 +124,7 @@ def with_adapter(
         has_tokenizer = any((own / name).is_file() for name in TOKENIZER_FILES)
         if params.embed is not model.params.embed and has_tokenizer and tokenizer is None:
             text = open_tokenizer(own)
-        check_fits(text, config.vocab_size)
+        text.use_with(config.vocab_size)
         return Pretrained(params, config, text)
 
 
