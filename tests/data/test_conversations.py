@@ -80,7 +80,7 @@ def test_the_order_of_the_data_depends_on_the_mask(tokenizer):
         "{{ message['content'] + '\\n' }}",
         "{% generation %}{{ message['content'] + '\\n' }}{% endgeneration %}",
     )
-    plain = PLAIN_TEMPLATE.replace(" + eos_token", "")
+    plain = PLAIN_TEMPLATE.replace(" ~ eos_token", "")
     streams = [
         Batches([pack_conversations(
             CONVERSATIONS, tokenizer, ChatTemplate(source, "<s>", "</s>"), 256, "chats"

@@ -16,6 +16,7 @@ from experiments.convert import new_folder
 from experiments.prompts import adapter_of, encode, read_rows
 from lm.adapters import add_lora, merge
 from lm.config.command_line import ConfigError
+from lm.data.files import read_text
 from lm.formats import load_pretrained, save_huggingface
 from lm.formats.peft.io import load_peft, save_peft
 from lm.infer import Request
@@ -351,4 +352,4 @@ def test_prompts_that_cannot_be(opened):
 
 def test_line_ends_are_read_as_one_kind(tmp_path):
     (tmp_path / "lines").write_bytes(b"a\r\nb\rc\n")
-    assert commands.read_text(str(tmp_path / "lines")) == "a\nb\nc\n"
+    assert read_text(str(tmp_path / "lines")) == "a\nb\nc\n"

@@ -89,12 +89,12 @@ def test_log_probabilities_are_those_of_the_model(params, sampler, temperature):
         assert len(sample.token_ids) == 9
         assert temperature or sample.token_ids == tuple(rows.argmax(-1))
         expected = rows[np.arange(9), sample.token_ids]
-        np.testing.assert_allclose(sample.logprobs, expected, atol=2e-5)
+        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
         assert (sample.top_logprobs is None) == (not request.top_logprobs)
         for row, top in zip(rows, sample.top_logprobs or (), strict=False):
             best = np.argsort(-row)[: request.top_logprobs]
             assert [token for token, _ in top] == best.tolist()
-            np.testing.assert_allclose([value for _, value in top], row[best], atol=2e-5)
+            np.testing.assert_allclose([value for _, value in top], row[best], atol=1e-4)
     assert len({s.token_ids for s in samples}) == len(samples)
 
 
@@ -243,7 +243,7 @@ def test_log_probabilities_of_a_prompt_and_of_the_draws(params, sampler):
         for p, n in zip(PROMPTS, (0, 2, 3, 0), strict=True)
     ]  # fmt: skip
     for request, sample, expected in zip(requests, sampler.sample(requests), scored, strict=True):
-        np.testing.assert_allclose(sample.prompt_logprobs, expected, atol=2e-5)
+        np.testing.assert_allclose(sample.prompt_logprobs, expected, atol=1e-4)
         assert len(sample.token_ids) == request.max_new_tokens
         np.testing.assert_allclose(sample.sampling_logprobs, 0, atol=2e-5)  # one token is left
         if request.max_new_tokens == 3:
