@@ -177,6 +177,7 @@ class Checkpoints:
         *,
         wait: bool = False,
         frozen: Reference | None = None,
+        prune: bool = True,
     ) -> None:
         """Write `state` as the checkpoint of `step`, in the background.
 
@@ -190,6 +191,7 @@ class Checkpoints:
           metadata: values of JSON's types.
           wait: return only when it is on disk, or has failed.
           frozen: where the leaves below `frozen/` are stored; they are then not written.
+          prune: remove those older than the last `keep`, once this one is complete.
 
         Raises:
           TypeError: `metadata` is not of JSON's types.
@@ -210,7 +212,7 @@ class Checkpoints:
                 self._writer.wait_until_finished()
             self._fail(step, error)
             return
-        self._start("checkpoint", self._finish, step)
+        self._start("checkpoint", self._finish, step, prune)
         if wait:
             self.wait()
 
@@ -297,7 +299,7 @@ class Checkpoints:
         self._clean = True
         self._damaged.discard(step)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, prune: bool) -> None:
         """In the background: wait for Orbax, then remove old checkpoints or the failed one."""
         directory = self.directory / str(step)
         try:
@@ -308,7 +310,7 @@ class Checkpoints:
             self._fail(step, error)
             return
         self._current.add(step)
-        if jax.process_index() == 0:
+        if prune and jax.process_index() == 0:
             try:
                 for old in self._superfluous(step):
                     self._remove(old)
@@ -400,12 +402,17 @@ class Checkpoints:
         return state
 
     def restore_last(
-        self, like: Tree, *, ignore: Sequence[str] = (), frozen: Any = None
+        self,
+        like: Tree,
+        *,
+        ignore: Sequence[str] = (),
+        frozen: Any = None,
+        up_to: int | None = None,
     ) -> Restored | None:
         """The newest sound checkpoint, durable or local; None if there is none at all.
 
-        Takes the arguments of `restore`. Damaged ones are skipped, with a message that names the
-        file at fault.
+        Takes the arguments of `restore`; `up_to` is the last step that may be taken. Damaged ones
+        are skipped, with a message that names the file at fault.
 
         Raises:
           CheckpointError: none is sound, or the newest sound one does not fit `like`.
@@ -413,7 +420,7 @@ class Checkpoints:
         self.wait()
         skipped: list[str] = []
         tried: set[tuple[int, bool]] = set()
-        while (candidate := self._newest(tried)) is not None:
+        while (candidate := self._newest(tried, up_to)) is not None:
             step, local = candidate
             try:
                 if local:
@@ -434,11 +441,12 @@ class Checkpoints:
             )
         return None
 
-    def _newest(self, tried: set[tuple[int, bool]]) -> tuple[int, bool] | None:
+    def _newest(self, tried: set[tuple[int, bool]], up_to: int | None) -> tuple[int, bool] | None:
         """Step, and whether local, of the next candidate, as process 0 sees it."""
         durable = [(step, False) for step in opening.all_steps(self.directory)]
         local = [(step, True) for step in self.local.steps()] if self.local is not None else []
-        newest = broadcast(max(set(durable + local) - tried, default=None))
+        found = {each for each in (*durable, *local) if up_to is None or each[0] <= up_to}
+        newest = broadcast(max(found - tried, default=None))
         return None if newest is None else (newest[0], newest[1])
 
     def _read(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -45,7 +45,7 @@ class Intervals(Checked):
 class Rewind(Checked):
     """What to do when the device skips step after step (see `lm.train.stability`).
 
-    Training goes back to the last checkpoint, made before the first of these steps, and on with
+    Training goes back to the last checkpoint made before the first of these steps, and on with
     the data after them (as PaLM's did by hand, arXiv:2204.02311, section 5.1).
 
     Attributes:
@@ -102,6 +102,14 @@ class RunLogger:
         self.goodput.done(done)
         return values
 
+    @contextlib.contextmanager
+    def saving(self, done: int) -> Iterator[None]:
+        """Around the save of a checkpoint: what it will go on from is on disk, and timed."""
+        self.writer.flush()
+        with self.goodput.timed("checkpoint"):
+            yield
+        self.writer.event("goodput", done, **self.goodput.event())
+
     def log_step(self, done: int, values: Values, row_is_due: bool, extra: Values) -> None:
         """Show a step's metrics, write a row of them if one is due, and an event if it was skipped.
 
@@ -125,6 +133,11 @@ def strongest(*kinds: Kind | None) -> Kind | None:
     return "durable" if "durable" in kinds else "local" if "local" in kinds else None
 
 
+def _in_a_row(values: Values) -> int:
+    """Steps skipped in a row, up to the one of these metrics."""
+    return int(values.get("spikes_in_a_row", 0))
+
+
 def _num_tokens(values: Values) -> int:
     """Tokens of a step; 0 where bad data has made even their count not a number."""
     return int(values["tokens"]) if np.isfinite(values["tokens"]) else 0
@@ -138,11 +151,13 @@ class Outcome:
       state: after the last step taken.
       reason: all steps were done, the machine is going away, or steps were skipped in a row.
       done: steps done, the skipped ones included.
+      good: steps done before those skipped in a row at the end; `done` if none were.
     """
 
     state: TrainState
     reason: Literal["finished", "preempted", "spikes"]
     done: int
+    good: int
 
 
 def train(
@@ -154,16 +169,16 @@ def train(
     logger: RunLogger,
     *,
     evaluate: Callable[[TrainState], Values],
-    save: Callable[[TrainState, int, Kind, bool], None],
+    save: Callable[[TrainState, int, Kind, bool, bool], None],
     save_due: Callable[[int], Kind | None],
     preempted: Callable[[int], bool] = lambda done: False,
     patience: int | None = None,
 ) -> Outcome:
     """Step until `num_steps` have been done, or until something calls for the caller.
 
-    Metrics are read one step late, so that the device always has a step to do. Between the first of
-    several skipped steps and the next one taken no checkpoint is made, so that the last checkpoint
-    is one to go back to.
+    Metrics are read one step late, so that the device always has a step to do. Between skipped
+    steps no checkpoint is made, but where training ends there with fewer than `patience` of them:
+    they changed no weight, and their count is saved.
 
     Args:
       state: `state.step` steps are done already; donated.
@@ -173,8 +188,8 @@ def train(
       intervals: of rows and evaluations.
       logger: records and shows the steps.
       evaluate: state -> metrics to add to the row.
-      save: writes a checkpoint, given the state, the steps done, the kind, and whether training
-        ends here.
+      save: writes a checkpoint, given the state, the steps done, the kind, whether training ends
+        here, and whether it is between skipped steps.
       save_due: the kind of checkpoint due after so many steps, asked each time; the last step makes
         a durable one anyway.
       preempted: whether all hosts have agreed to stop here, given the steps done.
@@ -184,9 +199,10 @@ def train(
       FloatingPointError: the loss of a step that was not skipped is not finite.
     """
     goodput, log_step = logger.goodput, logger.log_step
-    done = int(state.step)
+    done, too_many = int(state.step), patience or np.inf
     if done >= num_steps:
-        return Outcome(state, "finished", done)
+        return Outcome(state, "finished", done, done)
+    in_a_row = 0
     pending: tuple[int, Mapping[str, Any]] | None = None
     late: Kind | None = None  # a checkpoint that steps skipped in a row have held up
 
@@ -194,34 +210,33 @@ def train(
         return pending is not None and not pending[1]["total_loss"].is_ready()
 
     for batch in goodput.waiting(batches, busy=is_busy):
-        values = None
         with goodput.timed("step"):
             with logger.profiler.at(done, pending and pending[1]):
                 state, metrics = step(state, batch)
-            if pending is not None:
-                values = logger.fetch(*pending)
+            values = logger.fetch(*pending) if pending else None
+            if values:
                 log_step(done, values, done % intervals.log == 0, {})
         done += 1
         last, stopping = done == num_steps, preempted(done)
         evaluating = done % intervals.evaluate == 0 or last
         kind = strongest(late, save_due(done), "durable" if stopping or last else None)
         pending = (done, metrics)
-        if evaluating or kind:
+        in_a_row = _in_a_row(values) if values else in_a_row
+        if (evaluating or kind) and in_a_row < too_many:
             values, pending = logger.fetch(*pending), None
             with goodput.timed("evaluation") if evaluating else contextlib.nullcontext():
                 extra = dict(evaluate(state)) if evaluating else {}
             log_step(done, values, done % intervals.log == 0 or last or evaluating, extra)
-            spiking = bool(values.get("spikes_in_a_row"))
-            if kind and (stopping or last or not spiking):
-                logger.writer.flush()
-                with goodput.timed("checkpoint"):
-                    save(state, done, kind, stopping or last)
-                logger.writer.event("goodput", done, **goodput.event())
-            late = kind if spiking else None
-        if patience and values is not None and values.get("spikes_in_a_row", 0) >= patience:
-            return Outcome(state, "spikes", done)
+            in_a_row = _in_a_row(values)
+            if kind and (not in_a_row or ((stopping or last) and in_a_row < too_many)):
+                with logger.saving(done):
+                    save(state, done, kind, stopping or last, in_a_row > 0)
+            late = kind if in_a_row else None
+        good = done - (pending is not None) - in_a_row
+        if in_a_row >= too_many:
+            return Outcome(state, "preempted" if stopping else "spikes", done, good)
         if stopping or last:
-            return Outcome(state, "finished" if last else "preempted", done)
+            return Outcome(state, "finished" if last else "preempted", done, good)
     if pending is not None:
         log_step(done, logger.fetch(*pending), True, {})
-    return Outcome(state, "finished", done)
+    return Outcome(state, "finished", done, done)

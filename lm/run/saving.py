@@ -67,12 +67,18 @@ class Saving:
             return "durable"
         return "local" if self.local_steps and done % self.local_steps == 0 else None
 
-    def save(self, state: TrainState, done: int, kind: Kind, ends: bool) -> None:
-        """Write a checkpoint of that kind; at the end of training wait until it is written."""
+    def save(self, state: TrainState, done: int, kind: Kind, ends: bool, spiking: bool) -> None:
+        """Write a checkpoint of that kind; at the end of training wait until it is written.
+
+        One made between skipped steps (`spiking`) takes no older one's place: the run may yet have
+        to go back to that.
+        """
         self.report_failures()
         metadata = {"data": self.stream.state(done)}
         if kind == "local":
             self.checkpoints.save_local(done, state, metadata)
         else:
-            self.checkpoints.save(done, state, metadata, wait=ends, frozen=self.frozen)
+            self.checkpoints.save(
+                done, state, metadata, wait=ends, frozen=self.frozen, prune=not spiking
+            )
             self.last = time.monotonic()

@@ -66,8 +66,8 @@ class Training:
             self.report_failures()
             if outcome.reason == "preempted":
                 self.writer.event("preempted", step=outcome.done)
-                print_once(f"saved at step {outcome.done} of {run.num_steps} before the machine "
-                    "goes away; the same command goes on from there")  # fmt: skip
+            for message in endings(outcome, run):
+                print_once(message)
             self.writer.event("goodput", step=outcome.done, **self.goodput.event())
             print_once(table(self.goodput.seconds))
         return outcome
@@ -104,10 +104,10 @@ class Training:
             state = restart_statistics(state)
         return state
 
-    def restore(self) -> tuple[TrainState | None, Any]:
+    def restore(self, up_to: int | None = None) -> tuple[TrainState | None, Any]:
         """State and data order of the last good checkpoint; (None, None) where there is none."""
         with self.goodput.timed("restore"), input_errors():
-            restored = self.run.checkpoints.restore_last(self.run.abstract_state())
+            restored = self.run.checkpoints.restore_last(self.run.abstract_state(), up_to=up_to)
         if restored is None:
             return None, None
         for message in restored.skipped:
@@ -156,26 +156,28 @@ class Training:
     def go_back(self, outcome: Outcome) -> TrainState:
         """To the last checkpoint before the steps that were skipped, and past their data.
 
+        Later ones are removed: they would be resumed from.
+
         Raises:
           FloatingPointError: training has gone back as often as the configuration allows.
         """
-        rewind = self.run.rewind
+        rewind, checkpoints = self.run.rewind, self.run.checkpoints
         assert rewind is not None
-        self.run.checkpoints.wait()
-        state, _ = self.restore()  # the stream has skips since then, which stay
-        state = self.run.new_state() if state is None else state
-        target = int(state.step)
         if len(self.stream.skips) >= rewind.limit:
             raise FloatingPointError(
-                f"{rewind.patience} steps in a row were skipped before step {outcome.done}, and "
+                f"{rewind.patience} steps in a row were skipped after step {outcome.good}, and "
                 f"training has gone back {rewind.limit} times (rewind.limit) already; lower the "
                 "learning rate or look at the data with python -m experiments.replay"
             )
+        checkpoints.wait()
+        state, _ = self.restore(outcome.good)  # the stream has skips since then, which stay
+        state = self.run.new_state() if state is None else state
+        target = int(state.step)
+        checkpoints.discard_after(target)
         rows = self.stream.first_row(outcome.done) - self.stream.first_row(target)
         rows += rewind.skip_steps * self.stream.batch_size(target)
         self.stream = self.stream.skipped(target, rows)
-        if rewind.learning_rate < 1:
-            state = begin_recovery(state, rewind.learning_rate, rewind.recovery_steps)
+        state = begin_recovery(state, rewind.learning_rate, rewind.recovery_steps)
         self.goodput.rewind(target)
         self.writer.truncate_after(target if target else -1)
         self.writer.event(
@@ -227,6 +229,24 @@ def slips(run: Run) -> list[str]:
             f"{run.num_steps}"
         )
     return found
+
+
+def endings(outcome: Outcome, run: Run) -> list[str]:
+    """What to say of a run that has ended, if anything."""
+    messages, skipped = [], outcome.done - outcome.good
+    if skipped:
+        messages.append(
+            f"the last {skipped} steps were skipped, their loss or gradient norm being far from "
+            f"the usual: the weights are those of step {outcome.good}"
+        )
+    if outcome.reason == "preempted":
+        newest = run.checkpoints.latest()
+        kept = "nothing is saved" if newest is None else f"saved at step {newest}"
+        messages.append(
+            f"{kept} of {run.num_steps} steps before the machine goes away; the same command "
+            "goes on from there"
+        )
+    return messages
 
 
 def describe(run: Run, stream: Stream) -> str:

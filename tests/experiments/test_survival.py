@@ -199,6 +199,48 @@ def test_it_does_not_go_back_for_ever(
     assert [row["step"] for row in survival.events(tmp_path / "lost", "rewound")] == [8, 8]
 
 
+def saved(workdir: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_told_to_end_inside_a_spike_it_goes_back_as_if_nothing_had_happened(
+    finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 58 and 59 are bad. One checkpoint is kept, and a newer one from inside the spike."""
+    poison(monkeypatch, [57 * 16, 58 * 16], not_a_number)
+    changes = {"rewind__patience": "2", "checkpoints__keep": "1"}
+    workdir = run(finished, survival.interrupted(finished, tmp_path / "whole", 52), **changes)
+    (event,) = survival.events(workdir, "rewound")
+    assert (event["step"], event["from_step"]) == (56, 60)
+    for stop, left in ((58, [56, 58]), (59, [56])):
+        again = survival.interrupted(finished, tmp_path / f"told-at-{stop}", 52)
+        with monkeypatch.context() as patch:
+            patch.setattr(PreemptionNotice, "agreed", lambda _, step, stop=stop: step == stop)
+            with pytest.raises(SystemExit) as ended:
+                run(finished, again, **changes)
+        assert ended.value.code == PreemptionNotice.EXIT and saved(again) == left
+        run(finished, again, **changes)
+        assert saved(again) == saved(workdir) == [NUM_STEPS]
+        assert course(again) == course(workdir)
+        assert digest(again, NUM_STEPS) == digest(workdir, NUM_STEPS)
+
+
+def test_a_spike_in_the_last_steps_is_gone_back_from_or_told_of(
+    finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Steps 59 and 60 are bad."""
+    poison(monkeypatch, [58 * 16, 59 * 16], not_a_number)
+    workdir = survival.interrupted(finished, tmp_path / "run", 52)
+    run(finished, workdir, rewind__patience="3")
+    assert "the weights are those of step 58" in capsys.readouterr().out
+    assert not survival.events(workdir, "rewound")
+    survival.interrupted(workdir, workdir, 56)
+    run(finished, workdir, rewind__patience="2")
+    (event,) = survival.events(workdir, "rewound")
+    assert (event["step"], event["from_step"]) == (56, 60)
+    assert "the weights are those of step" not in capsys.readouterr().out
+
+
 def test_a_newer_checkpoint_on_the_hosts_own_disk_is_the_one_to_go_on_from(
     finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -248,6 +290,5 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
     failed = survival.events(workdir, "save_failed")
     assert [row["step"] for row in failed] == [12, 16]
     assert all("No space left" in row["error"] for row in failed)
-    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert saved == [step for step in range(4, NUM_STEPS + 1, 4) if step not in (12, 16)]
+    assert saved(workdir) == [step for step in range(4, NUM_STEPS + 1, 4) if step not in (12, 16)]
     assert course(workdir) == course(finished)

@@ -44,9 +44,10 @@ class Run:
         time.sleep(self.seconds)
         return {"eval_loss": 100.0 + state.step}
 
-    def save(self, state, done, kind, ends):
+    def save(self, state, done, kind, ends, spiking):
         assert state.step == done
         assert ends == (done in (self.num_steps, self.stop_at))
+        assert spiking == (done in self.skipped)
         self.saved.append(done)
         self.kinds.append(kind)
 
@@ -164,6 +165,26 @@ def test_a_machine_that_goes_away_saves_and_stops(tmp_path):
     outcome = run(20, Intervals(log=100, evaluate=100, save=100))
     assert outcome.reason == "preempted" and outcome.done == outcome.state.step == 5
     assert run.saved == [5]
+
+
+@pytest.mark.parametrize(
+    ("skipped", "stop_at", "reason", "saved", "good"),
+    [
+        ([8], None, "finished", [4, 8], 7),  # one of the last: the weights are those before it
+        ([7, 8], None, "spikes", [4], 6),  # nothing is saved that would be resumed from
+        ([6, 7], None, "spikes", [4], 5),
+        ([5], 5, "preempted", [4, 5], 4),
+        ([4, 5], 5, "preempted", [], 3),  # it would go back from here, and so it will
+        ([7, 8], 8, "preempted", [4], 6),
+        ([3], 5, "preempted", [4, 5], 5),
+    ],
+)
+def test_a_spike_where_training_ends_is_not_saved_if_the_run_is_to_go_back(
+    tmp_path, skipped, stop_at, reason, saved, good
+):
+    run = Run(tmp_path, skipped=skipped, stop_at=stop_at)
+    outcome = run(8, Intervals(log=1, evaluate=100, save=4), patience=2)
+    assert (outcome.reason, run.saved, outcome.good) == (reason, saved, good)
 
 
 def test_evaluation_does_not_count_as_training_time(tmp_path):
