@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -21,7 +20,7 @@ import numpy as np
 from lm.checkpoints import open_checkpoint
 from lm.config import command_line as config_lib
 from lm.run import metrics as metrics_lib
-from tests.commands import ROOT
+from tests.commands import ROOT, of_one_device
 
 NUM_STEPS = 60
 SETTINGS = {
@@ -89,9 +88,8 @@ def start(
     command += ["-m", "experiments.pretrain", "--config=quicktest"]
     command += [f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     with open(f"{workdir}.log", "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=inherited, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, env=of_one_device(), stdout=log, stderr=log)
 
 
 def finish(workdir: pathlib.Path, settings: dict[str, str], launcher: Sequence[str] = ()) -> None:

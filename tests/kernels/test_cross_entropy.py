@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lm.kernels.cross_entropy import fused_token_logprobs, token_logprobs
-from lm.model import Head, ModelConfig
+from lm.model import Attention, FeedForward, Head, Layer, ModelConfig, make_stacks
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules, named_sharding, use_layout
 from lm.weights import Int4
 from tests.refuses import refuses
@@ -136,7 +136,8 @@ def test_a_quantized_output_matrix_is_not_decoded_whole(tied):
     shape, block_axis = ((1024, 64), "out") if tied else ((64, 1024), "in")
     matrix = jax.random.normal(jax.random.key(0), shape)
     leaf = Int4.quantize(matrix, 32, block_axis=block_axis)
-    config = ModelConfig(1000, 64, (), tied=tied, logit_softcap=3.0)
+    stacks = make_stacks((Layer(Attention(1, 1, 8), FeedForward(8)),))
+    config = ModelConfig(1000, 64, stacks, tied=tied, logit_softcap=3.0)
     hidden = jax.random.normal(jax.random.key(1), (2, 1030, 64))
     targets = jax.random.randint(jax.random.key(2), (2, 1030), 0, 1000)
 

@@ -97,7 +97,14 @@ def check(kernels: int, text: str) -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("h", "kernels"), [(64, 3), (128, 3), (256, 4)])
+@pytest.mark.parametrize(
+    ("h", "kernels"),
+    [
+        pytest.param(64, 3, marks=pytest.mark.slow),  # both are compiled below as well
+        pytest.param(128, 3, marks=pytest.mark.slow),
+        (256, 4),
+    ],
+)
 def test_compiles_forward_and_backward(h, kernels):
     check(1, compiled(h=h, gradient=False))
     check(kernels, compiled(h=h))

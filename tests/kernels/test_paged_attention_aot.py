@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,6 @@ PROGRAMS = {
     ),
     "int8": Program(page_dtype="int8", page_size=128),
     "fp8": Program(page_dtype="float8_e4m3fn", page_size=128),
-}
-MORE = {
     "llama-13b-prefill": LLAMA_13B,
     "head64": Program(key_dim=64, value_dim=64),
     "head256-window-softcap": Program(
@@ -186,26 +185,24 @@ def check_compiles(program: Program, topology: str, tensor: int = 1) -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_compiles_without_a_copy_of_the_pages(name, topology):
-    check_compiles(PROGRAMS[name], topology)
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("topology", ["v4:1x1x1", "v5e:1x1"])
-def test_prefill_of_many_heads_compiles(topology):
-    check_compiles(LLAMA_13B, topology)
-
-
-@pytest.mark.aot
 def test_compiles_for_split_heads():
     check_compiles(LLAMA_8B, "v5e:2x2", tensor=4)
 
 
+TOPOLOGIES = ("v4:1x1x1", "v5p:1x1x1", "tpu7x:1x1x1", "v5e:1x1", "v6e:1x1")
+DRAWN = {
+    ("decode", "v6e:1x1"), ("mixed", "v5e:1x1"), ("latent", "v5e:1x1"), ("int8", "v6e:1x1"),
+    ("fp8", "v5e:1x1"), ("llama-13b-prefill", "v4:1x1x1"),  # that of the least memory
+}  # fmt: skip
+
+
 @pytest.mark.aot
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v4:1x1x1", "v5p:1x1x1", "tpu7x:1x1x1", "v5e:1x1", "v6e:1x1"])
-@pytest.mark.parametrize("name", PROGRAMS | MORE)
-def test_compiles_for_every_generation(name, topology):
-    check_compiles((PROGRAMS | MORE)[name], topology)
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        pytest.param(*pair, marks=() if pair in DRAWN else pytest.mark.slow)
+        for pair in itertools.product(PROGRAMS, TOPOLOGIES)
+    ],
+)
+def test_compiles_without_a_copy_of_the_pages(name, topology):
+    check_compiles(PROGRAMS[name], topology)
