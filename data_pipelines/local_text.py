@@ -62,13 +62,15 @@ def build(
     prose_fraction: float = 0.3,
     seed: int = 0,
     progress: bool = True,
+    begun: bool = False,
     process_index: int = 0,
     wait: Callable[[str], object] | None = None,
 ) -> Corpus:
     """Builds the corpus in `output`, or opens it if it is there with the same parameters.
 
     Weights and caps of sources may differ from those it was built with: they decide the text that
-    trains the tokenizer, and no document.
+    trains the tokenizer, and no document. So may where the text is and its times: the content
+    counts. Text that has gone is not missed.
 
     Args:
       output: directory of the result.
@@ -82,9 +84,11 @@ def build(
       max_bytes: text of `files` or the system to take, about; None for all of `files`, or 30 MB of
         the system's.
       held_out: share of the documents of `files` or the system that go to `validation`, chosen by
-        content hash.
+        content hash; 0 for none.
       prose_fraction: share of the system corpus's bytes that is prose, while prose lasts.
       seed: of the order, the choice of files and the split.
+      begun: a run has begun with what is in `output`, which therefore stays what it is: text or a
+        tokenizer that has changed since is reported and not read.
       process_index: of this host.
       wait: barrier over all hosts, called once by each: process 0 builds, the others open what it
         built, in a directory they share.
@@ -100,21 +104,15 @@ def build(
         return _open_built(output, process_index)
     try:
         parts = _parts(files, sources, validation, max_bytes, held_out, prose_fraction)
-        candidates = {part.name: part.find() for part in parts}
-        parameters = {
-            "version": _VERSION,
-            "sources": [p.name for p in parts if not isinstance(p, ValidationSet)],
-            "validation": [p.name for p in parts if isinstance(p, ValidationSet)],
-            "tokenizer": SentencePieceTokenizer(tokenizer).fingerprint if tokenizer else None,
-            "vocab_size": None if tokenizer else vocab_size,
-            "seed": seed,
-        }
-        for part in parts:
-            parameters |= _described(part, candidates[part.name])
-        if existing := _existing(output, parameters):
+        parameters = _parameters(parts, tokenizer, vocab_size, seed, begun)
+        if existing := _existing(output, parameters, parts, begun):
             return existing
+        candidates = {part.name: part.find() for part in parts}
+        for part in parts:
+            parameters |= _text_described(part, candidates[part.name])
         with _working_directory(output) as partial:
-            if existing := _existing(output, parameters):  # by the build that was waited for
+            # By the build that was waited for.
+            if existing := _existing(output, parameters, parts, begun):
                 return existing
             summary = {"parameters": parameters}
             summary |= _write_corpus(
@@ -125,7 +123,7 @@ def build(
                 output.rmdir()
             partial.rename(output)
             (output / _LOCK).unlink()
-        return Corpus(output, summary)
+        return _reported(Corpus(output, summary))
     finally:
         if wait:
             wait("corpus")
@@ -142,8 +140,8 @@ def _parts(
     """What to read: validation sets first, so that their documents are kept out of the sources."""
     if max_bytes is not None and max_bytes < 1:
         raise CorpusError(f"max_bytes={max_bytes} must be at least 1")
-    if not 0 < held_out < 1:
-        raise CorpusError(f"held_out={held_out} must be between 0 and 1, such as 0.05")
+    if not 0 <= held_out < 1:
+        raise CorpusError(f"held_out={held_out} must be in [0, 1), such as 0.05, or 0 for none")
     if not 0 <= prose_fraction <= 1:
         raise CorpusError(f"prose_fraction={prose_fraction} must be in [0, 1]")
     if files and sources:
@@ -164,13 +162,40 @@ def _parts(
     return parts
 
 
-def _described(part: Part, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """All that decides the documents of a part, with its files' names, sizes and times."""
-    about = dataclasses.asdict(part)
-    for name in ("name", "weight", "max_epochs", "max_tokens"):
-        about.pop(name, None)
-    if not isinstance(part, SystemText):
-        about |= {"files": list(part.files), "listing": _listing(candidates)}
+def _parameters(
+    parts: Sequence[Part],
+    tokenizer: str | os.PathLike[str] | None,
+    vocab_size: int,
+    seed: int,
+    begun: bool,
+) -> dict[str, Any]:
+    """All that decides the tokens, but for the text; a run that has begun has its tokenizer."""
+    given = tokenizer if tokenizer and (os.path.exists(tokenizer) or not begun) else None
+    found: dict[str, Any] = {
+        "version": _VERSION,
+        "sources": [p.name for p in parts if not isinstance(p, ValidationSet)],
+        "validation": [p.name for p in parts if isinstance(p, ValidationSet)],
+        "tokenizer": SentencePieceTokenizer(given).fingerprint if given else None,
+        "vocab_size": None if tokenizer else vocab_size,
+        "seed": seed,
+    }
+    for part in parts:
+        about = dataclasses.asdict(part)
+        for name in ("name", "weight", "max_epochs", "max_tokens", "files"):
+            about.pop(name, None)
+        found |= {f"{part.name}.{name}": value for name, value in about.items()}
+    return found
+
+
+def _text_described(part: Part, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """The patterns of a part's files; their names, sizes and times; and their content."""
+    if isinstance(part, SystemText):
+        return {}
+    about = {
+        "files": list(part.files),
+        "listing": _listing(candidates),
+        "content": _content(candidates),
+    }
     return {f"{part.name}.{name}": value for name, value in about.items()}
 
 
@@ -272,9 +297,13 @@ def _write_corpus(
     num_bytes = sum(spool.num_bytes for spool in spools.values())
     with tqdm(total=num_bytes, desc="tokenize", disable=not progress, **BYTES) as bar:
         for name, spool in spools.items():
-            tokens = {s: tokenize(spool.read(i), tokenizer, bar) for s, i in splits[name].items()}
+            lost = Counter(unknown_tokens=0, documents_changed=0)
+            tokens = {
+                s: tokenize(spool.read(i), tokenizer, bar, lost) for s, i in splits[name].items()
+            }
             write_dataset(directory / name / "1.0.0", tokens, name=name)
             spool.path.unlink()
+            about[name] |= lost
             found = {split: _split_summary(work.source(split, name)) for split in tokens}
             about[name] = {"splits": found} | about[name]
     names = {part.name for part in sources}
@@ -307,7 +336,10 @@ def _open_built(directory: Path, process_index: int) -> Corpus:
         ) from error
 
 
-def _existing(output: Path, parameters: dict[str, Any]) -> Corpus | None:
+def _existing(
+    output: Path, parameters: dict[str, Any], parts: Sequence[Part], begun: bool
+) -> Corpus | None:
+    """The corpus in `output`, if it was built as `parameters` say."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / "corpus.json").is_file():
@@ -316,21 +348,64 @@ def _existing(output: Path, parameters: dict[str, Any]) -> Corpus | None:
         )
     corpus = open_corpus(output)
     before = corpus.summary["parameters"]
-    changed = [k for k in parameters if before.get(k) != parameters[k]]
-    listings = [k for k in changed if k.endswith(".listing")]
-    if changed and changed == listings:
-        patterns = [parameters[k.replace(".listing", ".files")] for k in changed]
-        raise CorpusError(
-            f"the files of {', '.join(map(str, patterns))} changed since '{output}' was built; "
-            "delete it or choose another output"
+    text = [f"{part.name}.{name}" for part in parts for name in ("files", "listing", "content")]
+    changed = [k for k in parameters if k not in text and before.get(k) != parameters[k]]
+    if begun and not {*changed} - {"tokenizer", "vocab_size"}:
+        for key in changed:
+            logging.warning(
+                f"'%s' has a {key} of its own ({before.get(key)}), which is used", output
+            )
+    elif changed:
+        differences = ", ".join(
+            f"{k}={parameters[k]!r} (there: {before.get(k)!r})" for k in changed
         )
-    if changed:
-        others = [k for k in changed if k not in listings]
-        differences = ", ".join(f"{k}={parameters[k]!r} (there: {before.get(k)!r})" for k in others)
         raise CorpusError(
             f"'{output}' holds a corpus with other parameters: {differences}; choose another "
             "output, delete it, or pass the same parameters"
         )
+    for part in parts:
+        if not isinstance(part, SystemText):
+            _compare_text(output, part, before, begun)
+    return _reported(corpus)
+
+
+def _compare_text(
+    output: Path, part: DataSource | ValidationSet, before: dict[str, Any], begun: bool
+) -> None:
+    """Looks for the text that a corpus was built from; the same content will do, wherever it is.
+
+    Raises:
+      CorpusError: there is other text, and no run has `begun` with the corpus.
+    """
+    name, said = part.name, "is not read again: the tokens in '%s' are used"
+    try:
+        candidates = part.find()
+        if before.get(f"{name}.listing") == _listing(candidates):
+            return
+        if before.get(f"{name}.content") == _content(candidates):
+            return
+    except (CorpusError, OSError) as error:
+        if not begun and _words(before.get(f"{name}.files", [])) != _words(part.files):
+            raise
+        logging.warning(f"the text of '%s' {said} (%s)", name, output, error)
+        return
+    if not begun:
+        raise CorpusError(
+            f"the files of {list(part.files)} changed since '{output}' was built; delete it or "
+            "choose another output"
+        )
+    logging.warning(f"the text of '%s' has changed and {said}", name, output)
+
+
+def _words(patterns: Iterable[str]) -> list[str]:
+    """Patterns that are the same however they are divided."""
+    return " ".join(patterns).replace(",", " ").split()
+
+
+def _reported(corpus: Corpus) -> Corpus:
+    """The corpus, after what its tokens lack has been said."""
+    for line in corpus.losses():
+        logging.warning("%s", line)
     return corpus
 
 
@@ -352,6 +427,14 @@ def _listing(candidates: Iterable[Candidate]) -> str:
     return digest.hexdigest()[:32]
 
 
+def _content(candidates: Iterable[Candidate]) -> str:
+    digest = hashlib.sha256()
+    for c in candidates:
+        with open(c.path, "rb") as file:
+            digest.update(f"{c.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:32]
+
+
 def _define_flags() -> None:
     flags.DEFINE_string("output", None, "directory of the result", required=True)
     flags.DEFINE_multi_string("files", [], "glob pattern of your own text; may be repeated")
@@ -362,7 +445,7 @@ def _define_flags() -> None:
     flags.DEFINE(
         Number(Positive), "max_megabytes", None, "text to take; all of --files, 30 without"
     )
-    flags.DEFINE(Number(BelowOne), "held_out", 0.05, "share of the documents held out")
+    flags.DEFINE(Number(BelowOne), "held_out", 0.05, "share of documents held out; 0: none")
     flags.DEFINE(Number(Fraction), "prose_fraction", 0.3, "share of prose in the system's text")
     flags.DEFINE(Number(Seed), "seed", 0, "of the order, the choice and the split")
 

@@ -87,10 +87,26 @@ class Spool:
                     yield Text(**json.loads(line))
 
 
-def tokenize(texts: Iterator[Text], tokenizer: Tokenizer, bar: tqdm) -> Iterator[Document]:
-    """The texts, one after another, with BOS and EOS; advances `bar` by their bytes."""
+def tokenize(
+    texts: Iterator[Text], tokenizer: Tokenizer, bar: tqdm, lost: Counter[str]
+) -> Iterator[Document]:
+    """The texts, one after another, with BOS and EOS where the vocabulary has them.
+
+    `num_bytes` counts what the tokens to predict stand for, which is the text unless the tokenizer
+    loses some; without BOS nothing predicts the first token.
+
+    Args:
+      texts: documents.
+      bar: advanced by their bytes.
+      lost: counts `unknown_tokens`, and `documents_changed`, those that do not come back.
+    """
+    bos, eos = tokenizer.bos_id >= 0, tokenizer.eos_id >= 0
     while batch := list(itertools.islice(texts, _ENCODE_BATCH)):
-        encoded = tokenizer.encode_batch([t.text for t in batch], bos=True, eos=True)
+        encoded = tokenizer.encode_batch([t.text for t in batch], bos=bos, eos=eos)
         for text, ids in zip(batch, encoded, strict=True):
             bar.update(text.num_bytes)
-            yield Document(np.asarray(ids, np.int32), text.num_bytes, text.name)
+            held = tokenizer.decode_bytes(ids)
+            lost["unknown_tokens"] += ids.count(tokenizer.unk_id)
+            lost["documents_changed"] += held != text.text.encode()
+            num_bytes = len(held) - (0 if bos else len(tokenizer.decode_bytes(ids[:1])))
+            yield Document(np.asarray(ids, np.int32), num_bytes, text.name)

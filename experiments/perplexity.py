@@ -12,7 +12,9 @@ each scores the tokens after its middle one, and begins with BOS where the model
 text is tokenized whole, line ends read as "\\n", special tokens in it not parsed.
 
 `--format=json` prints an object: `tokens` (scored), `nats_per_token`, `perplexity`,
-`bits_per_byte` of the scored tokens' text, and how it was measured.
+`bits_per_byte` of the scored tokens' text, and how it was measured; of a tokenizer that loses text
+`unknown_tokens`, and `text_changed`: the tokens do not give the text back. A first token that no
+BOS comes before is not scored, and its bytes do not count, as in training.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from absl import logging
 
 from experiments import model_flags
 from lm.config import program
@@ -103,6 +106,12 @@ def measure(
         raise ConfigError(f"--window={window} is beyond the model's context of {config.max_length}")
     with input_errors():
         ids = tokenizer.encode(text, bos=tokenizer.add_bos)
+        changed, unknown = tokenizer.decode(ids) != text, ids.count(tokenizer.unk_id)
+        if changed or unknown:
+            logging.warning(
+                "the tokenizer loses text: %d unknown tokens, and the rest does not come back byte "
+                "for byte; bits per byte are of the text that the tokens hold", unknown,
+            )  # fmt: skip
         scorer = Scorer(model.params, config, batch_size=batch_size, dtype=dtype)
         if max_tokens is not None:
             ids = ids[:max_tokens]
@@ -114,6 +123,8 @@ def measure(
         "stride": window if stride is None else stride,
         "convention": convention,
         "text_tokens": len(ids),
+        "unknown_tokens": unknown,
+        "text_changed": changed,
         "dtype": str(dtype),
     }
 

@@ -14,6 +14,7 @@ SIGTERM saves and ends the run; `--profile_steps=10:15` traces steps into `<work
 from __future__ import annotations
 
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -30,7 +31,9 @@ from lm.config import command_line as config_lib
 from lm.config.command_line import ConfigError, input_errors
 from lm.data.batches import HeldOut
 from lm.data.corpus import Corpus, open_corpus
+from lm.data.files import split_patterns
 from lm.data.packed import pack_source
+from lm.files.base import replacing
 from lm.run.parts import Run
 from lm.run.session import session
 
@@ -50,6 +53,7 @@ def main(config: Pretrain, workdir: pathlib.Path) -> None:
         )
     with session(config, workdir) as opened:
         run, corpus = assemble(config, workdir)
+        keep_tokenizer(corpus, workdir)
         outcome = opened.train(run, profile_steps())
         if outcome.reason == "finished":
             params = outcome.state.params
@@ -108,8 +112,11 @@ def open_run(workdir: str | pathlib.Path, edits: Mapping[str, str] | None = None
             "experiments.pretrain was given as --workdir"
         )
     config = config_lib.override(codec.load(workdir / "config.json", Pretrain), edits or {})
+    directory, own = corpus_directory(config, workdir), workdir / "data"
+    if not directory.exists() and own.exists():  # the run was moved with its data
+        directory = own
     with input_errors():
-        return assemble(config, workdir, open_corpus(corpus_directory(config, workdir)))[0]
+        return assemble(config, workdir, open_corpus(directory))[0]
 
 
 def corpus_directory(config: Pretrain, workdir: pathlib.Path) -> pathlib.Path:
@@ -118,19 +125,29 @@ def corpus_directory(config: Pretrain, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(directory).expanduser() if directory else workdir / "data"
 
 
+def keep_tokenizer(corpus: Corpus, workdir: pathlib.Path) -> None:
+    """Copy a tokenizer that is stored elsewhere, so that the run opens by its path alone."""
+    if distributed.is_first_process() and corpus.directory.parent != workdir:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with replacing(workdir / corpus.tokenizer_path.name) as file:
+            file.write(corpus.tokenizer_path.read_bytes())
+
+
 def build_corpus(config: Pretrain, workdir: pathlib.Path) -> Corpus:
     """Tokenizer and datasets, made the first time: by the first process, for all."""
-    data = config.data
+    data, directory = config.data, corpus_directory(config, workdir)
+    begun = any((workdir / "checkpoints").glob("[0-9]*"))
     return local_text.build(
-        corpus_directory(config, workdir),
-        data.files.replace(",", " ").split() or None,
+        directory,
+        split_patterns(data.files) or None,
         sources=data.sources,
         validation=data.validation,
-        tokenizer=data.tokenizer or None,
+        tokenizer=os.path.expanduser(data.tokenizer) or None,
         vocab_size=config.model.vocab_size,
         max_bytes=math.ceil(data.max_megabytes * 1e6) or None,
         held_out=data.held_out,
         progress=distributed.is_first_process(),
+        begun=begun,
         process_index=jax.process_index(),
         wait=distributed.barrier if jax.process_count() > 1 else None,
     )

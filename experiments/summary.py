@@ -12,7 +12,7 @@ import pathlib
 import platform
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,23 +46,12 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
     """
     workdir = run.workdir
     rows = metrics_lib.read(workdir / "metrics.jsonl")
-    last = [row for row in rows if "held_out_bits_per_byte" in row][-1]
-    documents = held_out_documents(run, corpus)
-    print_once("baselines on the same held-out text ...")
-    ngram = ByteNgram.fit((t.encode() for t in corpus.texts("train")), order=3)
-    num_bytes = sum(map(len, documents))
-    held_out = {
-        "bits_per_byte": last["held_out_bits_per_byte"],
-        "ngram_bits_per_byte": ngram.bits_per_byte(documents),
-        "loss": last["held_out_loss"],
-        "num_bytes": num_bytes,
-        "figures": held_out_figures(last),
-    }
+    held_out = held_out_measures(run, corpus, rows)
     samples = draw_samples(config, params, run.tokenizer)
     own_text = config.data.files or config.data.sources
     summary = {
         "title": f"Pre-training on {'your' if own_text else 'local'} text",
-        "held_out": held_out,
+        **({"held_out": held_out} if held_out else {}),
         "model": {
             "num_parameters": num_params(config.model),
             "layers": config.model.num_layers,
@@ -71,7 +60,8 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
             "train_flops_per_token": train_flops(config.model, config.train.sequence_length),
         },
         "train": {
-            "num_steps": last["step"],
+            "num_steps": run.num_steps,
+            "loss": training_loss(rows),
             "tokens_per_second": statistics.median(
                 row["tokens_per_second"] for row in rows if "tokens_per_second" in row
             ),
@@ -84,10 +74,13 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for sample in samples:
         print_once(f"\n--- {sample['prompt']!r} continued ---\n{sample['prompt']}{sample['text']}")
-    print_once(
-        f"\nheld-out bits per byte: {held_out['bits_per_byte']:.3f} "
-        f"(order-3 byte n-gram {held_out['ngram_bits_per_byte']:.3f}, raw text 8)"
-    )
+    if held_out:
+        print_once(
+            f"\nheld-out bits per byte: {held_out['bits_per_byte']:.3f} "
+            f"(order-3 byte n-gram {held_out['ngram_bits_per_byte']:.3f}, raw text 8)"
+        )
+    else:
+        print_once("\nno held-out figures: nothing is held out")
     if importlib.util.find_spec("matplotlib"):
         report.write_from_workdir(workdir)
     else:
@@ -99,6 +92,31 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
         path = corpus.directory if name == "data" else workdir / name
         if path.exists():
             print_once(f"  {path}")
+
+
+def held_out_measures(
+    run: Run, corpus: Corpus, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The last figures of the first held-out set, an n-gram's on the same bytes; None without."""
+    last = next((row for row in reversed(rows) if "held_out_bits_per_byte" in row), None)
+    if last is None or not run.held_out:
+        return None
+    print_once("baselines on the same held-out text ...")
+    documents = held_out_documents(run, corpus)
+    ngram = ByteNgram.fit((t.encode() for t in corpus.texts("train")), order=3)
+    return {
+        "bits_per_byte": last["held_out_bits_per_byte"],
+        "ngram_bits_per_byte": ngram.bits_per_byte(documents),
+        "loss": last["held_out_loss"],
+        "num_bytes": sum(map(len, documents)),
+        "figures": held_out_figures(last),
+    }
+
+
+def training_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean of the last ten logged losses; None without any."""
+    losses = [row["loss"] for row in rows if "loss" in row and "event" not in row][-10:]
+    return statistics.fmean(losses) if losses else None
 
 
 def held_out_figures(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -134,7 +152,7 @@ def draw_samples(config: Pretrain, params: Tree, tokenizer: Tokenizer) -> list[d
     sampler = LocalSampler(params, config.model, tokenizer=tokenizer, dtype=jnp.float32)
     requests = [
         Request(
-            prompt=tokenizer.encode(prompt, bos=True),
+            prompt=tokenizer.encode(prompt, bos=tokenizer.bos_id >= 0),
             max_new_tokens=config.sampling.max_new_tokens,
             temperature=config.sampling.temperature,
             seed=i,

@@ -7,8 +7,9 @@
 other; `&` binds closer than `;`, which binds closer than `|`. A value with commas goes in
 parentheses. `--config.key=value` edits what all runs share: with `--config.data.directory=FOLDER`
 they read one dataset. Each run is a subprocess in a folder named after what it changes; the same
-command skips finished runs and resumes others. The workdir receives `sweep.json`, the runs ranked,
-and the folders, each with `sweep.log`, what the run printed.
+command skips finished runs and resumes others. The workdir receives `sweep.json`, the runs ranked
+by held-out bits per byte (by training loss where one holds nothing out), and the folders, each with
+`sweep.log`, what the run printed.
 
 In Python, `lm.config.sweep` has the same as functions.
 """
@@ -19,6 +20,7 @@ import concurrent.futures
 import dataclasses
 import importlib
 import json
+import math
 import pathlib
 import shlex
 import subprocess
@@ -36,6 +38,9 @@ from lm.config.fields import Count
 from lm.config.program import Number
 from lm.config.sweep import Edits, Sweep, named_runs, parse
 
+# What runs are ranked by: the part of `summary.json` that has it, and its title.
+MEASURES = {"bits_per_byte": ("held_out", "bits/byte"), "loss": ("train", "train loss")}
+
 
 @dataclasses.dataclass
 class Run:
@@ -50,10 +55,10 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the folder holds the end of a run with this very configuration."""
-        if not (self.workdir / "summary.json").exists():
-            return False
-        saved = json.loads((self.workdir / "config.json").read_text())
-        return not codec.difference(saved, self.config)
+        saved = _read(self.workdir / "config.json")
+        return bool(_read(self.workdir / "summary.json")) and not codec.difference(
+            saved, self.config
+        )
 
     def start(self) -> None:
         """Run to the end; `result` has the exit status and, of a failure, the last line."""
@@ -66,11 +71,19 @@ class Run:
             lines = log.read_text(errors="replace").strip().splitlines()
             self.result["error"] = lines[-1] if lines else "no output"
 
-    def score(self) -> float | None:
-        """Held-out bits per byte, or None of a run that did not finish."""
-        if not self.finished():
-            return None
-        return json.loads((self.workdir / "summary.json").read_text())["held_out"]["bits_per_byte"]
+    def scores(self) -> dict[str, float | None]:
+        """What `MEASURES` names, as far as a run has finished and has it."""
+        summary = _read(self.workdir / "summary.json") if self.finished() else {}
+        return {name: (summary.get(group) or {}).get(name) for name, (group, _) in MEASURES.items()}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """What a run wrote; {} of a file that is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def plan(
@@ -106,20 +119,26 @@ def execute(runs: Sequence[Run], jobs: int) -> None:
 
 
 def rank(runs: Sequence[Run], workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Writes `sweep.json`: a row per run, the lowest bits per byte first, failures last."""
-    rows = [
-        {"name": run.name, "edits": run.edits, "bits_per_byte": run.score(), **run.result}
-        for run in runs
-    ]
-    rows.sort(key=lambda row: (row["bits_per_byte"] is None, row["bits_per_byte"]))
+    """Writes `sweep.json`: a row per run, the lowest score first, failures last."""
+    rows = [{"name": run.name, "edits": run.edits, **run.scores(), **run.result} for run in runs]
+    by = measure(rows)
+    rows.sort(key=lambda row: (row[by] is None or math.isnan(row[by]), row[by] or 0.0))
     (workdir / "sweep.json").write_text(json.dumps({"runs": rows}, indent=2) + "\n")
     return rows
 
 
+def measure(rows: Sequence[dict[str, Any]]) -> str:
+    """The first of `MEASURES` that all finished runs have."""
+    done = [row for row in rows if any(row[name] is not None for name in MEASURES)]
+    shared = (name for name in MEASURES if all(row[name] is not None for row in done))
+    return next(shared, "loss")
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows for the eye."""
-    scores = ["failed" if (s := row["bits_per_byte"]) is None else f"{s:.4f}" for row in rows]
-    shown = zip(["bits/byte", *scores], ["run", *(row["name"] for row in rows)], strict=True)
+    by = measure(rows)
+    scores = ["failed" if (s := row[by]) is None else f"{s:.4f}" for row in rows]
+    shown = zip([MEASURES[by][1], *scores], ["run", *(r["name"] for r in rows)], strict=True)
     return "\n".join(f"{score:>9}  {name}" for score, name in shown)
 
 
@@ -142,7 +161,7 @@ def main(argv: list[str]) -> int:
     execute(runs, settings.jobs)
     rows = rank(runs, workdir)
     print(table(rows))
-    return int(any(row["bits_per_byte"] is None for row in rows))
+    return int(any(row[measure(rows)] is None for row in rows))
 
 
 def _program(argv: list[str]) -> None:

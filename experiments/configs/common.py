@@ -31,6 +31,7 @@ from lm.train.optimizers import Adafactor, AdamW, Lion, Muon, Soap
 from lm.train.schedules import Cooldown, Kind, Schedule
 from lm.train.stability import Stability
 
+OWN_TOKENS = "the run goes on with the tokens that it began with"
 NEW_SCHEDULE = "the learning-rate schedule changes with it, from the step that follows"
 
 
@@ -39,22 +40,23 @@ class Data(Checked):
     """The corpus.
 
     Attributes:
-      files: glob patterns of UTF-8 text files, separated by commas or blanks; none for the
-        documentation, docstrings and source that come with Python and its packages.
+      files: names or glob patterns of UTF-8 text files, separated by commas or blanks, or as a JSON
+        list; none for the documentation, docstrings and source that come with Python and its
+        packages.
       sources: instead of `files`: named sources, with weights and caps.
       validation: named held-out sets, beside the held-out part of every source.
       tokenizer: a SentencePiece model to use; none to train one.
       directory: where tokenizer and dataset are, or are made; none for `<workdir>/data`.
       max_megabytes: of text, about; 0 for all of `files`.
-      held_out: share of the documents kept for evaluation.
+      held_out: share of the documents kept for evaluation; 0 for none.
       max_held_out_tokens: of them, evaluated during training.
       seed: of the data's order.
     """
 
-    files: str = ""
+    files: str = may_change("", OWN_TOKENS)
     sources: tuple[DataSource, ...] = may_change((), new_statistics=True)
-    validation: tuple[ValidationSet, ...] = ()
-    tokenizer: str = ""
+    validation: tuple[ValidationSet, ...] = may_change((), OWN_TOKENS)
+    tokenizer: str = may_change("", OWN_TOKENS)
     directory: str = may_change("")
     max_megabytes: NonNegative = 30.0
     held_out: BelowOne = 0.05

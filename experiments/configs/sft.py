@@ -18,8 +18,8 @@ class Conversations(Checked):
     """What to learn from.
 
     Attributes:
-      files: glob patterns of JSONL files, one {"messages": [...]} per line, separated by commas or
-        blanks; none for sums of small numbers.
+      files: names or glob patterns of JSONL files, one {"messages": [...]} per line, separated by
+        commas or blanks, or as a JSON list; none for sums of small numbers.
       validation: the same, to evaluate on; none for a part of `files`.
       held_out: share of the conversations in `files` kept for evaluation where `validation` is
         none.

@@ -66,7 +66,9 @@ class Corpus:
         if name not in known:
             raise CorpusError(f"corpus '{self.directory}' has no {name!r}; name one of {known}")
         dataset = self.directory / str(name) / "1.0.0"
-        return open_source(dataset, split, self.directory / "token_cache")
+        about = (self.summary["sources"] | self.summary["validation"]).get(name, {})
+        fingerprint = about.get("splits", {}).get(split, {}).get("fingerprint")
+        return open_source(dataset, split, self.directory / "token_cache", fingerprint)
 
     def packed(self, split: str, seq_len: int, name: str | None = None) -> PackedSource:
         """The packed rows of a split, under the name of their source.
@@ -78,13 +80,37 @@ class Corpus:
         return pack_source(source, seq_len, plans, fingerprint, name=name or self.names[0])
 
     def texts(self, split: str, name: str | None = None) -> Iterator[str]:
-        """The documents of a split as text, decoded from their tokens; None is all sources."""
+        """The documents of a split as text, decoded from their tokens; None is all sources.
+
+        Without a BOS token they begin at their second token, the first that a model predicts.
+        """
         tokenizer = self.tokenizer()
+        start = int(tokenizer.bos_id < 0)
         for each in self.names if name is None else (name,):
             if name is None and split not in self.summary["sources"][each]["splits"]:
                 continue
             source = self.source(split, each)
-            yield from (tokenizer.decode(source.read(d)) for d in range(len(source)))
+            for d in range(len(source)):
+                yield tokenizer.decode(source.read(d, start), continuation=start > 0)
+
+    def losses(self) -> list[str]:
+        """What the tokens lack of the text, a line for each fault."""
+        found = []
+        for name, about in (self.summary["sources"] | self.summary["validation"]).items():
+            unknown, changed = (about.get(k, 0) for k in ("unknown_tokens", "documents_changed"))
+            if unknown or changed:
+                total = sum(split["documents"] for split in about["splits"].values())
+                found.append(
+                    f"the tokenizer loses text of '{name}': {unknown:,} unknown tokens, and "
+                    f"{changed:,} of {total:,} documents do not come back byte for byte; bits per "
+                    "byte are of the text that the tokens hold"
+                )
+        if self.tokenizer().bos_id < 0:
+            found.append(
+                "the tokenizer has no BOS token: the first token of a document is not predicted, "
+                "and its bytes do not count"
+            )
+        return found
 
 
 def open_corpus(directory: str | os.PathLike[str]) -> Corpus:
@@ -99,4 +125,9 @@ def open_corpus(directory: str | os.PathLike[str]) -> Corpus:
             f"no corpus at '{directory}' (corpus.json is missing); make one with "
             f"python -m data_pipelines.local_text --output={directory}"
         )
-    return Corpus(Path(directory), json.loads(path.read_text()))
+    try:
+        return Corpus(Path(directory), json.loads(path.read_text()))
+    except ValueError as error:
+        raise CorpusError(
+            f"'{path}' is damaged: {error}; copy it again, or delete the folder to build it anew"
+        ) from error

@@ -7,12 +7,14 @@ piece in exactly one row, and no row holds more than `seq_len` pairs.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from lm.data.sources import ArraySource, written_once
 
@@ -167,6 +169,7 @@ def open_plan(
 
     A plan is named by its dataset, tokenizer, sequence length and algorithm; its arrays are
     memory-mapped. Writing is atomic: processes that race write the same plan and one of them stays.
+    Where nothing may be written the plan is made in memory.
 
     Raises:
       ValueError: as `make_plan`; or a plan on disk is damaged.
@@ -175,7 +178,16 @@ def open_plan(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(directory) / name
     if not path.exists():
-        _write(make_plan(source, seq_len, tokenizer_fingerprint), key, path)
+        plan = make_plan(source, seq_len, tokenizer_fingerprint)
+        try:
+            _write(plan, key, path)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            logging.warning(
+                "'%s' cannot be written (%s): the plan is made anew each time", path, error
+            )
+            return plan
     about = json.loads((path / "plan.json").read_text())
     plan = PackPlan(
         np.load(path / "row_offsets.npy", mmap_mode="r"),

@@ -157,28 +157,45 @@ def open_source(
     directory: str | os.PathLike[str],
     split: str,
     cache: str | os.PathLike[str] | None = None,
+    fingerprint: str | None = None,
 ) -> ArraySource:
     """Opens a split of a TFDS dataset, through a memory-mapped copy of its tokens.
 
     The copy is made once, atomically, in `cache` (by default `<directory>/../.token_cache`) and
-    made again when the dataset's files change.
+    made again when the dataset's files change; with a `fingerprint`, a copy of the tokens that it
+    names will do, and no others.
 
     Raises:
       FileNotFoundError: no TFDS dataset at `directory`.
       ValueError: no such split, or it lacks the features `tokens` or `num_bytes`.
+      CorpusError: the tokens are not those of `fingerprint`.
     """
     directory = Path(directory)
+    cache = Path(cache) if cache is not None else directory.parent / ".token_cache"
+    if fingerprint:
+        for about in sorted(cache.glob("*/about.json")):
+            if (copy := _open_cache(about.parent)).fingerprint == fingerprint:
+                return copy
     if not (directory / "dataset_info.json").is_file():
         raise FileNotFoundError(
             f"no TFDS dataset at '{directory}' (dataset_info.json is missing); pass the "
             "directory that write_dataset or TFDS wrote, version included"
         )
-    cache = Path(cache) if cache is not None else directory.parent / ".token_cache"
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(directory.iterdir())]
     key = json.dumps([_CACHE_VERSION, split, stats])
     path = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not path.exists():
         _write_cache(directory, split, path)
+    source = _open_cache(path)
+    if fingerprint and source.fingerprint != fingerprint:
+        raise CorpusError(
+            f"the tokens of '{directory}', split '{split}', are not those it was built with "
+            f"(fingerprint {source.fingerprint}, built with {fingerprint}); copy it again"
+        )
+    return source
+
+
+def _open_cache(path: Path) -> ArraySource:
     names = ("tokens", "offsets", "num_bytes")
     tokens, offsets, num_bytes = (np.load(path / f"{n}.npy", mmap_mode="r") for n in names)
     about = json.loads((path / "about.json").read_text())

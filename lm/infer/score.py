@@ -189,7 +189,9 @@ def perplexity(
         for w, values in zip(batch, scorer.logprobs(rows), strict=True):
             nats -= float(values[w.first - w.start - 1 :].sum(dtype=np.float64))
             num_tokens += w.stop - w.first
-            num_bytes += sum(len(tokenizer.text_bytes[i]) for i in ids[w.first : w.stop])
+            begins = w.first == 1 and ids[0] == tokenizer.bos_id
+            scored = tokenizer.decode_bytes(ids[w.first : w.stop], continuation=not begins)
+            num_bytes += len(scored)
     mean = nats / num_tokens
     bits = nats / math.log(2) / num_bytes if num_bytes else math.nan
     return Perplexity(num_tokens, mean, math.exp(min(mean, 700.0)), bits, len(windows))

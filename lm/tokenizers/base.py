@@ -28,6 +28,7 @@ class Tokenizer(abc.ABC):
       named_tokens: tokens by the names that chat templates know them by, as "eos_token".
       num_rows: of the model that the tokenizer is used with; see `use_with`.
       bos_id, eos_id, pad_id: -1 if the model has none.
+      unk_id: what stands for text without a token; -1 if every text has tokens.
       eos_ids: every token that ends a generation: end of text, of turn, of message.
       add_bos, add_eos: what the model expects around a prompt.
       strips_space: encoding adds a space in front of the text, which decoding removes.
@@ -42,6 +43,7 @@ class Tokenizer(abc.ABC):
     bos_id: int = -1
     eos_id: int = -1
     pad_id: int = -1
+    unk_id: int = -1
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
     add_eos: bool = False
@@ -186,6 +188,12 @@ class Tokenizer(abc.ABC):
         Raises:
           ValueError: an id outside [0, vocab_size).
         """
+        return self.decode_bytes(ids, skip_special, continuation).decode("utf-8", "replace")
+
+    def decode_bytes(
+        self, ids: Iterable[int], skip_special: bool = True, continuation: bool = False
+    ) -> bytes:
+        """The bytes that `decode` reads as UTF-8; arguments and errors are the same."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             self.check_id(next(i for i in ids if not 0 <= i < self.vocab_size))
@@ -195,7 +203,7 @@ class Tokenizer(abc.ABC):
             first = next((n for n, i in enumerate(ids) if i not in self.special_ids), None)
             if first is not None:
                 pieces[first] = pieces[first].removeprefix(b" ")
-        return b"".join(pieces).decode("utf-8", "replace")
+        return b"".join(pieces)
 
     def stream(self, skip_special: bool = True, continuation: bool = False) -> "TextStream":
         """Decodes token by token; the pieces add up to `decode` with the same arguments."""

@@ -49,6 +49,9 @@ class FastTokenizer(Tokenizer):
             special = [content for content, token in added.items() if token["special"]]
         self.special_tokens = {content: vocabulary[content] for content in special}
         self.set_rules({"bos": front, "eos": back, "pad": -1}, (), front >= 0, back >= 0, {}, {})
+        model = layout["model"]
+        unknown = vocabulary.get(model.get("unk_token"), model.get("unk_id"))
+        self.unk_id = -1 if unknown is None else unknown
         # Whether the library parses special tokens is a flag of the whole object.
         self._plain = tokenizers.Tokenizer.from_str(serialized)
         self._plain.encode_special_tokens = True

@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 _NUM_SPECIAL = 4
 _NUM_BYTES = 256
 _CHUNK_CHARS = 2048
+_LEAST_COVERAGE = 0.98  # that SentencePiece takes
 # The text of the unknown token in models of `train_sentencepiece`, and only there.
 _UNK_SURFACE = "\ufffd"
 
@@ -78,6 +80,7 @@ class SentencePieceTokenizer(Tokenizer):
         }
         ids = {key: getattr(self._processor, f"{key}_id")() for key in ("bos", "eos", "pad")}
         self.set_rules(ids, (), ids["bos"] >= 0, False, {}, {})
+        self.unk_id = self._processor.unk_id()
         self.strips_space = model.add_dummy_prefix
         self._always = Splitter(always_special or {})
         self._specials = Splitter({**self.special_tokens, **self._always.tokens})
@@ -179,7 +182,8 @@ def train_sentencepiece(
       texts: documents, in random order if they exceed `max_bytes`.
       path: the `.model` file to write; an existing one is replaced.
       vocab_size: number of tokens, including special ones and bytes.
-      character_coverage: fraction of the characters that get a piece; the rest become bytes.
+      character_coverage: fraction of the characters that get a piece; the rest become bytes. Where
+        the vocabulary has no room for them it is the rarest that become bytes.
 
     Raises:
       ValueError: there is no text, or `vocab_size` does not fit it.
@@ -190,39 +194,55 @@ def train_sentencepiece(
             f"vocab_size={vocab_size} is below {least}: 256 bytes, 4 special tokens and at least "
             "one piece; use 1024 or more"
         )
-    model = io.BytesIO()
-    lines = _training_lines(texts, max_bytes)
-    first = next(lines, None)
-    if first is None:
+    lines = list(_training_lines(texts, max_bytes))
+    if not lines:
         raise ValueError("no text to train a tokenizer on: every document is empty")
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], lines),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            normalization_rule_name="identity",
-            byte_fallback=True,
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            unk_surface=_UNK_SURFACE,
-            pad_id=PAD_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            unk_id=UNK_ID,
-            character_coverage=character_coverage,
-            num_threads=num_threads,
-            max_sentence_length=8 * _CHUNK_CHARS,
-            minloglevel=2,
-        )
+        try:
+            proto = _train(lines, vocab_size, character_coverage, num_threads)
+        except RuntimeError as error:
+            if "required_chars" not in str(error):
+                raise
+            # The pieces of the least vocabulary are all characters then.
+            counts = sorted(Counter(itertools.chain.from_iterable(lines)).values(), reverse=True)
+            coverage = sum(counts[: vocab_size - least]) / (sum(counts) + 1)
+            if coverage < _LEAST_COVERAGE:
+                raise
+            proto = _train(lines, vocab_size, coverage, num_threads)
     except RuntimeError as error:
         raise ValueError(_vocabulary_message(vocab_size, str(error))) from error
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(model.getvalue())
+        file.write(proto)
     return SentencePieceTokenizer(path)
+
+
+def _train(
+    lines: Iterable[str], vocab_size: int, character_coverage: float, num_threads: int
+) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        unk_surface=_UNK_SURFACE,
+        pad_id=PAD_ID,
+        bos_id=BOS_ID,
+        eos_id=EOS_ID,
+        unk_id=UNK_ID,
+        character_coverage=character_coverage,
+        num_threads=num_threads,
+        max_sentence_length=8 * _CHUNK_CHARS,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def _vocabulary_message(vocab_size: int, error: str) -> str:
@@ -236,7 +256,7 @@ def _vocabulary_message(vocab_size: int, error: str) -> str:
     if required:
         return (
             f"vocab_size={vocab_size} has no room for the corpus's {required[2]} characters and "
-            f"special tokens; raise vocab_size above {required[2]} or lower character_coverage"
+            f"special tokens; raise vocab_size, to {required[2]} for all of them"
         )
     return f"SentencePiece could not train with vocab_size={vocab_size}: {error}"
 

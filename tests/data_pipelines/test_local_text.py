@@ -186,7 +186,7 @@ def test_text_that_does_not_do(tmp_path):
 
 def test_bad_parameters(tmp_path):
     for changes in (
-        {"held_out": 0.0}, {"held_out": 1.0}, {"prose_fraction": 1.5}, {"max_bytes": 0}
+        {"held_out": -0.1}, {"held_out": 1.0}, {"prose_fraction": 1.5}, {"max_bytes": 0}
     ):  # fmt: skip
         ((name, value),) = changes.items()
         refused(tmp_path / "out", None, f"{name}={value}", **changes)
