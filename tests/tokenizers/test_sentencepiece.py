@@ -88,7 +88,7 @@ def test_the_sample_is_capped(tmp_path):
     [
         (SENTENCES, 5000, r"vocab_size=5000 is too large .* at most (\d+); lower vocab_size to \1"),
         (SENTENCES, 100, r"vocab_size=100 is below 261"),
-        (SENTENCES, 262, r"vocab_size=262 has no room for .* raise vocab_size above \d+"),
+        (SENTENCES, 262, r"vocab_size=262 has no room for .* raise vocab_size, to \d+ for all"),
         (["", ""], 300, r"every document is empty"),
         (["\ud800"], 300, r"lone surrogate '\\ud800' at character 0"),
     ],
