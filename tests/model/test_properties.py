@@ -180,11 +180,12 @@ def test_unrolled_layers_are_the_same_layers(remat):
     """Also that remat is not undone by merging both computations where there is no loop."""
     arguments = weights(CONFIGS["neox"]), *BATCH, CONFIGS["neox"]
     loss, gradients = loss_and_gradients(*arguments)
-    compiled = loss_and_gradients.lower(*arguments, remat, unroll=True).compile()
+    lowered = loss_and_gradients.lower(*arguments, remat, unroll=True)
+    assert "while" not in lowered.as_text()
+    compiled = lowered.compile()
     again = compiled(*arguments[:-1])
     np.testing.assert_allclose(again[0], loss, rtol=1e-6)
     assert_trees_close(again[1], gradients, 1e-4, 1e-4)
-    assert "while" not in compiled.as_text()
     merged = loss_and_gradients.lower(*arguments, "none", unroll=True).compile()
     more_work = compiled.cost_analysis()["flops"] / merged.cost_analysis()["flops"]
     assert (more_work > 1.1) == (remat == "full")
@@ -337,9 +338,8 @@ def test_abstract_shardings_and_initial_weights_agree(config):
 
 
 def test_sizes_that_cannot_be():
-    for kv_heads in (3, 0):
-        words = f"num_kv_heads={kv_heads} does not divide num_heads=8"
-        refuses(lambda n=kv_heads: Attention(8, n, 16), words)
+    for kv_heads, words in ((3, " does not divide num_heads=8"), (0, " is not an int in [1, ")):
+        refuses(lambda n=kv_heads: Attention(8, n, 16), f"num_kv_heads={kv_heads}{words}")
     config, ids = CONFIGS["neox"], jnp.zeros(3, int)
     words = "ids must be [batch, tokens], got shape (3,)"
     refuses(lambda: forward(weights(config), Tokens(ids, ids), config), words)
