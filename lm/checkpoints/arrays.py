@@ -22,9 +22,11 @@ from jax.sharding import SingleDeviceSharding
 
 from lm.checkpoints import checksums
 from lm.checkpoints.names import nest
+from lm.distributed import reached
 
 # Names of Orbax's own: tests/checkpoints/test_orbax_names.py says which no longer holds.
 PARTIAL = ".orbax-checkpoint-tmp"  # suffix of what is being written
+MANIFEST = "manifest.ocdbt"  # without it an item cannot be opened
 OWN_FOLDER = "ocdbt.process_{}"  # of the files that only one process writes
 ITEMS = {"trainable": "weights", "frozen": "weights", "ema": "ema"}
 # TensorStore lacks the unsigned types of these widths; the bits are the same.
@@ -71,6 +73,8 @@ class _Writing:
             self.handler.error = error
             if jax.process_count() == 1:
                 raise
+        finally:
+            reached(self.handler.end)
 
     def cancel(self) -> None:
         for future in self.futures:
@@ -93,6 +97,7 @@ class Handler(ocp.CompositeCheckpointHandler):
             composite_options=ocp.CompositeOptions(async_options=self.options), **trees
         )
         self.files: dict[str, bytes] = {}
+        self.end = ""  # the point that each process reports when its part is written
         self.error: Exception | None = None
 
     async def async_save(self, directory: Any, args: Any) -> Any:
@@ -128,6 +133,9 @@ class Handler(ocp.CompositeCheckpointHandler):
             sums |= checksums.load(directory, part.name)
             part.unlink()
         super().finalize(directory)
+        for item in directory.iterdir():
+            if item.is_dir() and not (item / MANIFEST).exists():
+                raise OSError(f"{item} has no {MANIFEST}: Orbax did not join its parts")
         for name, content in self.files.items():
             (directory / name).write_bytes(content)
         rest = [path for path in checksums.files(directory) if path not in sums]

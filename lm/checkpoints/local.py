@@ -23,6 +23,7 @@ from lm.checkpoints.arrays import to_json
 from lm.checkpoints.checksums import CheckpointError
 from lm.checkpoints.names import check_fit, describe, matches
 from lm.checkpoints.opening import all_steps
+from lm.checkpoints.paths import absolute
 
 PARTIAL = ".partial"
 Place = tuple[tuple[int, int], ...]
@@ -62,7 +63,7 @@ class LocalTier:
           run: name of the run (its durable directory).
           keep: number of checkpoints to keep.
         """
-        self.root = epath.Path(directory).expanduser() / f"process_{jax.process_index()}"
+        self.root = absolute(directory) / f"process_{jax.process_index()}"
         self.run, self.keep = run, keep
 
     def steps(self) -> list[int]:

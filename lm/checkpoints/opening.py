@@ -12,6 +12,7 @@ from etils import epath
 from lm.checkpoints import arrays, checksums, model_json
 from lm.checkpoints.checksums import CheckpointError, DamagedError
 from lm.checkpoints.names import flatten, parse, unflatten
+from lm.checkpoints.paths import absolute
 from lm.checkpoints.reference import digest
 from lm.model import ModelConfig
 from lm.model.params import specs_for
@@ -57,7 +58,7 @@ def find(
     Raises:
       CheckpointError: there is none, or all are damaged; the message says how.
     """
-    path = epath.Path(path).expanduser()
+    path = absolute(path)
     under = (*items, *SIDECARS)
     if (path / checksums.FILE).exists() or (path / model_json.FILE).exists():
         if verify:
@@ -140,7 +141,7 @@ def read_frozen(
       CheckpointError: they are missing, or not those that the run was trained on.
     """
     assert model.frozen is not None
-    path = directory / model.frozen["path"] if path is None else epath.Path(path)
+    path = directory / model.frozen["path"] if path is None else absolute(path)
     try:
         step = find(path, verify, ("weights/",))
         read = read_named(step, model_of(step), wanted, host=host, verify=verify)

@@ -29,8 +29,9 @@ from lm.checkpoints import arrays, checksums, model_json, opening
 from lm.checkpoints.checksums import CheckpointError, DamagedError
 from lm.checkpoints.local import LocalTier, to_host
 from lm.checkpoints.names import check_fit, describe, flatten, matches, unflatten
+from lm.checkpoints.paths import absolute
 from lm.checkpoints.reference import Reference
-from lm.distributed.collectives import barrier, broadcast
+from lm.distributed import barrier, broadcast, reached, waits
 from lm.model import ModelConfig
 
 T = TypeVar("T")
@@ -150,7 +151,7 @@ class Checkpoints:
           keep_local: number of those to keep.
           timeout: seconds after which a background write has failed.
         """
-        self.directory = epath.Path(directory).expanduser().resolve()
+        self.directory = absolute(directory)
         self.config, self.keep, self.keep_every = config, keep, keep_every
         self.local = None if local is None else LocalTier(local, str(self.directory), keep_local)
         self._handler = arrays.Handler(timeout)
@@ -204,6 +205,8 @@ class Checkpoints:
         if frozen is not None:
             leaves = {name: x for name, x in leaves.items() if not matches(name, ("frozen",))}
         self._handler.files = self._sidecars(state, leaves, metadata, frozen)
+        self._handler.end = f"the end of the save of step {step}"
+        reached(f"the save of step {step}")
         try:
             self._prepare(step)
             arrays.start(self._writer, self.directory / str(step), leaves)
@@ -325,6 +328,7 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception, what: str = "") -> None:
         message = f"{what or self.directory / str(step)}: {type(error).__name__}: {error}"
+        message += f"; {late}" if (late := waits(self._handler.end)) else ""
         logging.error("checkpoint of step %d failed: %s", step, message)
         self._failures.append(Failure(step, message))
         if what or jax.process_index() != 0:

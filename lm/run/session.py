@@ -22,7 +22,7 @@ from lm.run.parts import Run
 from lm.run.process import keep_freed_memory
 from lm.run.profile import parse_steps
 from lm.run.trainer import Training
-from lm.run.workdir import check_path, claim_workdir
+from lm.run.workdir import check_path, claim_workdir, owned
 
 # Keys of folders that are each host's own, or may have another path there.
 OF_A_HOST = ("checkpoints.local", "data.directory")
@@ -76,7 +76,7 @@ def session(config: Any, workdir: pathlib.Path) -> Iterator[Session]:
 
     Raises:
       ConfigError: the hosts do not find each other, differ in what decides the run or have not
-        one `workdir`; or it holds another run.
+        one `workdir`; or another process is at work in it, or it holds another run.
     """
     check_path(workdir)
     goodput = Goodput(already=process_age())
@@ -87,6 +87,8 @@ def session(config: Any, workdir: pathlib.Path) -> Iterator[Session]:
         with input_errors():
             facts, folders = config_facts(config), {"--workdir": workdir}
             stack.enter_context(distributed.start(facts=facts, folders=folders))
+            if is_first_process():
+                stack.enter_context(owned(workdir))
         stack.enter_context(goodput.watch_compilation())
         opened = Session(config, workdir, claim_workdir(config, workdir), goodput)
         yield opened

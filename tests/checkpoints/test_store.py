@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoints import CheckpointError, Checkpoints, SaveInterval, model_json
+from lm.checkpoints import CheckpointError, Checkpoints, SaveInterval, arrays, model_json, store
 from lm.checkpoints.names import flatten, unflatten
+from lm.checkpoints.paths import absolute
 from lm.model import FeedForward, Stack, param_specs
 from lm.train.state import abstract_state
+from tests.checkpoints.processes import refuse
 from tests.checkpoints.states import (
     ADAM,
     SPECS,
@@ -171,6 +173,50 @@ def test_a_step_of_another_course_is_written_again(tmp_path):
         checkpoints.restore(1, LIKE)
         checkpoints.save(2, {"x": jnp.full((2,), 7)}, {}, wait=True)
         np.testing.assert_array_equal(checkpoints.restore(2, LIKE)["x"], [7, 7])
+
+
+@pytest.mark.parametrize("name", ["[1]", "run[lr=3e-4]", "a*b?", "a b, {c}", "50%41#x:y@z"])
+def test_any_name_of_a_folder_and_relative_paths(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for directory in (tmp_path / name / "absolute", f"{name}/relative"):
+        with Checkpoints(directory, local=f"{directory}.local") as checkpoints:
+            fill(checkpoints, (1,))
+            checkpoints.save_local(2, {"x": jnp.full((2,), 2)}, {})
+        with (
+            Checkpoints(directory) as durable,
+            Checkpoints(directory, local=f"{directory}.local") as both,
+        ):
+            np.testing.assert_array_equal(durable.restore_last(LIKE).state["x"], [1, 1])
+            np.testing.assert_array_equal(both.restore_last(LIKE).state["x"], [2, 2])
+
+
+def test_a_save_that_could_not_be_opened_again_has_failed(tmp_path, monkeypatch):
+    """As where Orbax finds no parts to join."""
+    monkeypatch.setattr(type(absolute(tmp_path)), "glob", lambda *_: iter(()))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(2)}, {}, wait=True)
+        (failure,) = checkpoints.failures()
+        assert failure.step == 1 and "manifest.ocdbt" in failure.error
+        assert checkpoints.steps() == []
+
+
+def test_hosts_report_what_a_save_would_wait_for(tmp_path, monkeypatch):
+    """Their coming to it, and the end of their part, be it a failure; a failure names the late."""
+    points = []
+    for module in (store, arrays):
+        monkeypatch.setattr(module, "reached", points.append)
+    monkeypatch.setattr(store, "waits", lambda point: f"{point} waits for host 1 of 2")
+    with Checkpoints(tmp_path) as checkpoints:
+        fill(checkpoints, (1,))
+        monkeypatch.setattr(arrays.Handler, "_seal", refuse)
+        checkpoints.save(2, {"x": jnp.zeros(2)}, {}, wait=True)
+        (failure,) = checkpoints.failures()
+    assert points == [
+        f"{what} of step {step}" for step in (1, 2) for what in ("the save", "the end of the save")
+    ]
+    assert failure.error.endswith(
+        "No space left on device; the end of the save of step 2 waits for host 1 of 2"
+    )
 
 
 def test_an_urgent_save_waits_for_the_one_under_way(tmp_path):

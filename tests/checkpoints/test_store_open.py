@@ -52,9 +52,10 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/2"])
-def test_a_path_is_all_that_opening_needs(run, below):
+def test_a_path_is_all_that_opening_needs(run, below, monkeypatch):
     workdir, state = run
-    params, config = open_checkpoint(workdir / below)
+    monkeypatch.chdir(workdir.parent)
+    params, config = open_checkpoint(f"{workdir.name}/{below}")
     assert config == UNTIED
     assert_same_bits(params, state.params)
     averages, _ = open_checkpoint(workdir / below, ema=True)

@@ -1,6 +1,9 @@
 """Which changes a run may go on with, and which of them end its statistics."""
 
 import pathlib
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -9,7 +12,10 @@ from lm.config import codec
 from lm.config.changes import changes
 from lm.config.codec import ConfigError
 from lm.config.command_line import override
-from lm.run.workdir import claim_workdir
+from lm.run import workdir as workdirs
+from lm.run.workdir import check_path, claim_workdir, owned
+from tests.commands import ROOT
+from tests.refuses import refuses
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,57 @@ def test_what_may_change(tmp_path: pathlib.Path, key: str, value: str, statistic
     assert any(c.allowed and c.allowed.note for c in found) == (key == "train.num_steps")
 
 
-def test_an_address_is_refused() -> None:
-    with pytest.raises(ConfigError, match="gcsfuse"):
-        claim_workdir(quicktest(), pathlib.Path("gs://bucket/run"))
+@pytest.mark.parametrize(
+    ("path", "words"), [("gs://bucket/run", "gcsfuse"), ("a\\b", "backslash"), ("\udcff", "UTF-8")]
+)
+def test_a_path_that_cannot_be_written_to_is_refused(path: str, words: str) -> None:
+    refuses(lambda: check_path(pathlib.Path(path)), words, error=ConfigError)
+
+
+def own(workdir: pathlib.Path) -> None:
+    with owned(workdir):
+        pass
+
+
+OWN = """
+import pathlib, sys, time
+from lm.run.workdir import owned
+with owned(pathlib.Path(sys.argv[1])):
+    print("OWNED", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_workdir_has_one_owner_and_a_killed_one_leaves_it_free(tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "runs" / "[lr=1]"
+    command = [sys.executable, "-c", OWN, str(workdir)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"OWNED\n"
+        who = f"is in use by pid {process.pid} on {socket.gethostname()} since 20"
+        for _ in range(2):
+            refuses(lambda: own(workdir), str(workdir), who, "--workdir", error=ConfigError)
+        process.kill()
+        process.wait()
+    with owned(workdir):
+        refuses(lambda: own(workdir), "in use by pid", error=ConfigError)
+        (workdir / "config.json").touch()
+    own(workdir)
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_a_workdir_that_nothing_was_written_to_is_gone_again(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    for name in ("new", "theirs"):
+        own(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    (tmp_path / "file").touch()
+    refuses(lambda: own(tmp_path / "file"), "cannot be written to", error=ConfigError)
+
+
+def test_a_file_system_without_locks_is_said_to_have_none(tmp_path, monkeypatch, capsys) -> None:
+    def flock(file, operation):
+        raise OSError(workdirs.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdirs.fcntl, "flock", flock)
+    own(tmp_path)
+    assert "no lock keeps a second run out" in capsys.readouterr().out
