@@ -6,20 +6,22 @@ older special_tokens_map.json and added_tokens.json count.
 """
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from absl import logging
 from tokenizers import AddedToken
 
 from lm.tokenizers.base import SPACE_SYMBOL
 
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
-# Classes that take tokenizer.json as it is, whatever the configuration says of spaces.
-_GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
+# Classes whose settings of spaces count beside a tokenizer.json; others take it as it is.
+_SPACED = ("LlamaTokenizer", "CodeLlamaTokenizer", "")
+_GENERIC = ("PreTrainedTokenizer", "TokenizersBackend", "")
+_NAMES = [f"{key}_token" for key in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _MOST = 1 << 24  # numbers of tokens are below
 # The parts of tokenizer.json, and the key of their steps.
 _PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
@@ -34,6 +36,7 @@ class Declared:
       config: tokenizer_config.json, with what the older files add.
       tokens: added tokens in the order of their numbers, then those that only have a name, each
         with its number, or None.
+      listed: special tokens without a name.
       overrides: whether the flags of `tokens` count more than those in tokenizer.json.
     """
 
@@ -45,10 +48,7 @@ class Declared:
     @property
     def names(self) -> dict[str, str]:
         """Tokens by name: `bos_token`, `image_token`, whatever the configuration has."""
-        more = self.config.get("extra_special_tokens")
-        found = {key: value for key, value in self.config.items() if key.endswith("_token")}
-        found |= more if isinstance(more, dict) else {}
-        pairs = {key: _content(value) for key, value in found.items()}
+        pairs = {key: _content(value) for key, value in _named(self.config).items()}
         return {key: content for key, content in pairs.items() if content}
 
     def scheme(self, prefixes: bool, model_file: bool) -> str | None:
@@ -58,16 +58,23 @@ class Declared:
 
         Args:
           prefixes: whether the vocabulary puts a space in front by itself.
-          model_file: whether it is a SentencePiece file, which "legacy" is about; tokenizer.json
-            was written with that setting, and is changed by "add_prefix_space" alone.
+          model_file: whether it is a SentencePiece file, which "legacy" is about by itself;
+            tokenizer.json was written with that setting, and is changed where "add_prefix_space"
+            asks for it.
         """
         add, legacy = self.config.get("add_prefix_space"), self.config.get("legacy")
-        kind = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
-        if not model_file and (kind in _GENERIC or add is None):
+        if not model_file and (self.kind not in _SPACED or add is None):
             return None
         if not (prefixes if add is None else add):
             return "never" if prefixes else None
-        return "first" if legacy is False else None if prefixes else "always"
+        if legacy is None or (legacy and model_file):
+            return None if prefixes else "always"
+        return "always" if legacy else "first"
+
+    @property
+    def kind(self) -> str:
+        """The class of Hugging Face's library, whichever of its two forms."""
+        return str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
 
 
 def read_declared(folder: Path) -> Declared:
@@ -79,7 +86,8 @@ def read_declared(folder: Path) -> Declared:
     path = folder / "tokenizer_config.json"
     config, older = read_json(path), read_json(folder / "special_tokens_map.json")
     table = config.get("added_tokens_decoder")
-    config = {**older, **config} if table is not None else {**config, **older}
+    if table is None:
+        config = {**config, **older}
     others = config.get("additional_special_tokens"), config.get("extra_special_tokens")
     entries = [value for values in others if isinstance(values, list) for value in values]
     listed = [content for content in map(_content, entries) if content]
@@ -101,59 +109,40 @@ def read_declared(folder: Path) -> Declared:
             f"'{path}' has a malformed table of added tokens ({error!r:.80}); each needs a number "
             "and its text"
         ) from error
-    given = {_content(value): value for value in (*entries, *config.values())}
+    given = {_content(value): value for value in (*entries, *_named(config).values())}
     for content in special:
         tokens.setdefault(content, (_token(given.get(content, content), special), None))
     tokens.pop("", None)
     return Declared(config, list(tokens.values()), listed, table is not None)
 
 
-def add_tokens(tokenizer: tokenizers.Tokenizer, declared: Declared) -> tokenizers.Tokenizer:
-    """The tokenizer with the tokens that the files declare, each at its number.
+def add_tokens(tokenizer: tokenizers.Tokenizer, declared: Declared, name: str) -> None:
+    """Add the tokens that the files declare, in the order of their numbers, at the end.
 
-    A token without a number, or whose number is another's, gets the next free one.
+    Where the files leave out numbers they get the next ones nevertheless, as in Hugging Face's
+    library; that is reported.
 
-    Raises:
-      ValueError: the kind of vocabulary cannot leave out numbers as the files do.
+    Args:
+      tokenizer: modified.
+      name: its origin, for the report.
     """
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    new: list[tuple[AddedToken, int | None]] = []
+    new: list[AddedToken] = []
     for token, number in declared.tokens:
         old = known.get(token.content)
         if old is not None and (number is None or not declared.overrides):
             flags = {flag: getattr(old, flag) for flag in _FLAGS}
             token = AddedToken(old.content, special=old.special or token.special, **flags)
         if repr(token) != repr(old):
-            new.append((token, number))
-    if not new:
-        return tokenizer
-    taken = set(tokenizer.get_vocab(with_added_tokens=True).values())
-    absent = [(t.content, n) for t, n in new if tokenizer.token_to_id(t.content) is None]
-    entries = {content: n for content, n in absent if n is not None and n not in taken}
-    free = itertools.count(max((*taken, *entries.values()), default=-1) + 1)
-    entries |= {content: next(free) for content, _ in absent if content not in entries}
-    # By itself the library numbers from the end on, which takes no rebuilding.
-    if sorted(entries.values()) != [*range(len(taken), len(taken) + len(entries))]:
-        tokenizer = _with_entries(tokenizer, entries)
-    order = {content: i for i, content in enumerate(sorted(entries, key=lambda c: entries[c]))}
-    tokenizer.add_tokens(sorted((t for t, _ in new), key=lambda t: order.get(t.content, -1)))
-    return tokenizer
-
-
-def _with_entries(
-    tokenizer: tokenizers.Tokenizer, entries: Mapping[str, int]
-) -> tokenizers.Tokenizer:
-    """The tokenizer with more entries in its vocabulary, which may have any numbers."""
-    layout = json.loads(tokenizer.to_str())
-    vocabulary = layout["model"].get("vocab")
-    if not isinstance(vocabulary, dict):
-        content, number = next(iter(entries.items()))
-        raise ValueError(
-            f"token {content!r} has the number {number}, beyond the end of a vocabulary that "
-            "leaves out no numbers; save the tokenizer anew with the library that wrote it"
-        )
-    vocabulary.update(entries)
-    return tokenizers.Tokenizer.from_str(json.dumps(layout))
+            new.append(token)
+    tokenizer.add_tokens(new)
+    for token, number in declared.tokens:
+        found = tokenizer.token_to_id(token.content)
+        if number is not None and found != number:
+            logging.warning(
+                "'%s': the token %r is number %s, as in transformers; the files beside it say %d",
+                name, token.content, found, number,
+            )  # fmt: skip
 
 
 def set_spaces(tokenizer: tokenizers.Tokenizer, declared: Declared, model_file: bool) -> None:
@@ -161,9 +150,10 @@ def set_spaces(tokenizer: tokenizers.Tokenizer, declared: Declared, model_file: 
     state = {part: _steps(getattr(tokenizer, part)) for part in _PARTS}
     before = json.dumps(state)
     words, added = state["pre_tokenizer"], declared.config.get("add_prefix_space")
-    for step in words:
-        if step["type"] == "ByteLevel" and isinstance(added, bool):
-            step["add_prefix_space"] = added
+    if [step["type"] for step in words] == ["ByteLevel"]:  # others split before they would add it
+        default = None if declared.kind in _GENERIC else False
+        if (added := default if added is None else added) is not None:
+            words[0]["add_prefix_space"] = bool(added)
     prepends = any(step["type"] == "Prepend" for step in state["normalizer"])
     spaced = [step for step in words if step["type"] == "Metaspace"]
     marks = [step for step in state["normalizer"] if step.get("content") == SPACE_SYMBOL]
@@ -224,6 +214,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}; an object was expected")
     return content
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The named tokens of a configuration, in the order in which the library adds them."""
+    keys = [key for key in (*_NAMES, *config) if key in config and key.endswith("_token")]
+    more = config.get("extra_special_tokens")
+    return {key: config[key] for key in keys} | (more if isinstance(more, dict) else {})
 
 
 def _content(value: Any) -> str:

@@ -100,10 +100,7 @@ def _as_declared(
     inner: tokenizers.Tokenizer, path: Path, declared: Declared, model_file: bool = False
 ) -> FastTokenizer:
     set_spaces(inner, declared, model_file)
-    try:
-        inner = add_tokens(inner, declared)
-    except ValueError as error:
-        raise ValueError(f"'{path}': {error}") from error
+    add_tokens(inner, declared, str(path))
     return FastTokenizer(inner, str(path))
 
 

@@ -13,7 +13,8 @@ from absl.testing import flagsaver
 
 from experiments import model_flags as commands
 from experiments.convert import new_folder
-from experiments.prompts import adapter_of, encode, read_rows
+from experiments.generate import with_common
+from experiments.prompts import adapter_of, encode, json_of, read_rows
 from lm.adapters import add_lora, merge
 from lm.config.command_line import ConfigError
 from lm.data.files import read_text
@@ -348,6 +349,34 @@ def test_prompts_that_cannot_be(opened):
         ("x:4", {"prompt": "a", "tools": [{}]}, ': "tools" is for chat templates; give "messages"'),
     ):
         refuses(lambda r=row, w=where: encode(opened, r, w), where, *words, error=ConfigError)
+
+
+def test_rows_say_what_their_template_reads(opened):
+    source = (
+        "{% if tools %}T{{ tools[0].name }}{% endif %}{% if documents %}D{% endif %}{{ mood }}"
+        "{{ messages[-1].content }}{% if add_generation_prompt %}:{% endif %}"
+    )
+    template = ChatTemplate.with_tokens(opened.tokenizer, source)
+    said = {"messages": [{"role": "user", "content": "hi"}]}
+    for more, expected in (
+        ({}, "hi:"),
+        ({"tools": [{"name": "f"}], "documents": [{"text": "d"}]}, "TfDhi:"),
+        ({"chat_template_kwargs": {"mood": "calm "}, "tools": []}, "calm hi:"),
+        ({"continue_final_message": True, "tools": None}, "hi"),
+    ):
+        ids = encode(opened, said | more, "x:1", template=template)
+        assert opened.tokenizer.decode(ids, skip_special=False).removeprefix("<s>") == expected
+    common = {"tools": [1], "chat_template_kwargs": {"a": 1, "b": 2}}
+    own = {"tools": None, "chat_template_kwargs": {"b": 3}}
+    assert with_common(own, common) == {"tools": [1], "chat_template_kwargs": {"a": 1, "b": 3}}
+    assert with_common({}, {}) == {}
+    for name, value, words in (
+        ("tools", "[", "--tools=[ is not JSON"),
+        ("tools", "{}", "has to be a list of JSON schemas"),
+        ("chat_template_kwargs", "[1]", "has to be an object of the template's own variables"),
+        ("tools", "nowhere.json", "nowhere.json"),
+    ):
+        refuses(lambda n=name, v=value: json_of(n, v, n), words, error=ConfigError)
 
 
 def test_line_ends_are_read_as_one_kind(tmp_path):

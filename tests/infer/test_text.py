@@ -48,6 +48,33 @@ def test_the_first_stop_counts():
     assert text.text == "one "
 
 
+SPECIAL = {"<|im_end|>": 3, "<|im": 4, "<other>": 5}
+WRITTEN = ["a", "<|im_end|>", "\n", "", "", ""]  # special tokens have no text of their own
+
+
+@pytest.mark.parametrize(
+    ("ids", "stop", "expected"),
+    [
+        ([0, 3, 0], "<|im_end|>", "a"),
+        ([0, 1, 0], "<|im_end|>", "a"),  # spelled out in letters
+        ([0, 4, 0, 3, 0], "<|im_end|>", "aa"),
+        ([0, 5, 0, 3, 2, 0], "<|im_end|>\n", "aa"),
+        ([0, 3, 0, 2], "<|im_end|>\n", "aa\n"),
+        ([0, 0, 3, 5, 0], "a<|im_end|><other>", "a"),
+        ([0, 3, 4], "<|im", "a"),
+    ],
+)
+def test_a_stop_that_names_special_tokens(ids, stop, expected):
+    text = StoppedText(Pieces(WRITTEN), [stop], SPECIAL)
+    for i in ids:
+        text.push(i)
+        if text.stopped:
+            break
+    text.finish()
+    assert text.text == expected
+    assert text.stopped == (ids != [0, 3, 0, 2])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_cuts_do_not_matter(seed):
     """The text before the first occurrence, for random texts over two letters and random cuts."""

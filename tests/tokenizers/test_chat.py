@@ -262,6 +262,20 @@ def test_what_templates_may_do():
     assert ChatTemplate("{{ mood }}").render(TURNS, mood="calm") == "calm"
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ nothing }}{{ messages[0].name }}{{ messages[0]['name'] }}|", "|"),
+        ("{{ 'a' ~ nothing }}{{ nothing|length }}{{ nothing|default('d') }}", "a0d"),
+        ("{% macro f(x, y) %}{{ x }}{{ y }}{% endmacro %}{{ f('a') }}", "a"),
+        ("{{ tools is none }}{{ documents is none }}{{ mood is defined }}", "TrueTrueFalse"),
+        ("{{ unk_token is defined }}{{ unk_token }}{{ eos_token }}", "False<|im_end|>"),
+    ],
+)
+def test_what_is_undefined_is_printed_as_nothing(source, expected):
+    assert ChatTemplate(source, BOS, EOS).render(TURNS) == expected
+
+
 def test_a_long_conversation_is_within_the_bounds():
     messages = [{"role": "user", "content": "word " * 2000}] * 1000
     assert len(ChatTemplate(templates.CHATML).render(messages)) > 10_000_000

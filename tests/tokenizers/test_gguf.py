@@ -178,6 +178,21 @@ def test_ends_and_rules():
     assert llama.add_bos and llama.encode_prompt("")[:1] == [1]
 
 
+@pytest.mark.parametrize("base", [SMALL[0], SMALL[-1]], ids=["bytes", "pieces"])
+def test_empty_and_equal_tokens(base):
+    """As in llama.cpp: an empty token is never made of text, of equal ones the last is used."""
+    more = {"tokens": ["", "<twice>", "<twice>"], "token_type": [1, 4, 4], "scores": [0.0] * 3}
+    keys = {f"tokenizer.ggml.{key}": values for key, values in more.items()}
+    longer = {key: [*base[key], *values] for key, values in keys.items() if key in base}
+    plain, tokenizer = from_gguf(base), from_gguf({**base, **longer})
+    size = plain.vocab_size
+    assert tokenizer.vocab_size == size + 3
+    assert tokenizer.encode("a  b") == plain.encode("a  b")
+    assert tokenizer.encode("<twice>")[-1] == size + 2
+    assert tokenizer.decode([size]) == "" and tokenizer.decode([size + 2]) == "<twice>"
+    assert tokenizer.decode([size + 1]) == "<twice>"
+
+
 def change(**changes):
     keys = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     return {k: v for k, v in ({**SMALL[0], **keys}).items() if v is not None}
