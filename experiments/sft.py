@@ -33,10 +33,12 @@ from lm.data.conversations import (
     read_conversations,
 )
 from lm.data.files import find_files, read_text, split_patterns
+from lm.files.base import replacing
 from lm.run.finetune import adapters_over, from_scratch, pretrained
 from lm.run.metrics import read
 from lm.run.parts import Run
 from lm.run.session import session
+from lm.run.workdir import result
 from lm.tokenizers import ChatTemplate
 
 CONFIGS = {"quicktest": configs.quicktest, "full": configs.full, "lora": configs.lora}
@@ -47,11 +49,14 @@ def main(config: Sft, workdir: pathlib.Path) -> None:
         run = assemble(config, workdir)
         outcome = opened.train(run, profile_steps())
         if outcome.reason == "finished" and distributed.is_first_process():
-            last = [row for row in read(workdir / "metrics.jsonl") if "held_out_loss" in row][-1]
-            held_out = {name: last[f"held_out_{name}"] for name in ("loss", "bits_per_byte")}
-            (workdir / "summary.json").write_text(json.dumps({"held_out": held_out}) + "\n")
-            print(f"held-out loss {held_out['loss']:.4f}; try it: python -m experiments.generate "
-                  f"--model={workdir} --chat --prompt=...")  # fmt: skip
+            rows = read(workdir / "metrics.jsonl")
+            for last in [row for row in rows if "held_out_loss" in row][-1:]:
+                held_out = {name: last[f"held_out_{name}"] for name in ("loss", "bits_per_byte")}
+                print(f"held-out loss {held_out['loss']:.4f}")
+                path = workdir / "summary.json"
+                with result(path, "the loss is above"), replacing(path) as file:
+                    file.write(json.dumps({"held_out": held_out}).encode() + b"\n")
+            print(f"try it: python -m experiments.generate --model={workdir} --chat --prompt=...")
 
 
 def assemble(config: Sft, workdir: pathlib.Path) -> Run:

@@ -23,12 +23,14 @@ from lm.data.batches import HeldOut
 from lm.data.corpus import Corpus
 from lm.data.ngram import ByteNgram
 from lm.distributed.collectives import print_once
+from lm.files.base import replacing
 from lm.infer.generate import LocalSampler
 from lm.infer.requests import Request
 from lm.model import num_params, train_flops, unstack
 from lm.run import metrics as metrics_lib
 from lm.run import report
 from lm.run.parts import Run
+from lm.run.workdir import result
 from lm.tokenizers.base import Tokenizer
 
 Tree = Any
@@ -47,6 +49,7 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
     workdir = run.workdir
     rows = metrics_lib.read(workdir / "metrics.jsonl")
     held_out = held_out_measures(run, corpus, rows)
+    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     samples = draw_samples(config, params, run.tokenizer)
     own_text = config.data.files or config.data.sources
     summary = {
@@ -62,16 +65,16 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
         "train": {
             "num_steps": run.num_steps,
             "loss": training_loss(rows),
-            "tokens_per_second": statistics.median(
-                row["tokens_per_second"] for row in rows if "tokens_per_second" in row
-            ),
+            "tokens_per_second": statistics.median(rates) if rates else None,
         },
         "samples": samples,
         "corpus": {k: v for k, v in corpus.summary.items() if not isinstance(v, dict)},
         "environment": environment(),
         "files": files_made(workdir, corpus),
     }
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    again = "make room, and give the same command again"
+    with result(workdir / "summary.json", again), replacing(workdir / "summary.json") as file:
+        file.write(json.dumps(summary, indent=2).encode() + b"\n")
     for sample in samples:
         print_once(f"\n--- {sample['prompt']!r} continued ---\n{sample['prompt']}{sample['text']}")
     if held_out:
@@ -82,7 +85,9 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
     else:
         print_once("\nno held-out figures: nothing is held out")
     if importlib.util.find_spec("matplotlib"):
-        report.write_from_workdir(workdir)
+        command = f"python -m experiments.report --workdir={workdir} writes it"
+        with result(workdir / "report.html", command):
+            report.write_from_workdir(workdir)
     else:
         print_once("no report: matplotlib is missing; pip install 'lm-lifecycle[report]', then "
             f"python -m experiments.report --workdir={workdir}")  # fmt: skip

@@ -33,7 +33,7 @@ BUDGETS = {
     "lm.adapters": 800,
     "lm.data": 2_550,
     "lm.train": 2_150,
-    "lm.run": 3_000,
+    "lm.run": 3_100,
     "lm.quantize": 1_500,
     "lm.infer": 3_000,
     "lm.align": 2_500,

@@ -104,8 +104,7 @@ class RunLogger:
 
     @contextlib.contextmanager
     def saving(self, done: int) -> Iterator[None]:
-        """Around the save of a checkpoint: what it will go on from is on disk, and timed."""
-        self.writer.flush()
+        """Around the save of a checkpoint: timed, and the time spent so far is an event."""
         with self.goodput.timed("checkpoint"):
             yield
         self.writer.event("goodput", done, **self.goodput.event())

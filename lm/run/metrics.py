@@ -4,23 +4,32 @@
 was measured at a step, `{"event": "resumed", "step": 10}` for what happened. Floats are written in
 full (`float(repr(x)) == x`); the numbers strict JSON lacks are the strings "NaN", "Infinity" and
 "-Infinity", as in protobuf's JSON mapping, and `read` turns them back into floats.
+
+What cannot be written, on a disk that is full, is lost and said to be; the run goes on.
 """
 
+import contextlib
+import errno
+import functools
 import importlib
 import json
 import math
 import os
 import pathlib
 import resource
+import socket
+import struct
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
+from absl import logging
 from tqdm import tqdm
 
 from lm.config.codec import NON_FINITE
+from lm.files.base import replacing
 from lm.run.goodput import Hardware, clock_time
 
 
@@ -29,7 +38,8 @@ class MetricsWriter:
 
     Opening cuts off a line torn by a crash. On resuming from step N, call `truncate_after(N)`
     first, so that no step appears twice. With `enabled=False` (any host but the first) nothing is
-    written.
+    written. Rows that a full disk does not take are lost; how many is an event, "rows_lost", as
+    soon as there is room.
     """
 
     def __init__(
@@ -37,15 +47,12 @@ class MetricsWriter:
     ):
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         self.enabled = enabled
-        self._tensorboard_folder = self.path.parent / "tensorboard"
-        self._tensorboard_enabled = enabled and tensorboard
-        self._tensorboard: Any = None
-        self._purge_step: int | None = None
+        self._events = EventFile(self.path.parent / "tensorboard", enabled and tensorboard)
         self._file: TextIO | None = None
+        self._num_lost = 0
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_torn_line(self.path)
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            self._file = self._open()
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes one row. A scalar is a Python or NumPy number, or a 0-d array of any library.
@@ -56,11 +63,7 @@ class MetricsWriter:
             return
         values = {name: _number(name, value) for name, value in scalars.items()}
         self._append({"step": int(step)} | values)
-        if writer := self._open_tensorboard():
-            # One record for the row: `add_scalar`, a record per value, takes five times as long.
-            proto = importlib.import_module("tensorboardX.proto.summary_pb2")
-            shown = [proto.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-            writer.file_writer.add_summary(proto.Summary(value=shown), int(step))
+        self._events.write(int(step), values)
 
     def event(self, name: str, step: int, **details: Any) -> None:
         """Writes `{"event": name, "step": step, ...}`; details are JSON values."""
@@ -82,27 +85,19 @@ class MetricsWriter:
             if "event" in row or row.get("step", 0) <= step
         ]
         if kept != rows:
-            assert self._file is not None
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_text("".join(_line(row) for row in kept), "utf-8")
-            self._file.close()
-            os.replace(part, self.path)
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        self._close_tensorboard()
-        self._purge_step = step + 1
-        if self._tensorboard_enabled and self._tensorboard_folder.exists():
-            self._open_tensorboard().flush()  # should this process be killed before its first row
+            try:
+                with replacing(self.path) as file:
+                    file.write("".join(map(_line, kept)).encode())
+            except OSError as error:  # the later of two rows of a step counts, for all who read
+                logging.error("%s keeps what is undone: %s", self.path, error.strerror or error)
+            self._drop_file()
+        self._events.forget(step + 1)
         return len(rows) - len(kept)
 
-    def flush(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
-
     def close(self) -> None:
-        self._close_tensorboard()
-        if self._file is not None:
-            self._file.close()
-        self._file, self.enabled, self._tensorboard_enabled = None, False, False
+        self._events.close()
+        self._drop_file()
+        self.enabled = False
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -111,43 +106,107 @@ class MetricsWriter:
         self.close()
 
     def _append(self, row: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(_line(row))  # line-buffered: it is in the file at once
+        try:
+            if self._file is None:
+                self._file = self._open()
+            if self._num_lost:
+                lost = {"event": "rows_lost", "step": row["step"], "rows": self._num_lost}
+                self._file.write(_line(lost))
+                self._num_lost = 0
+            self._file.write(_line(row))  # line-buffered: it is in the file at once
+        except OSError as error:
+            if not self._num_lost:
+                logging.error("%s: %s; rows are lost, training goes on", self.path, error.strerror)
+            self._num_lost += 1
+            self._drop_file()
 
-    def _open_tensorboard(self) -> Any:
-        # Opened at the first value, when it is known which steps TensorBoard should forget.
-        if self._tensorboard is None and self._tensorboard_enabled:
-            self._tensorboard = _tensorboardx().SummaryWriter(
-                str(self._tensorboard_folder),
-                purge_step=self._purge_step,
-                flush_secs=10,
-                # The default name has whole seconds: a quick restart would overwrite its file.
-                filename_suffix=f".{time.time_ns()}",
-            )
-        return self._tensorboard
+    def _open(self) -> TextIO:
+        _cut_torn_line(self.path)
+        return self.path.open("a", encoding="utf-8", buffering=1)
 
-    def _close_tensorboard(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+    def _drop_file(self) -> None:
+        """Closed, with what it still wanted to write; it is opened again when there is a row."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+
+
+class EventFile:
+    """Scalars for TensorBoard, each row one record (TFRecord of `Event`) in the file at once.
+
+    tensorboardX's own writer has a thread that a full disk ends, and then waits for it for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, enabled: bool = True):
+        self.folder, self.enabled = folder, enabled
+        self._file: BinaryIO | None = None
+        self._purge_step: int | None = None
+        self._failing = False
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One row; lost, and said to be, where it cannot be written."""
+        if self.enabled:
+            proto = _tensorboardx("proto.summary_pb2")
+            shown = [proto.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+            self._write({"step": step, "summary": proto.Summary(value=shown)})
+
+    def forget(self, step: int) -> None:
+        """TensorBoard forgets what earlier files have of `step` and later ones."""
+        self.close()
+        self._purge_step = step
+        if self.enabled and self.folder.exists():
+            self._write()  # should this process be killed before its first row
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def _write(self, *events: Mapping[str, Any]) -> None:
+        try:
+            if self._file is None:
+                # Opened at the first value, when it is known which steps are to be forgotten.
+                self.folder.mkdir(parents=True, exist_ok=True)
+                now = time.time_ns()  # whole seconds alone: a quick restart would share the file
+                name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
+                self._file = (self.folder / name).open("ab", buffering=0)
+                begins: list[Mapping[str, Any]] = [{"file_version": "brain.Event:2"}]
+                if self._purge_step is not None:
+                    begins.append({"step": self._purge_step, "session_log": {"status": "START"}})
+                events = (*begins, *events)
+            data = b"".join(map(_record, events))
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._purge_step, self._failing = None, False
+        except OSError as error:
+            if not self._failing:
+                logging.error(
+                    "%s: %s; rows are lost, training goes on", self.folder, error.strerror
+                )
+            self._failing = True
+            self.close()  # a record may be torn: the next begins a new file
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a metrics file, which may still be growing: an unfinished last line is left out.
 
-    ValueError names the line that is not a JSON object.
+    A line that a crash or a full disk left damaged is passed over, and named with its number.
     """
     rows = []
     *lines, _ = pathlib.Path(path).read_text("utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append({
-                key: NON_FINITE.get(value, value) if isinstance(value, str) else value
-                for key, value in row.items()
-            })  # fmt: skip
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: not a JSON object: {line[:80]!r}") from error
+            if not isinstance(row, dict) or not isinstance(row["step"], int):
+                raise ValueError("not a row")
+        except (ValueError, KeyError, RecursionError):
+            logging.warning("%s:%d is passed over: not a row: %.80r", path, number, line)
+            continue
+        rows.append({
+            key: NON_FINITE.get(value, value) if isinstance(value, str) else value
+            for key, value in row.items()
+        })  # fmt: skip
     return rows
 
 
@@ -181,22 +240,34 @@ def to_json(value: Any) -> Any:
 
 def _cut_torn_line(path: pathlib.Path) -> None:
     """Cuts the file after its last whole line: a crash may leave half of one, or NUL bytes."""
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    if data[end:]:
-        with path.open("r+b") as file:
-            file.truncate(end)
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _tensorboardx() -> Any:
-    """Imports tensorboardX without PyTorch, which it would load (seconds) where installed."""
+def _record(event: Mapping[str, Any]) -> bytes:
+    """A TFRecord: length, its checksum, the event, its checksum; little-endian."""
+    data = _tensorboardx("proto.event_pb2").Event(wall_time=time.time(), **event)
+    data = data.SerializeToString()
+    checksum = _tensorboardx("record_writer").masked_crc32c
+    length = struct.pack("<Q", len(data))
+    sums = (struct.pack("<I", checksum(part)) for part in (length, data))
+    return b"".join((length, next(sums), data, next(sums)))
+
+
+@functools.cache
+def _tensorboardx(module: str) -> Any:
+    """A module of tensorboardX, imported without PyTorch, which it would load where installed."""
+    name = f"tensorboardX.{module}"
     if "torch" in sys.modules:
-        return importlib.import_module("tensorboardX")
+        return importlib.import_module(name)
     sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
     try:
-        return importlib.import_module("tensorboardX")
+        return importlib.import_module(name)
     finally:
         del sys.modules["torch"]
 

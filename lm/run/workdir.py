@@ -24,6 +24,8 @@ import socket
 from collections.abc import Iterator
 from typing import IO, Any
 
+from absl import logging
+
 from lm.config import codec
 from lm.config.changes import Change, changes
 from lm.config.codec import ConfigError
@@ -45,6 +47,15 @@ def check_path(workdir: pathlib.Path) -> None:
             f"workdir {os.fsdecode(path)!r}: TensorStore, which writes checkpoints, takes no "
             "backslash and only UTF-8; give a path without"
         )
+
+
+@contextlib.contextmanager
+def result(path: pathlib.Path, remedy: str) -> Iterator[None]:
+    """Around the writing of a result that is not worth a run: where it fails that is said."""
+    try:
+        yield
+    except OSError as error:
+        logging.error("%s is not written: %s; %s", path, error.strerror or error, remedy)
 
 
 @contextlib.contextmanager

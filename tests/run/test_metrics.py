@@ -1,9 +1,11 @@
 """A metrics file survives crashes and resumes; the throughput counts only what it should."""
 
+import contextlib
 import io
 import json
 import math
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -81,10 +83,50 @@ def test_a_torn_line_is_cut_wherever_it_was_torn(tmp_path, cut):
     assert path.read_bytes() == data
 
 
-def test_a_broken_line_inside_is_an_error_with_its_number(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a JSON object"):
-        read(tmp_path / "metrics.jsonl")
+BROKEN = (
+    '{"st', "\0" * 40, '\0\0{"step": 9}', '{"step": 1, "lo{"step": 2}', "[1]", '"a"', "3", "{}",
+    '{"step": null}', "[" * 9999,
+)  # fmt: skip
+
+
+def test_a_damaged_line_is_passed_over_with_its_number(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(['{"step": 1}', *BROKEN, '{"step": 3, "loss": "NaN"}', ""]))
+    assert [row["step"] for row in read(path)] == [1, 3]
+    found = [re.search(r"metrics\.jsonl:(\d+) is passed over", r.message) for r in caplog.records]
+    assert [int(each[1]) for each in found if each] == list(range(2, 2 + len(BROKEN)))
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        assert writer.truncate_after(2) == 1
+    assert lines(tmp_path) == ['{"step": 1}']
+
+
+@contextlib.contextmanager
+def room_for(num_bytes):
+    """No file can be larger: writes stop in the middle, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_rows_that_find_no_room_are_lost_and_counted(tmp_path, caplog):
+    """Not the run; TensorBoard neither, whatever of a record was written."""
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        with room_for(size + 8):
+            for step in range(2, 31):
+                writer.write(step, {"loss": 1.0})
+            writer.event("note", 30)
+            assert writer.truncate_after(28) == 0
+        writer.write(29, {"loss": 3.0})
+    lost = {"event": "rows_lost", "step": 29, "rows": 30}
+    assert read(tmp_path / "metrics.jsonl")[1:] == [lost, {"step": 29, "loss": 3.0}]
+    assert len([r for r in caplog.records if "rows are lost" in r.message]) == 2
+    steps = {e.step for e in tensorboard_events(tmp_path) if e.summary.value}
+    assert {1, 29} <= steps
 
 
 def test_resuming_repeats_no_step_and_events_outlive_theirs(tmp_path):
@@ -120,7 +162,6 @@ with MetricsWriter(sys.argv[1]) as writer:
         writer.write(step, {"loss": 1 / step, "padding": 0.1 * step})
         if step % 10 == 0:
             writer.event("note", step, text="x" * (step % 700))
-            writer.flush()
         if step == start + 200:
             print("going", flush=True)
 """
