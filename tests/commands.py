@@ -17,11 +17,12 @@ import sys
 from collections.abc import Sequence
 from unittest import mock
 
-from absl import flags, logging
+from absl import app, flags, logging
 from absl.testing import flagsaver
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 Done = tuple[int, str, str]  # exit status, stdout, stderr
+assert app.RUN_WITH_PDB.name in flags.FLAGS  # not defined in a call, and gone after it
 
 
 def call(name: str, *arguments: object) -> Done:

@@ -22,7 +22,7 @@ from lm.config import command_line as config_lib
 from lm.run import metrics as metrics_lib
 from tests.commands import ROOT, of_one_device
 
-NUM_STEPS = 60
+NUM_STEPS = 40
 SETTINGS = {
     "data.files": f"{sysconfig.get_path('stdlib')}/email/*.py",
     "data.max_megabytes": "0",

@@ -36,32 +36,26 @@ def settings(finished: pathlib.Path, **changes: str) -> dict[str, str]:
     return SETTINGS | {"data.directory": str(finished / "data")} | edits
 
 
-def test_killed_told_to_go_and_killed_while_saving_it_ends_the_same(
+def test_told_to_go_and_killed_while_saving_it_ends_the_same(
     finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Told to go, it saves at once: no checkpoint is due by its interval then."""
-    workdir, rng = tmp_path / "run", random.Random(0)
-    ours = settings(finished)
-    first = rng.randrange(6, NUM_STEPS // 2)
-    process = survival.start(workdir, ours)
-    assert survival.stop_when(process, lambda: last_step(workdir) >= first) == -signal.SIGKILL
-
+    workdir, ours = tmp_path / "run", settings(finished)
     process = survival.start(workdir, ours | {"intervals.save": "1000"})
-    before = last_step(workdir)
-    code = survival.stop_when(process, lambda: last_step(workdir) > before, signal.SIGTERM)
+    code = survival.stop_when(process, lambda: last_step(workdir) > 6, signal.SIGTERM)
     assert code == PreemptionNotice.EXIT, pathlib.Path(f"{workdir}.log").read_text()[-2000:]
     (event,) = survival.events(workdir, "preempted")
     assert (workdir / "checkpoints" / str(event["step"])).is_dir()
-    assert before < last_step(workdir) == event["step"] < NUM_STEPS
+    assert 6 < last_step(workdir) == event["step"] < NUM_STEPS
 
     process = survival.start(workdir, ours)
     saving = lambda: last_step(workdir) > event["step"] and survival.is_saving(workdir)  # noqa: E731
     assert survival.stop_when(process, saving) == -signal.SIGKILL
-    survival.finish(workdir, ours)
+    run(finished, workdir)
     assert course(workdir) == course(finished)
     assert digest(workdir, NUM_STEPS) == digest(finished, NUM_STEPS)
-    resumed = [row["step"] for row in survival.events(workdir, "resumed")]
-    assert len(resumed) == 3 and resumed == sorted(resumed) and resumed[1] == event["step"]
+    first, second = (row["step"] for row in survival.events(workdir, "resumed"))
+    assert first == event["step"] <= second
 
 
 @pytest.mark.slow
@@ -206,14 +200,14 @@ def saved(workdir: pathlib.Path) -> list[int]:
 def test_told_to_end_inside_a_spike_it_goes_back_as_if_nothing_had_happened(
     finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 58 and 59 are bad. One checkpoint is kept, and a newer one from inside the spike."""
-    poison(monkeypatch, [57 * 16, 58 * 16], not_a_number)
+    """Steps 38 and 39 are bad. One checkpoint is kept, and a newer one from inside the spike."""
+    poison(monkeypatch, [37 * 16, 38 * 16], not_a_number)
     changes = {"rewind__patience": "2", "checkpoints__keep": "1"}
-    workdir = run(finished, survival.interrupted(finished, tmp_path / "whole", 52), **changes)
+    workdir = run(finished, survival.interrupted(finished, tmp_path / "whole", 32), **changes)
     (event,) = survival.events(workdir, "rewound")
-    assert (event["step"], event["from_step"]) == (56, 60)
-    for stop, left in ((58, [56, 58]), (59, [56])):
-        again = survival.interrupted(finished, tmp_path / f"told-at-{stop}", 52)
+    assert (event["step"], event["from_step"]) == (36, 40)
+    for stop, left in ((38, [36, 38]), (39, [36])):
+        again = survival.interrupted(finished, tmp_path / f"told-at-{stop}", 32)
         with monkeypatch.context() as patch:
             patch.setattr(PreemptionNotice, "agreed", lambda _, step, stop=stop: step == stop)
             with pytest.raises(SystemExit) as ended:
@@ -228,16 +222,16 @@ def test_told_to_end_inside_a_spike_it_goes_back_as_if_nothing_had_happened(
 def test_a_spike_in_the_last_steps_is_gone_back_from_or_told_of(
     finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Steps 59 and 60 are bad."""
-    poison(monkeypatch, [58 * 16, 59 * 16], not_a_number)
-    workdir = survival.interrupted(finished, tmp_path / "run", 52)
+    """Steps 39 and 40 are bad."""
+    poison(monkeypatch, [38 * 16, 39 * 16], not_a_number)
+    workdir = survival.interrupted(finished, tmp_path / "run", 32)
     run(finished, workdir, rewind__patience="3")
-    assert "the weights are those of step 58" in capsys.readouterr().out
+    assert "the weights are those of step 38" in capsys.readouterr().out
     assert not survival.events(workdir, "rewound")
-    survival.interrupted(workdir, workdir, 56)
+    survival.interrupted(workdir, workdir, 36)
     run(finished, workdir, rewind__patience="2")
     (event,) = survival.events(workdir, "rewound")
-    assert (event["step"], event["from_step"]) == (56, 60)
+    assert (event["step"], event["from_step"]) == (36, 40)
     assert "the weights are those of step" not in capsys.readouterr().out
 
 
@@ -248,10 +242,10 @@ def test_a_newer_checkpoint_on_the_hosts_own_disk_is_the_one_to_go_on_from(
     changes = {"checkpoints__local": str(tmp_path / "disk"), "checkpoints__local_steps": "3"}
     run(finished, workdir, **changes)
     theirs = course(workdir), digest(workdir, NUM_STEPS)
-    survival.interrupted(workdir, workdir, 40)
+    survival.interrupted(workdir, workdir, 28)
     run(finished, workdir, **changes)
     (event,) = survival.events(workdir, "resumed")
-    assert event["step"] == 57  # step 60 was due on the shared disk too
+    assert event["step"] == 39  # step 40 was due on the shared disk too
     assert (course(workdir), digest(workdir, NUM_STEPS)) == theirs
 
 

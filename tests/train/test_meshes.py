@@ -3,6 +3,7 @@
 import pytest
 
 from lm.sharding import MeshShape
+from tests.train import test_collectives
 from tests.train.tiny import TIED, UNTIED, Case, assert_same, run
 
 FSDP8, TENSOR8 = MeshShape(fsdp=8), MeshShape(tensor=8)
@@ -32,9 +33,21 @@ CASES = [
     Case(ALL, zero=3, sequence_parallel=True, num_micro_batches=4, config=TIED),
     Case(ALL, zero=2, sequence_parallel=True, num_micro_batches=2, loss="reference"),
 ]
+# Each axis, stage of ZeRO and way to compute in some case: programs whose collectives are looked at
+# as well, and these.
+DRAWN = {
+    Case(MeshShape(data=8), zero=0, num_micro_batches=2, loss="reference"),
+    Case(MeshShape(fsdp=2, context=4), zero_axes=("fsdp", "context")),
+    Case(MeshShape(fsdp=2, expert=4), config=TIED),
+    Case(ALL, zero=2, sequence_parallel=True, num_micro_batches=2, loss="reference"),
+} | set(test_collectives.CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in DRAWN else pytest.mark.slow) for case in CASES],
+    ids=str,
+)
 def test_equals_one_device(case):
     # One device, one micro-batch, the logits held whole: `test_step` compares it with plain JAX.
     assert case.config in (TIED, UNTIED)

@@ -114,17 +114,21 @@ def run(mesh: MeshShape, num_micro_batches: int, packed: bool) -> Result:
 ONE = MeshShape()
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+MESH = MeshShape(data=2, fsdp=2, tensor=2)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("mesh", "num_micro_batches"),
+    ("mesh", "num_micro_batches", "packed"),
     [
-        (ONE, 2),
-        (ONE, 4),
-        (MeshShape(data=2, fsdp=2, tensor=2), 1),
-        (MeshShape(data=2, fsdp=2, tensor=2), 4),
-        (MeshShape(data=2, context=2, tensor=2), 2),
+        (ONE, 4, True),
+        (MESH, 4, False),
+        (MeshShape(data=2, context=2, tensor=2), 2, True),
+        *[slow(ONE, num, packed) for num, packed in ((2, True), (2, False), (4, False))],
+        *[slow(MESH, num, packed) for num, packed in ((1, True), (1, False), (4, True))],
+        slow(MeshShape(data=2, context=2, tensor=2), 2, False),
     ],
-    ids=["micro2", "micro4", "mesh", "mesh-micro4", "zigzag-micro2"],
+    ids=str,
 )
 def test_pairs_are_whole_however_they_are_computed(mesh, num_micro_batches, packed):
     expected = run(ONE, 1, packed)

@@ -145,7 +145,7 @@ def test_stacked_vectors_are_no_matrices(config):
 @pytest.mark.parametrize(
     "config",
     [
-        AdamW(weight_decay=0.5),
+        pytest.param(AdamW(weight_decay=0.5), marks=pytest.mark.slow),
         Muon(dtype="float32"),
         pytest.param(Adafactor(), marks=pytest.mark.slow),
         pytest.param(Soap(frequency=2), marks=pytest.mark.slow),
@@ -169,7 +169,10 @@ def test_training_on_a_mesh_equals_one_device(config):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [optax.adamw(1.0, weight_decay=0.1), optax.contrib.muon(1.0, weight_decay=0.1)],
+    [
+        optax.adamw(1.0, weight_decay=0.1),
+        pytest.param(optax.contrib.muon(1.0, weight_decay=0.1), marks=pytest.mark.slow),
+    ],
     ids=["adamw", "muon"],
 )
 def test_any_of_optaxs_optimizers_trains_on_a_zero_mesh(optimizer):
