@@ -106,11 +106,10 @@ def find_system_files(seed: int) -> list[Candidate]:
         for directory, subdirectories, files in os.walk(root):
             others = {"__pycache__", "site-packages", "dist-packages"}
             subdirectories[:] = [d for d in subdirectories if d not in others]
+            folder = Path(label, Path(directory).relative_to(root)).as_posix()
             for file in files:
-                path = Path(directory, file)
-                name = f"{label}/{path.relative_to(root).as_posix()}"
-                kind = _system_kind(name, seed)
-                if kind and not path.is_symlink():
+                kind = _system_kind(name := f"{folder}/{file}", seed)
+                if kind and not (path := Path(directory, file)).is_symlink():
                     found.append(Candidate(path, name, kind, path.stat().st_size))
     return sorted(found, key=lambda c: c.name)
 

@@ -112,7 +112,7 @@ def check_epochs(sources, rows):
             assert len(set(epoch)) == len(epoch)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases())
 def test_steps_read_every_global_row_once_but_those_skipped(case):
     batches = case.batches()
@@ -128,7 +128,7 @@ def test_steps_read_every_global_row_once_but_those_skipped(case):
     assert at == len(rows)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases())
 def test_an_epoch_of_a_source_is_each_of_its_rows_once(case):
     """Across phases, stages and skips."""
@@ -141,7 +141,7 @@ def test_an_epoch_of_a_source_is_each_of_its_rows_once(case):
         assert batches.epochs(n) == [before.count(d.name) / d.num_rows for d in case.sources]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases())
 def test_shares_are_exact_in_blocks_and_caps_hold(case):
     """One stage: follows the rows block by block, with the shares that the caps leave."""
@@ -177,7 +177,7 @@ def test_shares_are_exact_in_blocks_and_caps_hold(case):
     assert all(given[name] <= cap for name, cap in caps.items())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(cases(), st.integers(0, 19), st.randoms(use_true_random=False))
 def test_hosts_read_the_parts_of_one_batch(case, step, random):
     batches = case.batches()
@@ -196,7 +196,7 @@ def test_hosts_read_the_parts_of_one_batch(case, step, random):
         assert document == data.row(row)[1][0, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases(), st.integers(0, 20))
 def test_a_restart_at_any_step_goes_straight_on(case, stop):
     batches = case.batches()
@@ -208,7 +208,7 @@ def test_a_restart_at_any_step_goes_straight_on(case, stop):
     assert resumed.check(state) == stop
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases(), st.data())
 def test_a_changed_configuration_starts_a_recorded_stage(case, data):
     """Restarts with other batch sizes and mixtures: the past stays, and no row is lost between."""
@@ -231,7 +231,7 @@ def test_a_changed_configuration_starts_a_recorded_stage(case, data):
     check_epochs(case.sources, all_rows(stream, 20))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(cases(), st.integers(0, 19), st.integers(1, 30))
 def test_a_skip_moves_what_follows_and_nothing_before(case, at, num_rows):
     before = case.batches()
@@ -246,7 +246,7 @@ def test_a_skip_moves_what_follows_and_nothing_before(case, at, num_rows):
     assert before.skips == sorted(case.skips)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(cases(), st.integers(1, 6))
 def test_a_batch_size_ramp_moves_no_row(case, batch_size):
     mixture = case.stages[0].mixture

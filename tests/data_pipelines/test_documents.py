@@ -290,8 +290,8 @@ def test_bad_combinations(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_validation_set_takes_its_text_from_the_system_too(tmp_path):
-    system = SystemText("system", 300_000, 0.5, 0.1)
+def test_a_validation_set_takes_its_text_from_the_system_too(small_system, tmp_path):
+    system = SystemText("system", 60_000, 0.5, 0.1)
     some = documents(system)[0]
     seen = set()
     taken = write_jsonl(tmp_path / "v.jsonl", some[:1])

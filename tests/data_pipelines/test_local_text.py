@@ -156,8 +156,8 @@ def test_max_bytes_bounds_the_text(tmp_path):
     assert 15_000 <= total < 15_000 + longest
 
 
-def test_the_system_has_text(tmp_path):
-    built = build(tmp_path / "out", max_bytes=700_000, vocab_size=1024, progress=False)
+def test_the_system_has_text(small_system, tmp_path):
+    built = build(tmp_path / "out", max_bytes=250_000, vocab_size=700, progress=False)
     kinds = built.summary["sources"]["local_text"]["bytes_by_kind"]
     assert kinds["source"] / sum(kinds.values()) == pytest.approx(0.7, abs=0.1)
     assert splits_of(built)["train"]["bytes_per_token"] > 1.8

@@ -240,9 +240,12 @@ HARMFUL = {
 }
 
 
+LONG = {"nesting": pytest.mark.slow}  # spends its bounds in small steps
+
+
 # Unbounded, each of the costly ones takes hours or all memory.
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", HARMFUL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG.get(n, ())) for n in HARMFUL])
 def test_harmful_templates_are_errors(name):
     source, message = HARMFUL[name]
     refuses(lambda: ChatTemplate(source).render(TURNS), message, error=TemplateError)
