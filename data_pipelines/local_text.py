@@ -28,13 +28,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from tqdm import tqdm
 
 from data_pipelines import texts as stages
 from data_pipelines.documents import DataSource, SystemText, ValidationSet
 from data_pipelines.spool import BYTES, Spool, tokenize
 from data_pipelines.texts import Candidate
+from lm.config import program
+from lm.config.command_line import ConfigError, input_errors
 from lm.config.fields import BelowOne, Count, Fraction, Positive, Seed
 from lm.config.program import Number
 from lm.data.corpus import Corpus, CorpusError, open_corpus
@@ -469,15 +471,11 @@ def _build_by_flags(values: Any) -> Corpus:
     return build(values.output, sources=[source], **common)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {list(argv[1:])}; quote the --files pattern")
-    values = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
-    try:
-        corpus = _build_by_flags(values)
-    except CorpusError as error:
-        raise SystemExit(f"error: {error}") from error
+def main(arguments: Sequence[str]) -> None:
+    if arguments:
+        raise ConfigError(f"unexpected argument {arguments[0]!r}; quote the --files pattern")
+    with input_errors():
+        corpus = _build_by_flags(flags.FLAGS)
     print(json.dumps(corpus.summary, indent=2))
     print(f"corpus: {corpus.directory / 'corpus.json'}")
     print(f"tokenizer: {corpus.tokenizer_path}")
@@ -487,4 +485,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.run(main, positional=True)

@@ -270,8 +270,11 @@ def test_command_line(tmp_path):
     assert json.loads(done.stdout[: done.stdout.rindex("}") + 1])["tokenizer"]["vocab_size"] == 400
     assert f"tokenizer: {tmp_path / 'out' / 'tokenizer.model'}" in done.stdout
     assert "B/s" in done.stderr  # a rate
-    failed = run(f"--output={tmp_path / 'out'}", "--vocab_size=500")
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("error: ")
-    assert "Traceback" not in failed.stderr
-    assert "vocab_size=500 (there: 400)" in failed.stderr
+    for arguments, words in (
+        (["--vocab_size=500"], "vocab_size=500 (there: 400)"),
+        (["--tokenizer=/nowhere/t.model"], "/nowhere/t.model"),
+    ):
+        failed = run(f"--output={tmp_path / 'out'}", *arguments)
+        assert failed.returncode == 2 and words in failed.stderr
+        assert failed.stderr.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in failed.stderr
