@@ -48,8 +48,8 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
     """
     workdir = run.workdir
     rows = metrics_lib.read(workdir / "metrics.jsonl")
-    held_out = held_out_measures(run, corpus, rows)
-    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    held_out = held_out_measures(run, corpus, params, rows)
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     samples = draw_samples(config, params, run.tokenizer)
     own_text = config.data.files or config.data.sources
     summary = {
@@ -65,7 +65,7 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
         "train": {
             "num_steps": run.num_steps,
             "loss": training_loss(rows),
-            "tokens_per_second": statistics.median(rates) if rates else None,
+            "tokens_per_second": statistics.median(speeds) if speeds else None,
         },
         "samples": samples,
         "corpus": {k: v for k, v in corpus.summary.items() if not isinstance(v, dict)},
@@ -83,7 +83,8 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
             f"(order-3 byte n-gram {held_out['ngram_bits_per_byte']:.3f}, raw text 8)"
         )
     else:
-        print_once("\nno held-out figures: nothing is held out")
+        why = f"{workdir / 'metrics.jsonl'} has none" if run.held_out else "nothing is held out"
+        print_once(f"\nno held-out figures: {why}")
     if importlib.util.find_spec("matplotlib"):
         command = f"python -m experiments.report --workdir={workdir} writes it"
         with result(workdir / "report.html", command):
@@ -100,11 +101,16 @@ def summarize(run: Run, config: Pretrain, corpus: Corpus, params: Tree) -> None:
 
 
 def held_out_measures(
-    run: Run, corpus: Corpus, rows: Sequence[Mapping[str, Any]]
+    run: Run, corpus: Corpus, params: Tree, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """The last figures of the first held-out set, an n-gram's on the same bytes; None without."""
+    """The last figures of the first held-out set, an n-gram's on the same bytes; None without.
+
+    Where the rows are lost the model is evaluated again, which takes a single process.
+    """
     last = next((row for row in reversed(rows) if "held_out_bits_per_byte" in row), None)
-    if last is None or not run.held_out:
+    if last is None and jax.process_count() == 1:
+        last = run.evaluate(params)
+    if not last or not run.held_out:
         return None
     print_once("baselines on the same held-out text ...")
     documents = held_out_documents(run, corpus)

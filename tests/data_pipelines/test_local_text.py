@@ -1,7 +1,10 @@
 import concurrent.futures
+import functools
 import json
 import os
+import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +120,108 @@ def test_changed_files_are_noticed(tmp_path):
     quiet_build(tmp_path / "out", pattern)
     next(iter(texts)).write_text("changed and so of another size")
     refused(tmp_path / "out", pattern, "the files of [", "changed since", "was built")
+
+
+def test_the_content_of_the_text_counts_and_it_may_go(corpus, tmp_path, caplog):
+    """Touched, copied or deleted text changes nothing; `begun`, no other text or tokenizer does."""
+    built, texts, pattern = corpus
+    reopen = functools.partial(quiet_build, built.directory, held_out=0.1)
+    again, others = pattern.replace("/text/", "/again/"), pattern.replace("/text/", "/others/")
+    for i, (path, text) in enumerate(texts.items()):
+        os.utime(path, (i, i))
+        for target, content in ((again, text), (others, text + "!")):
+            copy = pathlib.Path(target.split("/**")[0], *path.parts[-2:])
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(content)
+    assert reopen(pattern).summary == reopen(again).summary == built.summary
+    refuses(lambda: reopen(others), "the files of [", "changed since", error=CorpusError)
+    refuses(lambda: reopen("/nowhere/*"), "no files match", error=CorpusError)
+    assert not caplog.messages
+    for files, more, words in (
+        (others, {}, "has changed and is not read again"),
+        ("/nowhere/*", {}, "is not read again: the tokens in"),
+        (again, {"tokenizer": "/nowhere/t.model"}, "has a vocab_size of its own (400)"),
+    ):
+        assert reopen(files, begun=True, **more).summary == built.summary
+        assert words in caplog.text
+        caplog.clear()
+    refuses(lambda: reopen(again, begun=True, seed=3), "seed=3 (there: 0)", error=CorpusError)
+    for path in texts:
+        path.rename(path.with_suffix(".moved"))
+    try:
+        assert reopen(pattern).summary == built.summary
+    finally:
+        for path in texts:
+            path.with_suffix(".moved").rename(path)
+
+
+@pytest.fixture(scope="module")
+def lossy(tmp_path_factory):
+    """Models as of T5 and GPT: text normalized, unknown characters, and one without BOS."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("lossy")
+    for bos in (3, -1):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT] * 20), model_prefix=str(folder / f"bos{bos}"),
+            vocab_size=60, model_type="unigram", normalization_rule_name="nmt_nfkc",
+            hard_vocab_limit=False, minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=bos,
+        )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("bos", [3, -1])
+def test_what_the_tokens_lack_is_counted(lossy, tmp_path, caplog, bos):
+    """And bits per byte is of the text that they hold, for a model and an n-gram alike."""
+    import sentencepiece
+
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(lossy / f"bos{bos}.model"))
+    (tmp_path / "text").mkdir()
+    unknown = changed = 0
+    for i in range(30):
+        text = f"the  model \u2460 reads\u4e2d {TEXT[:i]}" if i < 4 else TEXT[i:].strip()
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+        ids = oracle.encode(text)
+        unknown += ids.count(2)
+        changed += oracle.decode(ids) != text
+    pattern, model = str(tmp_path / "text" / "*.txt"), str(lossy / f"bos{bos}.model")
+    built = quiet_build(tmp_path / "out", pattern, tokenizer=model, held_out=0.3)
+    about = built.summary["sources"]["local_text"]
+    assert (about["unknown_tokens"], about["documents_changed"]) == (unknown, changed)
+    total = sum(split["documents"] for split in about["splits"].values())
+    words = f"{unknown} unknown tokens, and {changed} of {total} documents do not come back"
+    assert words in caplog.text and unknown > 3 <= changed
+    assert ("no BOS token" in caplog.text) == (bos < 0)
+    for split in ("train", "validation"):
+        held = sum(len(text.encode()) for text in built.texts(split))
+        assert built.source(split).num_bytes.sum() == held
+        first = built.source(split).read(0)[0]
+        assert (first == bos) == (bos >= 0)
+    caplog.clear()
+    quiet_build(tmp_path / "out", pattern, tokenizer=model, held_out=0.3)
+    assert words in caplog.text  # each time
+
+
+def test_nothing_is_held_out(tmp_path):
+    pattern, texts = write_files(tmp_path)
+    built = quiet_build(tmp_path / "out", pattern, held_out=0.0)
+    assert list(splits_of(built)) == ["train"] and not built.validation_names
+    assert sorted(built.texts("train")) == sorted(texts.values())
+
+
+def test_damaged_tokens_are_refused_and_whole_copies_will_do(tmp_path):
+    pattern, _ = write_files(tmp_path)
+    built = quiet_build(tmp_path / "out", pattern)
+    whole = built.source("train")
+    (built.directory / "local_text").rename(tmp_path / "away")
+    assert open_corpus(built.directory).source("train").fingerprint == whole.fingerprint
+    other = quiet_build(tmp_path / "other", pattern, seed=1)
+    (other.directory / "local_text").rename(built.directory / "local_text")
+    shutil.rmtree(built.directory / "token_cache")
+    words = "are not those it was built with", "copy it again"
+    refuses(lambda: open_corpus(built.directory).source("train"), *words, error=CorpusError)
+    (built.directory / "corpus.json").write_text("{")
+    refuses(lambda: open_corpus(built.directory), "is damaged", error=CorpusError)
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
