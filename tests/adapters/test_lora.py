@@ -18,11 +18,11 @@ from lm.weights import (
     Int8,
     LoRA,
     bind,
-    initialize,
     is_structured,
     path_name,
     specs_of,
 )
+from tests.model import drawn
 from tests.refuses import refuses
 from tests.train.tiny import OBJECTIVE, TIED, UNTIED, Case, make_batch
 
@@ -31,7 +31,7 @@ KEY = jax.random.key(3)
 
 @functools.cache
 def plain(tied: bool = False):
-    return initialize(param_specs(TIED if tied else UNTIED), jax.random.key(0))
+    return drawn.weights(TIED if tied else UNTIED)
 
 
 def quantized():

@@ -18,8 +18,9 @@ from lm.formats import load_huggingface, save_huggingface, to_tensors
 from lm.formats.families import FAMILIES, make_config
 from lm.model import Latent, ModelConfig, ModelWeights, param_specs, unstack
 from lm.sharding import MeshShape, make_mesh, make_rules
-from lm.weights import Int8, initialize, shardings
+from lm.weights import Int8, shardings
 from tests.formats.directories import assert_same_tree, edit
+from tests.model import drawn
 from tests.model.huggingface_oracle import CASES, make_oracle
 from tests.refuses import refuses
 
@@ -42,11 +43,7 @@ def tiny(family: str, **changes) -> ModelConfig:
 
 def random_weights(config: ModelConfig, dtype=jnp.float32) -> ModelWeights:
     """Noise in every weight, biases and norms too, and zeros in the vocabulary's padding."""
-    rng = np.random.default_rng(0)
-    params = initialize(param_specs(config), jax.random.key(0))
-    params = jax.tree.map(
-        lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32), dtype), params
-    )
+    params = jax.tree.map(lambda x: x.astype(dtype), drawn.weights(config, others=1.0))
     params = params.replace(embed=params.embed.at[config.vocab_size :].set(0))
     if params.output is not None:
         params = params.replace(output=params.output.at[:, config.vocab_size :].set(0))

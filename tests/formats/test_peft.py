@@ -20,9 +20,10 @@ from lm.formats import from_huggingface, from_tensors
 from lm.formats.families import make_config
 from lm.formats.peft.config import parse_adapter_config
 from lm.formats.peft.io import load_peft, save_peft
-from lm.model import param_specs, unstack
-from lm.weights import Int8, LoRA, initialize, is_structured, path_name
+from lm.model import unstack
+from lm.weights import Int8, LoRA, is_structured, path_name
 from tests.formats.directories import assert_same_tree, logits
+from tests.model import drawn
 from tests.model.huggingface_oracle import make_oracle
 from tests.refuses import refuses
 
@@ -38,7 +39,7 @@ SIZES = {"q_proj": (24, 24), "v_proj": (24, 12)}
 
 @functools.cache
 def base():
-    return initialize(param_specs(CONFIG), jax.random.key(0))
+    return drawn.weights(CONFIG)
 
 
 def tensors(rank=4, layers=range(3), seed=0):
@@ -177,7 +178,7 @@ def test_what_is_not_there(tmp_path):
 def test_an_adapted_embedding_that_the_output_is_tied_to_is_not_written(tmp_path):
     config = make_config("llama", vocab_size=139, embed_dim=24, hidden_dim=20, num_layers=1,
                          num_heads=4, tied=True)  # fmt: skip
-    params = initialize(param_specs(config), jax.random.key(0))
+    params = drawn.weights(config)
     adapted = add_lora(params, config, jax.random.key(1), targets="embed".__eq__)
     refuses(lambda: save_peft(adapted, config, tmp_path), "output is tied")
 

@@ -8,7 +8,6 @@ import json
 import warnings
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,9 +18,10 @@ from lm.files import FormatError
 from lm.formats import from_huggingface, from_tensors, to_tensors
 from lm.formats.families import make_config
 from lm.formats.peft.io import load_peft
-from lm.model import ModelWeights, param_specs, unstack
-from lm.weights import GGUFBlocks, initialize
+from lm.model import ModelWeights, unstack
+from lm.weights import GGUFBlocks
 from tests.formats.directories import assert_same_tree
+from tests.model import drawn
 from tests.model.huggingface_oracle import build_oracle
 from tests.refuses import refuses
 
@@ -161,7 +161,7 @@ def by_hand(path, tensors, model_name="model.", **keys):
 def tied_by_hand(tied=True):
     config = make_config("llama", vocab_size=V, embed_dim=D, hidden_dim=16, num_layers=2,
                          num_heads=2, tied=tied)  # fmt: skip
-    return initialize(param_specs(config), jax.random.key(0)), config
+    return drawn.weights(config), config
 
 
 def test_a_quantized_embedding_keeps_its_blocks(tmp_path):

@@ -16,7 +16,7 @@ from lm.formats import from_tensors, save_huggingface
 from lm.formats.families import make_config
 from lm.formats.quantized.io import load_quantized
 from lm.formats.quantized.layouts import AWQ, formats_of, unpack
-from lm.model import param_specs, stack
+from lm.model import stack
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.weights import (
     NF4,
@@ -25,11 +25,11 @@ from lm.weights import (
     Int8,
     Int8Groups,
     StructuredWeight,
-    initialize,
     is_structured,
     path_name,
 )
 from tests.formats.directories import edit, logits
+from tests.model import drawn
 from tests.refuses import refuses
 
 SIZES = {"vocab_size": 136, "embed_dim": 64, "hidden_dim": 96, "num_layers": 2, "num_heads": 4}
@@ -243,8 +243,7 @@ def quantized_model(directory, family, form, *, with_head=False, **changes):
     make, keys, quantization, _ = (FORMATS | LIBRARY)[form]
     sizes = SIZES | ({} if family == "gpt_neox" else {"num_kv_heads": 2}) | changes
     config = make_config(family, **sizes)
-    params = initialize(param_specs(config), jax.random.key(0))
-    save_huggingface(params, config, directory)
+    save_huggingface(drawn.weights(config), config, directory)
     dense = load_file(directory / "model.safetensors")
     files, expected = {}, {}
     for name, array in dense.items():
@@ -406,7 +405,7 @@ def test_what_is_not_read(config, message):
 
 def test_not_quantized(tmp_path):
     config = make_config("llama", **SIZES)
-    save_huggingface(initialize(param_specs(config), jax.random.key(0)), config, tmp_path)
+    save_huggingface(drawn.weights(config), config, tmp_path)
     refuses(lambda: load_quantized(tmp_path), "is not quantized", error=FormatError)
 
 

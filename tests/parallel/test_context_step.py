@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.model import Attention, FeedForward, Layer, ModelConfig, Rope, Stack, param_specs
+from lm.model import Attention, FeedForward, Layer, ModelConfig, Rope, Stack
 from lm.parallel import context_attention, reorder_for
 from lm.sharding import MeshShape, use_layout
 from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken
-from lm.weights import initialize
+from tests.model import drawn
 from tests.train import tiny
 from tests.train.tiny import Result, assert_same, begin, make_batch, take
 
@@ -92,7 +92,7 @@ def test_the_model_hears_that_tokens_are_not_in_order():
     """So the default attention, which may skip later keys of rows in order, is right as well."""
     layout = Case(mesh=MeshShape(context=2)).layout
     config = dataclasses.replace(CONFIG, stacks=(Stack((LOCAL,), 1),))
-    params = initialize(param_specs(config), jax.random.key(0))
+    params = drawn.weights(config)
     batch = jax.tree.map(jnp.asarray, BATCH)
 
     def hidden(strategy, layout):

@@ -12,7 +12,8 @@ from lm.model import param_specs
 from lm.sharding import MeshShape, use_layout
 from lm.train.optimizers import Adafactor, Lion, Muon, Soap, make_optimizer
 from lm.train.state import bytes_per_device, state_shardings
-from lm.weights import abstract, initialize, path_name, shardings
+from lm.weights import abstract, path_name, shardings
+from tests.model import drawn
 from tests.train.hlo import collectives
 from tests.train.tiny import UNTIED, Case
 
@@ -76,11 +77,11 @@ def updates(config, mesh):
     jitted = jax.jit(
         update, in_shardings=(lies, state_lies, lies), out_shardings=(lies, state_lies)
     )
-    weights = jax.device_put(initialize(SPECS, jax.random.key(0)), lies)
+    weights = jax.device_put(drawn.weights(UNTIED), lies)
     state = jax.device_put(optimizer.init(weights), state_lies)
     compiled, found = jitted.lower(weights, state, weights).compile(), []
     for i in range(4):
-        keys = initialize(SPECS, jax.random.key(1 + i))
+        keys = drawn.weights(UNTIED, 1 + i)
         gradients = jax.device_put(
             jax.tree.map(lambda x: 0.1 * x + 0.01 * jnp.sin(7 * x), keys), lies
         )
