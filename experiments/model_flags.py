@@ -29,8 +29,9 @@ TOKENIZER = flags.DEFINE_string(
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of weights and compute.", **_OWN)
 KEEP_QUANTIZED = flags.DEFINE_bool(
-    "keep_quantized", False, "Compute on the blocks of a .gguf file instead of decoding them once.",
-    **_OWN,
+    "keep_quantized", None, "Compute on the blocks of a .gguf file instead of decoding them once. "
+    "By default experiments.generate does so on a CPU, for the types that are faster in blocks "
+    "there.", **_OWN,
 )  # fmt: skip
 _ADAPTER = flags.DEFINE_multi_string(
     "adapter", [], "A PEFT directory with a LoRA adapter, put over the model. experiments.generate "
@@ -66,11 +67,12 @@ def model_from_flags() -> Pretrained:
       ConfigError: there is none, it or its adapter cannot be opened, or there are several adapters.
     """
     adapter = adapter_path()
-    return _base() if adapter is None else _from_flags(_base(), adapter)
+    model = _base(bool(KEEP_QUANTIZED.value))
+    return model if adapter is None else _from_flags(model, adapter)
 
 
 def open_with_adapters() -> tuple[Pretrained, dict[str, int]]:
-    """The model the flags name, and the numbers of the adapters that have names.
+    """The model to generate with that the flags name, and the numbers of adapters with names.
 
     Raises:
       ConfigError: as `model_from_flags`; or one of several adapters has no name, or two share one.
@@ -81,12 +83,13 @@ def open_with_adapters() -> tuple[Pretrained, dict[str, int]]:
         alone = len(_ADAPTER.value) == 1 and pathlib.Path(value).exists()
         if not equals or not name or alone:
             if len(_ADAPTER.value) == 1:
-                return model_from_flags(), {}
+                model = _base(KEEP_QUANTIZED.value)
+                return _from_flags(model, value), {}
             raise ConfigError(f"--adapter={value}: one of several needs a name: NAME=DIRECTORY")
         if name in named:
             raise ConfigError(f"two adapters are named {name!r}; give each its own name")
         named[name] = directory
-    model = _base()
+    model = _base(KEEP_QUANTIZED.value)
     if not named:
         return model, {}
     adapted = []
@@ -132,12 +135,12 @@ def _from_flags(model: Pretrained, directory: str) -> Pretrained:
     return with_adapter(model, directory, tokenizer=TOKENIZER.value, ignore=IGNORE.value)
 
 
-def _base() -> Pretrained:
+def _base(keep_quantized: bool | None) -> Pretrained:
     with input_errors():
         return load_pretrained(
             model_path(),
             dtype=dtype(),
-            keep_quantized=KEEP_QUANTIZED.value,
+            keep_quantized=keep_quantized,
             tokenizer=TOKENIZER.value,
             ignore=IGNORE.value,
         )

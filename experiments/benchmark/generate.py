@@ -5,7 +5,8 @@
 
 Each contender opens the same GGUF file; then they take turns of one generation. Greedy, ends of
 sequence ignored, prompts of 32 tokens. Decoding is timed as the difference of a long and a short
-generation.
+generation, prefill as the first token after 512. The last table has how many times as fast as each
+other one the contender `--subject` is: ratios of medians, of the same rounds.
 
 The bound of decoding: every step reads all weights once. `bandwidth` is what a sum over a large
 array reads per second on this machine, idle or not as it was; `of bound` is the share of
@@ -30,6 +31,7 @@ from lm.config.program import Number
 
 FLAGS = flags.FLAGS
 SHORT = 1  # tokens of the short generation
+PROMPT, LONG_PROMPT = 32, 512  # tokens of a prompt, where decoding and where prefill is timed
 COLUMNS = (
     ("contender", "contender", ""), ("batch", "batch_size", ""),
     ("tokens/s", "tokens_per_second", ".1f"), ("tokens/s of CPU", "tokens_per_cpu_second", ".1f"),
@@ -39,6 +41,10 @@ COLUMNS = (
     ("peak at load MB", lambda row: row["load_peak_bytes"] / 1e6, ".0f"),
     ("peak MB", lambda row: row["peak_bytes"] / 1e6, ".0f"),
 )  # fmt: skip
+PREFILL = (
+    ("contender", "contender", ""), ("prefill tokens/s", "tokens_per_second", ".0f"),
+    ("tokens/s of CPU", "tokens_per_cpu_second", ".0f"),
+)  # fmt: skip
 
 
 def define_flags() -> None:
@@ -47,12 +53,13 @@ def define_flags() -> None:
     flags.DEFINE(Number(Several), "new_tokens", 33, "Tokens of the long generation.")
     flags.DEFINE(Number(Count), "rounds", 5, "Turns of each contender.")
     flags.DEFINE_list("contenders", list(NEEDS), "Who takes part.")
+    flags.DEFINE_enum("subject", "ours_blocks", list(NEEDS), "Who is compared with the others.")
 
 
 def measure(
     path: pathlib.Path, names: Sequence[str], batch_sizes: Sequence[int], rounds: int, long: int
-) -> list[dict[str, Any]]:
-    """One row per contender and batch size, with medians over the rounds."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of decoding per contender and batch size, and of prefill per contender: medians."""
     rate, rows = bandwidth(), []
     with contextlib.ExitStack() as stack:
         facts, workers = {}, []
@@ -64,8 +71,8 @@ def measure(
         for batch in batch_sizes:
 
             def turn(worker: Worker, batch: int = batch) -> dict[str, Any]:
-                one = worker.demand("generate", batch=batch, new=SHORT)
-                many = worker.demand("generate", batch=batch, new=long)
+                one = worker.demand("generate", batch=batch, new=SHORT, length=PROMPT)
+                many = worker.demand("generate", batch=batch, new=long, length=PROMPT)
                 decoding = {key: many[key] - one[key] for key in ("seconds", "cpu_seconds")}
                 return decoding | {"first": one["seconds"], "peak_bytes": many["peak_bytes"]}
 
@@ -83,7 +90,43 @@ def measure(
                     "peak_bytes": max(each["peak_bytes"] for each in taken),
                     **facts[name],
                 })  # fmt: skip
-    return rows
+        return rows, measure_prefill(workers, rounds)
+
+
+def measure_prefill(workers: Sequence[Worker], rounds: int) -> list[dict[str, Any]]:
+    """One row per contender: tokens of a long prompt per second, to the first new token."""
+
+    def turn(worker: Worker) -> dict[str, Any]:
+        return worker.demand("generate", batch=1, new=SHORT, length=LONG_PROMPT)
+
+    interleaved(workers, 1, turn)
+    return [
+        {
+            "contender": name,
+            "tokens_per_second": LONG_PROMPT / median(taken, "seconds"),
+            "tokens_per_cpu_second": LONG_PROMPT / median(taken, "cpu_seconds"),
+        }
+        for name, taken in interleaved(workers, rounds, turn).items()
+    ]
+
+
+def ratios(
+    rows: Sequence[dict[str, Any]], prefill: Sequence[dict[str, Any]], subject: str
+) -> tuple[list[dict[str, Any]], list[harness.Column]]:
+    """How many times as fast as each other contender the subject is, and the columns of that."""
+    rates = {(f"{row['batch_size']} rows", row["contender"]): row for row in rows}
+    rates |= {(f"prefill of {LONG_PROMPT}", row["contender"]): row for row in prefill}
+    names = list(dict.fromkeys(row["contender"] for row in rows if row["contender"] != subject))
+    whats = list(dict.fromkeys(what for what, _ in rates))
+    table: list[dict[str, Any]] = [{"than": name} for name in names]
+    columns: list[harness.Column] = [(f"{subject} to", "than", "")]
+    for what in whats:
+        for unit, key in (("", "tokens_per_second"), (", per CPU s", "tokens_per_cpu_second")):
+            columns.append((what + unit, what + unit, ".2f"))
+            for row in table:
+                own, other = rates[what, subject][key], rates[what, row["than"]][key]
+                row[what + unit] = own / other
+    return table, columns
 
 
 def main() -> None:
@@ -100,7 +143,13 @@ def main() -> None:
         raise ConfigError(f"--batch_sizes={','.join(sizes)} has to be numbers of at least 1: 1,8")
     names = harness.available(FLAGS.contenders, NEEDS)
     facts = harness.environment(harness.processor())
-    rows = measure(path, names, [int(size) for size in sizes], FLAGS.rounds, FLAGS.new_tokens)
+    batches = [int(size) for size in sizes]
+    rows, prefill = measure(path, names, batches, FLAGS.rounds, FLAGS.new_tokens)
     where = f"{path.name}; a sum reads {rows[0]['bandwidth_gb_s']:.1f} GB/s\n\n"
-    text = where + harness.table(rows, COLUMNS, 2)
-    harness.publish({"environment": facts, "rows": rows}, text)
+    report = {"environment": facts, "rows": rows, "prefill": prefill}
+    text = where + harness.table(rows, COLUMNS, 2) + "\n\n" + harness.table(prefill, PREFILL, 1)
+    if FLAGS.subject in names and len(names) > 1:
+        compared, columns = ratios(rows, prefill, FLAGS.subject)
+        report["ratios"] = compared
+        text += "\n\n" + harness.table(compared, columns, 1)
+    harness.publish(report, text)

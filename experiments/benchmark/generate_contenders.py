@@ -1,7 +1,7 @@
 """Contenders of the benchmark of generation.
 
-Each is made from a GGUF file, and gives a function `generate(batch, new) -> None` that continues
-`batch` prompts by `new` tokens each, greedily, with ends of sequence ignored.
+Each is made from a GGUF file, and gives a function `generate(batch, new, length) -> None` that
+continues `batch` prompts of `length` tokens by `new` each, greedily, with ends of sequence ignored.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any
 
 from experiments.benchmark.harness import Answer, per_call, timed
 
-Generate = Callable[[int, int], None]
-PROMPT = 32  # tokens of a prompt
+Generate = Callable[[int, int, int], None]
 MAX_LENGTH = 1024  # positions of the context
-SLOTS = 8  # rows llama.cpp runs at once; more wait
+SLOTS = 16  # rows llama.cpp runs at once; more wait
 
 
-def prompts(batch: int, vocab_size: int) -> list[list[int]]:
+def prompts(batch: int, length: int, vocab_size: int) -> list[list[int]]:
     """The prompts everyone reads."""
     numpy = importlib.import_module("numpy")
-    rows = numpy.random.default_rng(0).integers(10, min(vocab_size, 40_000), (batch, PROMPT))
+    rows = numpy.random.default_rng(0).integers(10, min(vocab_size, 40_000), (batch, length))
     return rows.tolist()
 
 
@@ -41,13 +40,13 @@ def ours(path: pathlib.Path, dtype: str, keep_quantized: bool = False) -> tuple[
     params = serving_form(opened.params, jnp.dtype(dtype), donate=True)
     samplers: dict[int, LocalSampler] = {}
 
-    def generate(batch: int, new: int) -> None:
+    def generate(batch: int, new: int, length: int) -> None:
         if batch not in samplers:
             samplers[batch] = LocalSampler(
                 params, opened.config, eos_ids=(), max_batch=batch, max_length=MAX_LENGTH,
                 dtype=jnp.dtype(dtype),
             )  # fmt: skip
-        rows = prompts(batch, opened.config.vocab_size)
+        rows = prompts(batch, length, opened.config.vocab_size)
         requests = [Request(prompt=row, max_new_tokens=new) for row in rows]
         samplers[batch].sample(requests)
 
@@ -67,12 +66,12 @@ def transformers(path: pathlib.Path, dtype: str, blocks: bool = False) -> tuple[
     model.generation_config.pad_token_id = 0
     vocab_size = model.config.vocab_size
 
-    def generate(batch: int, new: int) -> None:
-        ids = torch.tensor(prompts(batch, vocab_size))
+    def generate(batch: int, new: int, length: int) -> None:
+        ids = torch.tensor(prompts(batch, length, vocab_size))
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
         )
-        assert out.shape[1] == PROMPT + new, out.shape
+        assert out.shape[1] == length + new, out.shape
 
     held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
     return generate, {"weight_bytes": sum(held.values())}
@@ -94,8 +93,8 @@ def llamacpp(path: pathlib.Path) -> tuple[Generate, dict]:
         usage = reply.get("usage", {"completion_tokens": reply.get("tokens_predicted")})
         assert usage["completion_tokens"] == new, reply
 
-    def generate(batch: int, new: int) -> None:
-        rows = prompts(batch, 40_000)
+    def generate(batch: int, new: int, length: int) -> None:
+        rows = prompts(batch, length, 40_000)
         with concurrent.futures.ThreadPoolExecutor(batch) as threads:
             list(threads.map(lambda row: one(row, new), rows))
 
@@ -126,8 +125,8 @@ def contender(name: str) -> dict[str, Callable[..., Answer]]:
         load = {"load_seconds": figures["seconds"], "load_peak_bytes": figures["peak_bytes"]}
         return facts | load
 
-    def generate(batch: int, new: int) -> Answer:
-        return timed(lambda: opened[0](batch, new))[1]
+    def generate(batch: int, new: int, length: int) -> Answer:
+        return timed(lambda: opened[0](batch, new, length))[1]
 
     return {"open": open, "generate": generate}
 

@@ -27,7 +27,7 @@ from lm.formats.quantized.io import load_quantized, load_unstacked, read_quantiz
 from lm.model import ModelConfig, ModelWeights, Stacked, Unstacked
 from lm.sharding import Layout
 from lm.tokenizers import Tokenizer, from_gguf, open_tokenizer
-from lm.weights import cast, is_structured
+from lm.weights import cast, is_structured, native_kinds
 
 DTYPES = ("float32", "bfloat16", "float16")
 _EXPECTED = (
@@ -54,7 +54,7 @@ def load_pretrained(
     model: Path,
     *,
     dtype: Any = jnp.float32,
-    keep_quantized: bool = False,
+    keep_quantized: bool | None = False,
     layout: Layout | None = None,
     tokenizer: Path | None = None,
     ignore: Collection[str] = (),
@@ -67,7 +67,8 @@ def load_pretrained(
         package brings (`lm.files.packaged.PACKAGED`).
       dtype: of the weights that are arrays.
       keep_quantized: keep the blocks of a GGUF file, or the packed weights of a quantized Hugging
-        Face model, and compute on them; otherwise they are decoded once.
+        Face model, and compute on them; otherwise they are decoded once. None: only the blocks
+        that are multiplied faster as they are, on a CPU.
       layout: place each shard by these rules; None for the default device.
       tokenizer: where the tokenizer is, if not with the model.
       ignore: keys of the configuration to pass over, because they do not change what the model
@@ -88,8 +89,12 @@ def load_pretrained(
         if path.is_file():
             file = read_gguf(path)
             text = open_tokenizer(tokenizer) if tokenizer else from_gguf(file.metadata, str(path))
+            if keep_quantized is None:
+                kept = native_kinds() if layout is None else False
+            else:
+                kept = keep_quantized
             params, config = load_gguf(
-                file, dtype=dtype, keep_quantized=keep_quantized, layout=layout, ignore=ignore
+                file, dtype=dtype, keep_quantized=kept, layout=layout, ignore=ignore
             )
         else:
             text = open_tokenizer(tokenizer or tokenizer_path(path))
@@ -102,7 +107,7 @@ def _load_directory(
     path: pathlib.Path,
     model: Path,
     dtype: Any,
-    keep_quantized: bool,
+    keep_quantized: bool | None,
     layout: Layout | None,
     ignore: Collection[str],
 ) -> tuple[ModelWeights, ModelConfig]:

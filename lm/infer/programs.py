@@ -119,7 +119,7 @@ def prefill(
         segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
         caches = make_cache(config, B, length, cache.dtype, kind=cache.kind)
         params = _bound(params, sampling)
-        tokens = _placed(Tokens(ids, positions, segment_ids), caches)
+        tokens = _placed(Tokens(ids, positions, segment_ids, in_order=True), caches)
         output = forward(params, tokens, config, caches, dtype=dtype)
         scored = jnp.zeros((B, 0), jnp.float32)
         if score_prompt:

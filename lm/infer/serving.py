@@ -11,70 +11,56 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from lm.kernels.cpu.native import available
 from lm.model import ModelWeights, unstack
 from lm.sharding import AXES, Layout, MeshShape, make_mesh, make_rules
 from lm.weights import (
     NF4,
     LoRA,
     MultiLoRA,
-    Panels,
     StructuredWeight,
+    Words,
     cast,
     is_structured,
-    path_name,
 )
-from lm.weights.panels import panel_width
-
-PANELED = (jnp.float32, jnp.bfloat16)
-# Latent attention also reads this one as a matrix.
-WHOLE = ("key_value_up",)
 
 
 def serving_form(params: ModelWeights, dtype: Any, donate: bool = False) -> ModelWeights:
-    """Weights unstacked, in `dtype`; on a CPU arrays are cut into panels, and NF4 has plain scales.
+    """Weights unstacked, in `dtype`; on one CPU quantized ones as its kernels read them fastest.
 
-    Weights already in this form are kept. Weights sharded over devices are not cut.
+    Weights already in this form are kept. Nothing is rounded.
 
     Args:
       params: weights, stacked or not.
       dtype: of compute.
-      donate: delete each array as soon as it is cut, so that at most one exists twice.
+      donate: delete each array as soon as its new form is made, so that at most one exists twice.
     """
-    tied = params.output is None
 
-    def leaf(path: tuple[Any, ...], weight: Any) -> Any:
+    def leaf(weight: Any) -> Any:
         if isinstance(weight, LoRA | MultiLoRA):
-            return dataclasses.replace(weight.cast(dtype), base=leaf(path, weight.base))
-        weight = cast(
-            weight if isinstance(weight, StructuredWeight) else jnp.asarray(weight), dtype
-        )
-        name = path_name(path)
-        if isinstance(weight, NF4) and _on_cpu(weight.codes):
+            return dataclasses.replace(weight.cast(dtype), base=leaf(weight.base))
+        if not isinstance(weight, StructuredWeight):
+            return cast(jnp.asarray(weight), dtype)
+        weight = cast(weight, dtype)
+        if not all(map(_on_cpu, jax.tree.leaves(weight))):
+            return weight
+        if isinstance(weight, NF4):
             # Decoded at each step anew, scales of scales take longer than a row's whole product.
             return weight.unnested()
-        structured = isinstance(weight, StructuredWeight)
-        if structured or name.rsplit("/")[-1] in WHOLE or not _cuttable(weight):
+        words = Words.of(weight) if available("products") else None
+        if words is None:
             return weight
-        embedding = name == "embed"
-        # The many panels of a vocabulary are slow in bfloat16.
-        whole = embedding and not (tied and weight.dtype == jnp.float32)
-        if whole or not panel_width(weight.shape[0 if embedding else 1]):
-            return weight
-        panels = jax.block_until_ready(Panels.of(weight, "in" if embedding else "out"))
+        jax.block_until_ready(words)
         if donate:
-            weight.delete()
-        return panels
+            jax.tree.map(lambda x: x.delete(), weight)
+        return words
 
-    return jax.tree_util.tree_map_with_path(leaf, unstack(params), is_leaf=is_structured)
-
-
-def _cuttable(weight: jax.Array) -> bool:
-    return weight.ndim == 2 and weight.dtype in PANELED and _on_cpu(weight)
+    return jax.tree.map(leaf, unstack(params), is_leaf=is_structured)
 
 
 def _on_cpu(array: jax.Array) -> bool:
     """Whether the whole array is on one CPU."""
-    return [device.platform for device in array.devices()] == ["cpu"]
+    return isinstance(array, jax.Array) and [d.platform for d in array.devices()] == ["cpu"]
 
 
 def layout_of(params: ModelWeights, layout: Layout | None = None) -> Layout:

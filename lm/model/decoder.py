@@ -56,8 +56,9 @@ class Tokens:
         only, and 0 marks padding.
       pages: where the tokens stand in paged caches. The batch may then be flat, [1, N]: new tokens
         of several sequences, one after another. None for caches without pages.
-      in_order: tokens of a segment stand in order and without gaps, so that attention need not look
-        at later ones; it must be true where it is said. See `View`.
+      in_order: the segments are whole, from their first tokens on, in order and without gaps, so
+        that attention need look neither at later tokens nor at what a cache held before; it must
+        be true where it is said. See `View`.
     """
 
     ids: Any

@@ -17,7 +17,6 @@ from lm.weights.leaf import (
 )
 from lm.weights.lora import LoRA, MultiLoRA, bind, num_adapters
 from lm.weights.nf4 import NF4
-from lm.weights.panels import Panels
 from lm.weights.rtn import FORMATS, rtn
 from lm.weights.specs import (
     ParamSpec,
@@ -32,6 +31,7 @@ from lm.weights.specs import (
     shardings,
     specs_of,
 )
+from lm.weights.words import Words, native_kinds
 
 __all__ = [
     "FORMATS",
@@ -44,10 +44,10 @@ __all__ = [
     "Int8Groups",
     "LoRA",
     "MultiLoRA",
-    "Panels",
     "ParamSpec",
     "StructuredWeight",
     "Weight",
+    "Words",
     "abstract",
     "bind",
     "cast",
@@ -58,6 +58,7 @@ __all__ = [
     "is_spec",
     "is_structured",
     "linear",
+    "native_kinds",
     "num_adapters",
     "path_name",
     "rtn",

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -245,6 +245,35 @@ def _tile(size: tuple[int, int], unit: tuple[int, int]) -> tuple[int, int]:
         if fits and fits[-1] >= min(n, 64):
             return axis, fits[-1]
     return -1, size[-1]
+
+
+class Groups(NamedTuple):
+    """Numbers scale (quant - zero) + minimum, in groups along K that share scale and minimum.
+
+    Attributes:
+      quants: [..., n, R]: integers of at most 8 bits, or float32 levels.
+      scale: float32 [..., groups, R]; `groups` divides n.
+      zero: of all groups, an int, or [..., groups, R].
+      minimum: float32 [..., groups, R], or None for 0.
+    """
+
+    quants: jax.Array
+    scale: jax.Array
+    zero: int | jax.Array = 0
+    minimum: jax.Array | None = None
+
+    def decode(self) -> jax.Array:
+        """The numbers, float32 [..., n, R]."""
+        *stack, n, R = self.quants.shape
+        groups = self.scale.shape[-2]
+        quants = self.quants.reshape(*stack, groups, n // groups, R).astype(jnp.float32)
+        zero = (
+            self.zero if isinstance(self.zero, int) else self.zero[..., None, :].astype(jnp.float32)
+        )
+        numbers = self.scale[..., None, :] * (quants - zero)
+        if self.minimum is not None:
+            numbers = numbers + self.minimum[..., None, :]
+        return numbers.reshape(*stack, n, R)
 
 
 def nibbles(packed: jax.Array, high_first: bool = False) -> jax.Array:

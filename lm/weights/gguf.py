@@ -19,11 +19,11 @@ from jax.typing import DTypeLike
 
 from lm import files
 from lm.files.ggml import FP4_LEVELS, IQ4_LEVELS, BlockType, block_type
-from lm.weights.blocked import BlockAxis, Blocked, lookup
+from lm.weights.blocked import BlockAxis, Blocked, Groups, lookup
 
 F32 = jnp.float32
 Fields = Mapping[str, jax.Array]  # each [*stack, blocks, count, R]
-Decoder = Callable[[Fields, BlockType], jax.Array]
+Decoder = Callable[[Fields, BlockType], Groups]
 
 
 @flax.struct.dataclass
@@ -112,6 +112,10 @@ class GGUFBlocks(Blocked):
         return block_type(self.kind).block, 1
 
     def decode(self, dtype: DTypeLike) -> jax.Array:
+        return self.groups().decode().astype(dtype).reshape(*self.stack, *self.size)
+
+    def groups(self) -> Groups:
+        """The blocks unpacked: quants [*stack, blocks, numbers of a block, R]."""
         layout = block_type(self.kind)
         K, R = self.size
         fields = {
@@ -120,16 +124,15 @@ class GGUFBlocks(Blocked):
             )
             for field in layout.fields
         }
-        numbers = _decoder(self.kind)(fields, layout)
-        return numbers.astype(dtype).reshape(*self.stack, K, R)
+        return _decoder(self.kind)(fields, layout)
 
     def __str__(self) -> str:
         return f"GGUFBlocks {self.kind}"
 
 
-# -- Decoders: fields, named as in ggml, to numbers [*stack, blocks, ..., R], in the order of ggml's
-# reference code. Products of a 16-bit scale, a small scale and a quant are exact in float32, so
-# that fusing the last addition into them changes nothing. --------------------------------------
+# -- Decoders: fields, named as in ggml, to groups of numbers, in the order of ggml's reference
+# code. Products of a 16-bit scale, a small scale and a quant are exact in float32, so that fusing
+# the last addition into them changes nothing. ---------------------------------------------------
 
 
 def unpack(b: Fields, kind: BlockType) -> jax.Array:
@@ -147,88 +150,70 @@ def unpack(b: Fields, kind: BlockType) -> jax.Array:
     return quants
 
 
-def _grouped(x: jax.Array, groups: int) -> jax.Array:
-    """[*stack, blocks, numbers, R] as [*stack, blocks, groups, numbers / groups, R]."""
-    return x.reshape(*x.shape[:-2], groups, x.shape[-2] // groups, x.shape[-1])
+def _symmetric(zero: int) -> Decoder:
+    return lambda b, kind: Groups(unpack(b, kind), b["d"].astype(F32), zero)
 
 
-def _quants(b: Fields, kind: BlockType, groups: int, offset: int = 0) -> jax.Array:
-    """Quants less `offset`, float32, in groups."""
-    return _grouped(unpack(b, kind).astype(F32) - offset, groups)
+def _affine(b: Fields, kind: BlockType) -> Groups:
+    return Groups(unpack(b, kind), b["d"].astype(F32), minimum=b["m"].astype(F32))
 
 
-def _symmetric(offset: int) -> Decoder:
-    return lambda b, kind: b["d"].astype(F32) * (unpack(b, kind).astype(F32) - offset)
+def _whole(b: Fields, kind: BlockType) -> Groups:
+    return Groups(b["qs"], b["d"].astype(F32))
 
 
-def _affine(b: Fields, kind: BlockType) -> jax.Array:
-    return b["d"].astype(F32) * unpack(b, kind).astype(F32) + b["m"].astype(F32)
-
-
-def _whole(b: Fields, kind: BlockType) -> jax.Array:
-    return b["d"].astype(F32) * b["qs"].astype(F32)
-
-
-def _scaled(scale: jax.Array, quants: jax.Array, minimum: jax.Array | None = None) -> jax.Array:
-    """A scale, and perhaps a minimum, for each group: [*stack, blocks, groups, R]."""
-    values = scale[..., None, :] * quants
-    return values if minimum is None else values - minimum[..., None, :]
-
-
-def _q2_k(b: Fields, kind: BlockType) -> jax.Array:
+def _q2_k(b: Fields, kind: BlockType) -> Groups:
     scale = b["d"].astype(F32) * (b["scales"] & 15).astype(F32)
     minimum = b["dmin"].astype(F32) * (b["scales"] >> 4).astype(F32)
-    return _scaled(scale, _quants(b, kind, 16), minimum)
+    return Groups(unpack(b, kind), scale, minimum=-minimum)
 
 
-def _q3_k(b: Fields, kind: BlockType) -> jax.Array:
+def _q3_k(b: Fields, kind: BlockType) -> Groups:
     """Sixteen scales of 6 bits: four in the halves of bytes 0-7, two more in bytes 8-11."""
     scales = b["scales"]
     low = jnp.concatenate([scales[..., :8, :] & 15, scales[..., :8, :] >> 4], axis=-2)
     shifts = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None, None]
     high = scales[..., None, 8:, :] >> shifts & 3
     scale = (low | high.reshape(low.shape) << 4).astype(F32) - 32
-    # A mask bit of 0 subtracts 4, which is a third bit of weight 4 and an offset of 4.
-    return _scaled(b["d"].astype(F32) * scale, _quants(b, kind, 16, 4))
+    # A mask bit of 0 subtracts 4, which is a third bit of weight 4 and a zero point of 4.
+    return Groups(unpack(b, kind), b["d"].astype(F32) * scale, zero=4)
 
 
-def _q4_k(b: Fields, kind: BlockType) -> jax.Array:
+def _q4_k(b: Fields, kind: BlockType) -> Groups:
     """Eight scales and minima of 6 bits: four whole in bytes 0-3 and 4-7, whose top bits go with
     the halves of bytes 8-11."""
     s, m, rest = (b["scales"][..., start : start + 4, :] for start in (0, 4, 8))
     scale = jnp.concatenate([s & 63, rest & 15 | s >> 6 << 4], axis=-2)
     minimum = jnp.concatenate([m & 63, rest >> 4 | m >> 6 << 4], axis=-2)
     scale = b["d"].astype(F32) * scale.astype(F32)
-    minimum = b["dmin"].astype(F32) * minimum.astype(F32)
-    return _scaled(scale, _quants(b, kind, 8), minimum)
+    return Groups(unpack(b, kind), scale, minimum=-(b["dmin"].astype(F32) * minimum.astype(F32)))
 
 
-def _q6_k(b: Fields, kind: BlockType) -> jax.Array:
-    scale = b["d"].astype(F32) * b["scales"].astype(F32)
-    return _scaled(scale, _quants(b, kind, 16, 32))
+def _q6_k(b: Fields, kind: BlockType) -> Groups:
+    return Groups(unpack(b, kind), b["d"].astype(F32) * b["scales"].astype(F32), zero=32)
 
 
-def _iq4_nl(b: Fields, kind: BlockType) -> jax.Array:
-    return b["d"].astype(F32) * lookup(unpack(b, kind), IQ4_LEVELS)
+def _iq4_nl(b: Fields, kind: BlockType) -> Groups:
+    return Groups(lookup(unpack(b, kind), IQ4_LEVELS), b["d"].astype(F32))
 
 
-def _iq4_xs(b: Fields, kind: BlockType) -> jax.Array:
+def _iq4_xs(b: Fields, kind: BlockType) -> Groups:
     """Eight scales of 6 bits less 32: four in the halves of a byte, two in a 16-bit word."""
     low = b["scales_l"]
     low = jnp.stack([low & 15, low >> 4], axis=-2).reshape(*low.shape[:-2], 8, low.shape[-1])
     shifts = jnp.arange(0, 16, 2, dtype=jnp.uint16)[:, None]
     high = (b["scales_h"] >> shifts & 3).astype(jnp.uint8)
     scale = b["d"].astype(F32) * ((low | high << 4).astype(F32) - 32)
-    return _scaled(scale, _grouped(lookup(unpack(b, kind), IQ4_LEVELS), 8))
+    return Groups(lookup(unpack(b, kind), IQ4_LEVELS), scale)
 
 
-def _mxfp4(b: Fields, kind: BlockType) -> jax.Array:
+def _mxfp4(b: Fields, kind: BlockType) -> Groups:
     """The levels are doubled, so the scale is half of 2^(e - 127): two steps down in the exponent
     bits of a float32, and its two least values are below the normal range."""
     exponent = b["e"].astype(jnp.int32)
     bits = jnp.where(exponent > 1, (exponent - 1) << 23, 0x00200000 << exponent)
     half = jax.lax.bitcast_convert_type(bits, F32)
-    return half * lookup(unpack(b, kind), FP4_LEVELS)
+    return Groups(lookup(unpack(b, kind), FP4_LEVELS), half)
 
 
 _DECODERS: Mapping[str, Decoder] = {

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lm.weights.blocked import BlockAxis, Blocked, nibbles
+from lm.weights.blocked import BlockAxis, Blocked, Groups, nibbles
 
 
 @flax.struct.dataclass
@@ -114,12 +114,12 @@ class Int4(Blocked):
         return (unit if groups == 1 else math.lcm(unit, self.size[0] // groups)), 1
 
     def decode(self, dtype: DTypeLike) -> jax.Array:
-        K, R = self.size
-        groups = self.scale.shape[-2]
-        values = self.unpack().reshape(*self.stack, groups, K // groups, R).astype(jnp.float32)
-        zero = self.middle if self.zero is None else self.zero[..., None, :].astype(jnp.float32)
-        matrix = (values - zero) * self.scale.astype(jnp.float32)[..., None, :]
-        return matrix.astype(dtype).reshape(*self.stack, K, R)
+        return self.groups().decode().astype(dtype)
+
+    def groups(self) -> Groups:
+        """The values unpacked, in their stored order."""
+        zero = self.middle if self.zero is None else self.zero
+        return Groups(self.unpack(), self.scale.astype(jnp.float32), zero)
 
     def _in_order(self) -> Self:
         return dataclasses.replace(self, order=None)

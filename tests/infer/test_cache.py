@@ -77,4 +77,4 @@ def test_positions_beyond_the_cache_are_not_written():
     tokens = Tokens.of(jnp.array([[3, 1, 4, 1, 5]]))
     _, full = hidden_and_cache(params, tokens, config, make_cache(config, 1, 5))
     _, short = hidden_and_cache(params, tokens, config, make_cache(config, 1, 3))
-    np.testing.assert_allclose(short[0].keys.values, full[0].keys.values[:, :3], rtol=1e-6)
+    np.testing.assert_allclose(short[0].keys.values, full[0].keys.values[:, :, :3], rtol=1e-6)

@@ -142,7 +142,7 @@ def test_chunks_equal_the_whole(name):
 
 def test_a_sliding_cache_is_as_long_as_the_window():
     caches = make_cache(config_of(LOCAL, GLOBAL, LOCAL), 3, 48, kind="sliding")
-    assert [cache.keys.values.shape[1] for cache in caches] == [WINDOW, 48, WINDOW]
+    assert [cache.keys.values.shape[2] for cache in caches] == [WINDOW, 48, WINDOW]
     (short,) = make_cache(config_of(LOCAL), 3, WINDOW, kind="sliding")
     assert not isinstance(short, SlidingCache)
     q, k, v = drawn(GLOBAL)

@@ -39,7 +39,7 @@ def kernels(program, *arguments) -> set[str]:
         ("sliding", {"flash_attention_forward"}, set()),
         (
             "paged",
-            {"paged_attention_prefill", "paged_attention_decode", "write_pages"},
+            {"flash_attention_forward", "write_pages"},
             {"paged_attention_decode", "write_pages"},
         ),
     ],

@@ -1,4 +1,4 @@
-"""The serving form: the same model, in panels where that is worth while."""
+"""The serving form: the same model, quantized weights as the CPU reads them fastest."""
 
 import dataclasses
 
@@ -8,18 +8,23 @@ import numpy as np
 import pytest
 
 from lm.infer.serving import serving_form
+from lm.kernels.cpu.native import available
 from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, Tokens, forward, make_head
 from lm.model.params import unstack
 from lm.sharding import MeshShape, make_mesh
-from lm.weights import NF4, Int8, LoRA, Panels
+from lm.weights import NF4, Int4, Int8, LoRA, Words, is_structured
 from tests.model.drawn import weights
 
 CONFIG = ModelConfig(61, 32, (Stack((Layer(Attention(4, 2, 8), FeedForward(96)),), 2),))
 
 
-def any_panels(params) -> bool:
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Panels))
-    return any(isinstance(x, Panels) for x in leaves)
+def any_words(params) -> bool:
+    leaves = jax.tree.leaves(params, is_leaf=is_structured)
+    return any(isinstance(x, Words) for x in leaves)
+
+
+def quantized(params):
+    return jax.tree.map(lambda x: Int4.quantize(x, 32) if x.ndim == 2 else x, unstack(params))
 
 
 def logits(params, config):
@@ -31,13 +36,12 @@ def logits(params, config):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_same_model(tied):
     config = dataclasses.replace(CONFIG, tied=tied)
-    params = weights(config)
+    params = quantized(weights(config))
     serving = serving_form(params, jnp.float32)
     attention = serving.stacks[0].layers[1].attention
-    assert isinstance(attention.query, Panels)
-    assert not isinstance(attention.key, Panels)  # 16 columns
-    assert isinstance(serving.embed, Panels) == tied
-    assert isinstance(serving.output, Panels) != tied
+    native = available("products")
+    assert isinstance(attention.query, Words) == native
+    assert isinstance(serving.embed, Words) == native
     np.testing.assert_allclose(logits(serving, config), logits(params, config), atol=1e-5)
     again = serving_form(serving, jnp.float32)
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (serving, again)), strict=True))
@@ -45,30 +49,30 @@ def test_the_same_model(tied):
 
 def test_what_is_kept():
     params = weights(CONFIG)
-    assert not any_panels(serving_form(params, jnp.float16))
-    assert isinstance(serving_form(params, jnp.bfloat16).embed, jax.Array)
-    layer = serving_form(params, jnp.float32).stacks[0].layers[0]
-    gate = layer.feed_forward.gate.dequantize(jnp.float32)
-    adapted = LoRA(gate, jnp.ones((32, 64)), jnp.ones((64, 96)), jnp.float32(1))
+    assert not any_words(serving_form(params, jnp.float32))
+    layer = unstack(params).stacks[0].layers[0]
+    base = Int4.quantize(layer.feed_forward.gate, 32)
+    adapted = LoRA(base, jnp.ones((32, 64)), jnp.ones((64, 96)), jnp.float32(1))
     tree = dataclasses.replace(params, output=None, embed=Int8.quantize(params.embed))
     unstacked = dataclasses.replace(
-        serving_form(tree, jnp.float32).stacks[0],
+        unstack(params).stacks[0],
         layers=(dataclasses.replace(layer, feed_forward=dataclasses.replace(
             layer.feed_forward, gate=adapted)),),
     )  # fmt: skip
     found = serving_form(dataclasses.replace(tree, stacks=(unstacked,)), jnp.float32)
     assert isinstance(found.embed, Int8)
     gate = found.stacks[0].layers[0].feed_forward.gate
-    assert isinstance(gate.base, Panels)
+    assert isinstance(gate.base, Words) == available("products")
     assert isinstance(gate.b, jax.Array)
 
 
-def test_what_was_cut_may_be_given_up():
-    params = unstack(weights(CONFIG))
+def test_what_has_a_new_form_may_be_given_up():
+    if not available("products"):
+        pytest.skip("no C++ compiler")
+    params = quantized(weights(CONFIG))
     expected = logits(params, CONFIG)
     serving = serving_form(params, jnp.float32, donate=True)
-    attention = params.stacks[0].layers[0].attention
-    assert attention.query.is_deleted() and not attention.key.is_deleted()
+    assert params.stacks[0].layers[0].attention.query.values.is_deleted()
     np.testing.assert_allclose(logits(serving, CONFIG), expected, atol=1e-5)
 
 
@@ -84,5 +88,5 @@ def test_scales_of_scales_are_decoded_once():
 def test_weights_on_several_devices_stay_whole():
     mesh = make_mesh(MeshShape(tensor=2), jax.devices()[:2])
     places = jax.NamedSharding(mesh, jax.P())
-    params = jax.device_put(weights(CONFIG), places)
-    assert not any_panels(serving_form(params, jnp.float32))
+    params = jax.device_put(quantized(weights(CONFIG)), places)
+    assert not any_words(serving_form(params, jnp.float32))

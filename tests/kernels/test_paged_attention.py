@@ -348,7 +348,7 @@ def test_dequantized_values_are_rounded_once(kind, dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(1, 256, 2, 64)), jnp.float32)
     if kind == "slots":
-        slots = Slots.empty(x.shape, dtype).write(x, jnp.arange(256)[None])
+        slots = Slots.empty((1, 2, 256, 64), dtype).write(x, jnp.arange(256)[None])
         values, scales, read = slots.values, slots.scales, slots.read(jnp.bfloat16)
     else:
         pages, table = make_pages(2, 128, 2, 64, dtype=dtype), int32([[1, 0]])

@@ -46,7 +46,7 @@ def load_gguf(
     file: Path | GGUF,
     *,
     dtype: Any = jnp.float32,
-    keep_quantized: bool = False,
+    keep_quantized: bool | Collection[str] = False,
     layout: Layout | None = None,
     ignore: Collection[str] = (),
 ) -> tuple[ModelWeights, ModelConfig]:
@@ -55,8 +55,9 @@ def load_gguf(
     Args:
       file: its path, or that of the first part of a split model; or the open file.
       dtype: of the weights that are arrays.
-      keep_quantized: keep matrices in blocks as `lm.weights.GGUFBlocks`; plain numbers, and blocks
-        of types that are not computed on, become arrays all the same.
+      keep_quantized: keep matrices in blocks as `lm.weights.GGUFBlocks`, or those of the types
+        given; plain numbers, and blocks of types that are not computed on, become arrays all the
+        same.
       layout: place each shard by these rules; None for the default device.
       ignore: see `from_gguf`.
 
@@ -70,9 +71,11 @@ def load_gguf(
     source, config = str(file.paths[0]), read_gguf_config(file, ignore)
     wanted = list(rows(config, Keys(file.metadata, source).gguf))
     _check_tensors(file, wanted, config, source)
+    kept = keep_quantized or ()
+    kinds = frozenset(KINDS) if kept is True else frozenset(KINDS) & frozenset(kept)
     done = {}
     for each in wanted:
-        done[each.path] = _place(file, each, dtype, keep_quantized, layout)
+        done[each.path] = _place(file, each, dtype, kinds, layout)
         file.release(each.tensor)
     return tree_of(done, unstacked_specs(config)), config
 
@@ -97,11 +100,11 @@ def _check_tensors(file: GGUF, wanted: list[Rows], config: ModelConfig, source: 
     refuse(faults, source, config)
 
 
-def _place(file: GGUF, each: Rows, dtype: Any, keep_quantized: bool, layout: Layout | None) -> Any:
-    """One of our weights, on its devices."""
+def _place(file: GGUF, each: Rows, dtype: Any, kept: Collection[str], layout: Layout | None) -> Any:
+    """One of our weights, on its devices; a matrix of one of the types `kept` in its blocks."""
     kind = ggml.TYPES[file.tensors[each.tensor].type]
     raw = raw_rows(file, each)
-    if keep_quantized and len(each.spec.shape) == 2 and kind.name in KINDS:
+    if len(each.spec.shape) == 2 and kind.name in kept:
         block_axis = "in" if each.transposed else "out"
         shape = (len(raw), each.tensor_shape[1])
         leaf = GGUFBlocks.from_bytes(raw, kind.name, shape, block_axis)

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.attention import Scores, View, attention
+from lm.kernels.attention import Scores, View, attention, slots_attention
 from lm.kernels.paged_attention import QUANTIZED, quantize
 from lm.model import Tokens
 from lm.sharding import constrain
@@ -38,8 +38,8 @@ class Slots:
     """Vectors of heads in the slots of rows; int8 and float8_e4m3fn with a scale for each.
 
     Attributes:
-      values: [B, S, K, h].
-      scales: float32 [B, S, K], or None.
+      values: [B, K, S, h].
+      scales: float32 [B, K, S], or None.
     """
 
     values: Any
@@ -54,16 +54,16 @@ class Slots:
     def write(self, new: jax.Array, slots: jax.Array) -> Slots:
         """With new [B, T, K, h] written at `slots` [B, T]; those out of range are dropped."""
         rows = jnp.arange(len(slots), dtype=slots.dtype)[:, None]
-        axes = "batch", None, "kv_heads" if self.values.shape[2] > 1 else None
+        axes = "batch", "kv_heads" if self.values.shape[1] > 1 else None, None
         scales = self.scales
         if scales is not None:
             new, new_scales = quantize(new, self.values.dtype)
-            scales = constrain(scales.at[rows, slots].set(new_scales, mode="drop"), *axes)
-        values = self.values.at[rows, slots].set(new.astype(self.values.dtype), mode="drop")
+            scales = constrain(scales.at[rows, :, slots].set(new_scales, mode="drop"), *axes)
+        values = self.values.at[rows, :, slots].set(new.astype(self.values.dtype), mode="drop")
         return Slots(constrain(values, *axes, None), scales)
 
     def read(self, dtype: Any) -> jax.Array:
-        """[B, S, K, h], dequantized in float32, then `dtype`."""
+        """[B, K, S, h], dequantized in float32, then `dtype`."""
         if self.scales is None:
             return self.values.astype(dtype)
         return (self.values.astype(jnp.float32) * self.scales[..., None]).astype(dtype)
@@ -83,9 +83,25 @@ def attend_slots(
     implementation: str | None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """q [B, T, H, h] over k [B, S, K, h] and v of every slot, position p in slot p."""
-    positions = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=tokens.positions.dtype), k.shape[:2])
+    """q [B, T, H, h] over k [B, K, S, h] and v of every slot, position p in slot p."""
+    B, _, S, _ = k.shape
+    positions = jnp.broadcast_to(jnp.arange(S, dtype=tokens.positions.dtype), (B, S))
     view = View(tokens.positions, positions)
+    return slots_attention(q, k, v, view, scores, sinks=sinks, implementation=implementation)
+
+
+def attend_themselves(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    tokens: Tokens,
+    scores: Scores,
+    implementation: str | None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """q [B, T, H, h] over k [B, T, K, h] and v of the same tokens, which are whole documents."""
+    where = tokens.positions, tokens.positions, tokens.segment_ids, tokens.segment_ids
+    view = View(*where, in_order=True)
     return attention(q, k, v, view, scores, sinks=sinks, implementation=implementation)
 
 
@@ -117,10 +133,13 @@ class ContiguousCache:
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, ContiguousCache]:
         """See `lm.model.LayerCache`. Each row is one document: `tokens` must not be packed."""
-        slots = own_slots(tokens, self.keys.values.shape[1])
+        slots = own_slots(tokens, self.keys.values.shape[2])
         keys, values = self.keys.write(k, slots), self.values.write(v, slots)
-        read = keys.read(q.dtype), values.read(q.dtype)
-        out = attend_slots(q, *read, tokens, scores, self.implementation, sinks)
+        how: Any = tokens, scores, self.implementation, sinks
+        if tokens.in_order:
+            out = attend_themselves(q, k, v, *how)
+        else:
+            out = attend_slots(q, keys.read(q.dtype), values.read(q.dtype), *how)
         return out, dataclasses.replace(self, keys=keys, values=values)
 
 
@@ -169,14 +188,19 @@ class SlidingCache:
         rows = jnp.arange(B, dtype=slots.dtype)[:, None]
         keys, values = self.keys.write(k, slots), self.values.write(v, slots)
         positions = self.positions.at[rows, slots].set(new, mode="drop")
+        written = dataclasses.replace(self, keys=keys, values=values, positions=positions)
+        if tokens.in_order:
+            own = attend_themselves(q, k, v, tokens, scores, self.implementation, sinks)
+            return own, written
         if q.shape[1] == 1:
             all_keys, all_values = keys.read(q.dtype), values.read(q.dtype)
             key_positions = positions
         else:
             # Later tokens of the chunk take slots that earlier ones still see. Padding may be
             # anything, and zero times NaN is NaN.
+            kept = live[..., None, None]
             all_keys, all_values = (
-                jnp.concatenate([x.read(q.dtype), jnp.where(live[..., None, None], y, 0)], axis=1)
+                jnp.concatenate([x.read(q.dtype), jnp.where(kept, y, 0).swapaxes(1, 2)], axis=2)
                 for x, y in ((self.keys, k.astype(q.dtype)), (self.values, v.astype(q.dtype)))
             )
             # What is not before the chunk was left behind by another document.
@@ -184,7 +208,5 @@ class SlidingCache:
             old = jnp.where(self.positions < first, self.positions, UNUSED_POSITION)
             key_positions = jnp.concatenate([old, new], axis=1)
         view = View(tokens.positions, key_positions)
-        out = attention(
-            q, all_keys, all_values, view, scores, sinks=sinks, implementation=self.implementation
-        )
-        return out, dataclasses.replace(self, keys=keys, values=values, positions=positions)
+        how: Any = {"sinks": sinks, "implementation": self.implementation}
+        return slots_attention(q, all_keys, all_values, view, scores, **how), written

@@ -58,7 +58,7 @@ def make_cache(
             return PagedCache(make_pages(*sizes, latent=latent is not None, dtype=dtype))
         window = a.window if kind == "sliding" and latent is None else None
         size = length if window is None else min(window, length)
-        keys, values = (Slots.empty((batch, size, heads, key_dim), dtype) for _ in range(2))
+        keys, values = (Slots.empty((batch, heads, size, key_dim), dtype) for _ in range(2))
         if latent is not None:
             if quantized:
                 raise ValueError(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.infer.cache.contiguous import attend_themselves
 from lm.kernels.attention import Scores
 from lm.kernels.paged_attention import PageBatch, Pages, paged_attention, write_pages
 from lm.model import Tokens
@@ -57,8 +58,11 @@ class PagedCache:
         how: dict[str, Any] = {"implementation": self.implementation}
         pages = write_pages(self.pages, flat[1], values, tokens.pages, **how)
         pages = dataclasses.replace(pages, data=_constrained(pages.data))
+        written = dataclasses.replace(self, pages=pages)
+        if tokens.in_order and not self.pages.latent and self.implementation is None:
+            return attend_themselves(q, k, v, tokens, scores, None, sinks), written
         out = paged_attention(flat[0], pages, tokens.pages, scores, sinks=sinks, **how)
-        return out.reshape(B, T, H, -1), dataclasses.replace(self, pages=pages)
+        return out.reshape(B, T, H, -1), written
 
 
 def in_pages(tokens: Tokens, page_table: jax.Array) -> Tokens:

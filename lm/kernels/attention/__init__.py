@@ -9,6 +9,7 @@ from lm.kernels.attention.choose import (
 )
 from lm.kernels.attention.reference import View, mask, reference_attention
 from lm.kernels.attention.scores import Scores
+from lm.kernels.attention.slots import slots_attention
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -20,4 +21,5 @@ __all__ = [
     "default_implementation",
     "mask",
     "reference_attention",
+    "slots_attention",
 ]

@@ -68,10 +68,26 @@ def reference_attention(
     K = k_BSKh.shape[2]
     q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h)
     x = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=jnp.float32)
-    x = jnp.where(mask(view, scores)[:, None, None], scores.of(x), NEGATIVE)
+    weights, lse = softmax(scores.of(x), mask(view, scores), sinks)
+    probabilities = weights.astype(v_BSKh.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", probabilities, v_BSKh)
+    out = out.reshape(B, T, H, v_BSKh.shape[-1])
+    if not return_lse:
+        return out
+    return out, jnp.moveaxis(lse, -1, 1).reshape(B, T, H)
+
+
+def softmax(
+    x_BKGTS: jax.Array, seen_BTS: jax.Array, sinks: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Probabilities [B, K, G, T, S] of scores that are seen, and their log-sum-exp [B, K, G, T].
+
+    See `lm.kernels.attention.attention` for sinks and queries that see nothing.
+    """
+    x = jnp.where(seen_BTS[:, None, None], x_BKGTS, NEGATIVE)
     top = jnp.max(x, axis=-1, keepdims=True)
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, K, H // K, 1, 1)
+        sink = sinks.astype(jnp.float32).reshape(1, *x.shape[1:3], 1, 1)
         top = jnp.maximum(top, sink)
     # So that the weights of a query without keys are exp(NEGATIVE / 2) = 0, not exp(0).
     top = jnp.maximum(jax.lax.stop_gradient(top), NEGATIVE / 2)
@@ -81,13 +97,7 @@ def reference_attention(
         total += jnp.exp(sink - top)
     blind = total == 0
     total = jnp.where(blind, 1, total)
-    probabilities = (weights / total).astype(v_BSKh.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", probabilities, v_BSKh)
-    out = out.reshape(B, T, H, v_BSKh.shape[-1])
-    if not return_lse:
-        return out
-    lse = jnp.where(blind, NEGATIVE, jnp.log(total) + top)[..., 0]
-    return out, jnp.moveaxis(lse, -1, 1).reshape(B, T, H)
+    return weights / total, jnp.where(blind, NEGATIVE, jnp.log(total) + top)[..., 0]
 
 
 def reference_attention_backward(

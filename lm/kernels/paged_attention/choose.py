@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 from lm.hardware.chips import chip_of
 from lm.kernels.attention.scores import Scores
 from lm.kernels.attention.sharded import on_tpu, target
+from lm.kernels.cpu.paged import cpu_paged_attention, supports
 from lm.kernels.paged_attention.pages import PageBatch, Pages
 from lm.kernels.paged_attention.reference import (
     reference_paged_attention,
@@ -21,7 +23,7 @@ from lm.kernels.paged_attention.tpu import tpu_paged_attention
 from lm.kernels.paged_attention.tpu_write import tpu_write_pages
 from lm.sharding import Layout, check_divides, current_layout, map_devices
 
-IMPLEMENTATIONS = ("reference", "tpu")
+IMPLEMENTATIONS = ("reference", "tpu", "cpu")
 MEGACORE = ("TPU v4", "TPU v5p")  # chips that show their two cores as one
 
 
@@ -49,7 +51,8 @@ def paged_attention(
       batch: where the new tokens stand.
       scores: scale, window and soft-cap; causal.
       sinks: [H] scores of a key with no value, added to the denominator.
-      implementation: "reference" or "tpu"; None for "tpu" where the layout's mesh is of TPUs.
+      implementation: "reference", "tpu" or, for few new tokens per sequence, "cpu"; None for the
+        kernel of the layout's devices, where it can do what is asked.
       interpret: run the TPU kernel as plain JAX; or what else `pl.pallas_call` takes.
       blocks: `block_q` and `block_kv` of the TPU kernel, in tokens, and its `cores`.
 
@@ -75,6 +78,9 @@ def paged_attention(
             q, pages, batch, scores, sinks, chip=chip, interpret=interpret, **options
         )
 
+    def cpu(q, pages, batch, sinks):
+        return cpu_paged_attention(q, pages, batch, scores, sinks)
+
     def specs(layout: Layout):
         K = pages.data.shape[1]
         axes = kv_axes = kv_head_axes(layout, K)
@@ -86,7 +92,10 @@ def paged_attention(
         of_sinks = None if sinks is None else PartitionSpec(axes or None)
         return (heads, _page_specs(pages, kv_axes), PartitionSpec(), of_sinks), heads
 
-    return _dispatch(implementation, reference, tpu, specs, q, pages, batch, sinks)
+    if implementation is None and _platform() == "cpu" and supports(pages, batch):
+        implementation = "cpu"
+    kernels = {"tpu": tpu, "cpu": cpu}
+    return _dispatch(implementation, reference, kernels, specs, q, pages, batch, sinks)
 
 
 def write_pages(
@@ -119,7 +128,9 @@ def write_pages(
         heads, of_pages = PartitionSpec(None, axes or None), _page_specs(pages, axes)
         return (of_pages, heads, None if values is None else heads, PartitionSpec()), of_pages
 
-    return _dispatch(implementation, reference_write_pages, tpu, specs, pages, keys, values, batch)
+    kernels = {"tpu": tpu, "cpu": reference_write_pages}
+    how = implementation, reference_write_pages, kernels, specs
+    return _dispatch(*how, pages, keys, values, batch)
 
 
 def _chip() -> str | None:
@@ -129,21 +140,33 @@ def _chip() -> str | None:
     return None if chip is None else chip.name
 
 
-def _dispatch(implementation: str | None, reference, tpu, specs, *arguments: Any) -> Any:
-    """The result of the implementation; of `tpu` on each device, by `specs` of a layout.
+def _platform() -> str | None:
+    """Platform of the devices compiled for, if it is known."""
+    device = target()
+    return None if device is None else device.platform
 
-    A Mosaic call cannot be partitioned by the compiler: each device runs it on the heads it has.
+
+def _dispatch(
+    implementation: str | None,
+    reference: Any,
+    kernels: Mapping[str, Any],
+    specs: Any,
+    *arguments: Any,
+) -> Any:
+    """The result of the implementation; of a kernel on each device, by `specs` of a layout.
+
+    Kernels cannot be partitioned by the compiler: each device runs them on the heads it has.
     """
     if implementation is None:
         implementation = "tpu" if on_tpu() else "reference"
     if implementation == "reference":
         return reference(*arguments)
-    if implementation == "tpu":
+    if kernel := kernels.get(implementation):
         layout = current_layout()
         if layout is None:
-            return tpu(*arguments)
+            return kernel(*arguments)
         given, result = specs(layout)
-        return map_devices(tpu, given, result, layout.mesh)(*arguments)
+        return map_devices(kernel, given, result, layout.mesh)(*arguments)
     raise ValueError(
         f"paged attention implementation {implementation!r} is unknown; use "
         f"{', '.join(IMPLEMENTATIONS)}"
