@@ -19,6 +19,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from absl import logging
+
 from experiments.assemble import layout_of, make_run, make_stream, profile_steps
 from experiments.configs import sft as configs
 from experiments.configs.sft import Sft
@@ -66,9 +68,9 @@ def assemble(config: Sft, workdir: pathlib.Path) -> Run:
       ConfigError: the model cannot be opened, a line is not a conversation, sizes do not divide.
     """
     with input_errors():
-        train, held_out = split(config)
+        train, held_out = conversations(config, workdir)
         folder, seed, length = workdir / "data", config.train.seed, config.train.sequence_length
-        template = read_text(config.data.template) if config.data.template else ""
+        template = template_of(config, folder)
         if isinstance(config.model, str):
             base = pretrained(config.model, template, folder, config.ignore_config_keys)
         else:
@@ -92,18 +94,51 @@ def assemble(config: Sft, workdir: pathlib.Path) -> Run:
         )  # fmt: skip
 
 
-def split(config: Sft) -> tuple[list[Conversation], list[Conversation]]:
+def conversations(config: Sft, workdir: pathlib.Path) -> list[list[Conversation]]:
+    """What `split` finds, copied; a run that has begun goes on with its copy, which is reported."""
+    if not config.data.files:
+        return split(config)
+    copies = [workdir / "data" / f"{name}.jsonl" for name in ("train", "validation")]
+    begun = any((workdir / "checkpoints").glob("[0-9]*")) and all(c.is_file() for c in copies)
+    try:
+        found, why = split(config), "they have changed"
+    except (OSError, ValueError) as error:
+        if not begun:
+            raise
+        found, why = [], str(error)
+    texts = ["".join(json.dumps(each.content) + "\n" for each in part) for part in found]
+    if begun and texts != [copy.read_text() for copy in copies]:
+        logging.warning("the run goes on with its copy of the conversations: %s", why)
+        return [list(read_conversations([c] if c.stat().st_size else [])) for c in copies]
+    if not begun and distributed.is_first_process():
+        copies[0].parent.mkdir(parents=True, exist_ok=True)
+        for copy, text in zip(copies, texts, strict=True):
+            with replacing(copy) as file:
+                file.write(text.encode())
+    return found
+
+
+def split(config: Sft) -> list[list[Conversation]]:
     """Conversations to train on and to evaluate on: of files, or sums of small numbers."""
     data = config.data
     found = list(
         read_conversations(find_files(split_patterns(data.files))) if data.files else sums(2000)
     )
     if data.validation:
-        return found, list(read_conversations(find_files(split_patterns(data.validation))))
-    return (
+        return [found, list(read_conversations(find_files(split_patterns(data.validation))))]
+    return [
         [each for each in found if each.share >= data.held_out],
         [each for each in found if each.share < data.held_out],
-    )
+    ]
+
+
+def template_of(config: Sft, folder: pathlib.Path) -> str:
+    """The chat template in the file that `config` names, or the run's own if it has gone."""
+    path, own = config.data.template, folder / "chat_template.jinja"
+    if path and not pathlib.Path(path).expanduser().exists() and own.is_file():
+        logging.warning("the run goes on with its own chat template: '%s' has gone", path)
+        return own.read_text(encoding="utf-8")
+    return read_text(path) if path else ""
 
 
 def sums(count: int) -> Iterator[Conversation]:

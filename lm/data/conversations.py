@@ -44,6 +44,11 @@ class Conversation:
     tools: Sequence[Mapping[str, Any]] | None = None
 
     @property
+    def content(self) -> dict[str, Any]:
+        """The line of a JSONL file that holds it."""
+        return {"messages": self.messages, "tools": self.tools}
+
+    @property
     def share(self) -> float:
         """A number in [0, 1) that depends on the messages alone, to split by."""
         digest = hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode())

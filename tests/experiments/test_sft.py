@@ -175,3 +175,38 @@ def test_a_bad_line_is_named(tmp_path: pathlib.Path) -> None:
         run(tmp_path / "w", data__files=f"{tmp_path}/*.jsonl")
     with pytest.raises(ConfigError, match="no files match"):
         run(tmp_path / "w", data__files=f"{tmp_path}/none*.jsonl")
+
+
+def test_a_run_that_has_begun_needs_no_other_file(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes on with its copies of the conversations and the chat template, and says so."""
+    data, chat, workdir = tmp_path / "chats [1].jsonl", tmp_path / "t.jinja", tmp_path / "w"
+    turn = {"role": "assistant", "content": "caf\u00e9"}
+    data.write_text("".join(json.dumps({"messages": [turn] * n}) + "\n" for n in range(1, 30)))
+    chat.write_text("own")
+    settings = {"data.files": str(data), "data.held_out": "0.3", "data.template": str(chat)}
+    config = survival.config_of(sft.configs.quicktest(), settings)
+    found = sft.conversations(config, workdir)
+    assert all(found) and sum(map(len, found)) == 29
+    (workdir / "checkpoints" / "5").mkdir(parents=True)
+    (workdir / "data" / "chat_template.jinja").write_text("own")
+
+    def goes_on() -> bool:
+        kept = sft.conversations(config, workdir)
+        assert [[e.content for e in part] for part in kept] == [
+            [e.content for e in part] for part in found
+        ]
+        assert sft.template_of(config, workdir / "data") == "own"
+        said = "goes on with its" in caplog.text
+        caplog.clear()
+        return said
+
+    assert not goes_on()
+    data.write_text(data.read_text() * 2)
+    assert goes_on()
+    data.unlink()
+    chat.unlink()
+    assert goes_on()
+    with pytest.raises(ConfigError, match="no files match"):
+        sft.assemble(config, tmp_path / "new")
