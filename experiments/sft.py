@@ -77,10 +77,11 @@ def assemble(config: Sft, workdir: pathlib.Path) -> Run:
             texts = (str(m["content"]) for each in train for m in each.messages)
             base = from_scratch(config.model, seed, template or PLAIN_TEMPLATE, folder, texts)
         layout, chat = layout_of(config, base.config), ChatTemplate.of(base.tokenizer)
-        packed, held = (
-            pack_conversations(conversations, base.tokenizer, chat, length, name)
-            for name, conversations in (("train", train), ("validation", held_out))
-        )
+        packed = pack_conversations(train, base.tokenizer, chat, length, "train")
+        held = {}
+        if held_out:
+            rows = pack_conversations(held_out, base.tokenizer, chat, length, "validation")
+            held = {"validation": HeldOut(rows, config.train.batch_size)}
         if packed.num_dropped:
             distributed.print_once(f"{packed.num_dropped} conversations are left out: the first "
                                    f"{length} tokens have none of the assistant")  # fmt: skip
@@ -90,7 +91,7 @@ def assemble(config: Sft, workdir: pathlib.Path) -> Run:
         return make_run(
             config, workdir, base.config, layout, base.tokenizer,
             make_stream(config, [packed], layout),
-            {"validation": HeldOut(held, config.train.batch_size)}, folder, **others,
+            held, folder, **others,
         )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ class Conversations(Checked):
       files: names or glob patterns of JSONL files, one {"messages": [...]} per line, separated by
         commas or blanks, or as a JSON list; none for sums of small numbers.
       validation: the same, to evaluate on; none for a part of `files`.
-      held_out: share of the conversations in `files` kept for evaluation where `validation` is
-        none.
+      held_out: share of the conversations in `files` kept for evaluation where there is no
+        `validation`; 0 for none.
       template: a file with the chat template; none for the tokenizer's own, or a plain one.
       seed: of the order.
     """

@@ -168,6 +168,11 @@ def test_a_base_model_without_a_template_takes_the_plain_one(
     assert (tmp_path / "data" / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
 
 
+def test_nothing_is_held_out(tmp_path: pathlib.Path) -> None:
+    workdir = run(tmp_path / "w", SMALL | {"train.num_steps": "2"}, data__held_out="0")
+    assert len(rows(workdir, "loss")) == 2 and not rows(workdir, "held_out_loss")
+
+
 def test_a_bad_line_is_named(tmp_path: pathlib.Path) -> None:
     good = '{"messages": [{"role": "assistant", "content": "a"}]}\n'
     (tmp_path / "a.jsonl").write_text(good + '{"messages": [{"role": "robot"}]}\n')
