@@ -19,7 +19,6 @@ from lm.train.objective import Objective, Term
 from lm.train.stability import Stability
 from lm.train.state import abstract_state
 from lm.train.step import make_eval_step
-from lm.weights import initialize
 from tests.train.tiny import (
     LAYER,
     UNTIED,
@@ -27,6 +26,7 @@ from tests.train.tiny import (
     Result,
     assert_same,
     begin,
+    first_weights,
     make_batch,
     take,
 )
@@ -145,7 +145,7 @@ def test_pairs_are_whole_however_they_are_computed(mesh, num_micro_batches, pack
 def test_pairs_equal_plain_jax():
     batch = jax.tree.map(jnp.asarray, make_pairs(True))
     gradient = WithAux(CONFIG)
-    params = jax.jit(lambda: initialize(param_specs(CONFIG), jax.random.key(0)))()
+    params = first_weights(CONFIG)
 
     @jax.jit
     def loss(params):
@@ -191,7 +191,7 @@ def test_leaves_are_sharded_by_what_they_count():
 
 
 def test_evaluation_runs_in_micro_batches():
-    params = jax.jit(lambda: initialize(param_specs(CONFIG), jax.random.key(0)))()
+    params = first_weights(CONFIG)
     evaluate = make_eval_step(Pairs(), Case().layout, WithAux(CONFIG, 4, loss="fused"))
     expected = run(ONE, 1, True).metrics
     for name, term in evaluate(params, make_pairs(True)).items():

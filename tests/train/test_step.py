@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.model import Tokens, forward, make_head, param_specs
+from lm.model import Tokens, forward, make_head
 from lm.train.objective import NextToken, Objective, Term
 from lm.train.optimizers import AdamW, make_optimizer
 from lm.train.step import make_eval_step
-from lm.weights import initialize, path_name
+from lm.weights import path_name
 from tests.train.tiny import (
     OBJECTIVE,
     TIED,
@@ -20,6 +20,7 @@ from tests.train.tiny import (
     Result,
     assert_same,
     begin,
+    first_weights,
     make_batch,
     run,
     take,
@@ -45,7 +46,7 @@ def plain(config, objective: NextToken) -> Result:
         parts = {"loss": mean(lse - target), "z_loss": mean(lse**2)}
         return parts["loss"] + objective.z_loss * parts["z_loss"], parts
 
-    params = jax.jit(lambda: initialize(param_specs(config), jax.random.key(0)))()
+    params = first_weights(config)
     gradients, metrics = jax.jit(jax.grad(loss, has_aux=True))(params)
     metrics |= {"grad_norm": norm_of(gradients), "tokens": jnp.sum(batch["weights"])}
     return Result(*jax.device_get((metrics, gradients)))
@@ -166,7 +167,7 @@ def test_a_batch_in_which_nothing_counts_moves_nothing():
 def test_the_eval_step_gives_the_sums_of_the_train_step():
     case = Case()
     expected = run(case).metrics
-    params = jax.jit(lambda: initialize(param_specs(UNTIED), jax.random.key(0)))()
+    params = first_weights(UNTIED)
     evaluate = make_eval_step(OBJECTIVE, case.layout, case.gradient)
     batch = make_batch()
     halves = [evaluate(params, {k: v[i::2] for k, v in batch.items()}) for i in (0, 1)]

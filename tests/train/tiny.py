@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.model import Attention, FeedForward, Layer, ModelConfig, Stack, param_specs
+from lm.model import Attention, FeedForward, Layer, ModelConfig, ModelWeights, Stack, param_specs
 from lm.sharding import Layout, MeshShape, make_mesh, make_rules
 from lm.train.accumulation import Accumulation
 from lm.train.objective import NextToken, Objective
 from lm.train.optimizers import AdamW, make_optimizer
-from lm.train.state import TrainState, abstract_state, everything, init_state
+from lm.train.state import TrainState, abstract_state, everything, state_of
 from lm.train.step import Gradient, TrainStep, make_train_step
+from lm.weights import initialize
 
 LAYER = Layer(Attention(8, 8, 4), FeedForward(64))
 UNTIED = ModelConfig(500, 32, (Stack((LAYER,), 2),))
@@ -104,6 +105,13 @@ def keep_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+@functools.cache
+def first_weights(config: ModelConfig) -> ModelWeights:
+    """The initial weights of key 0, on the host: to make them compiles as long as a step does."""
+    make = jax.jit(lambda: initialize(param_specs(config), jax.random.key(0)))
+    return jax.device_get(make())
+
+
 class Result(NamedTuple):
     """What a step computed, on the host."""
 
@@ -119,8 +127,8 @@ def begin(
     optimizer, gradient = optimizer or keep_gradients(), gradient or case.gradient
     options = {"max_grad_norm": None} | options
     step = make_train_step(objective, optimizer, rate, case.layout, gradient, **options)
-    state = init_state(
-        gradient.specs, optimizer, jax.random.key(0), case.layout,
+    state = state_of(
+        first_weights(gradient.config), gradient.specs, optimizer, case.layout,
         options.get("trains", everything), ema="ema" in options, health="stability" in options,
         buffers=objective.init_buffers(),
     )  # fmt: skip
@@ -160,7 +168,8 @@ def compiled_step(case: Case, optimizer: str = "keep") -> Any:
 @functools.cache
 def run(case: Case) -> Result:
     """Metrics and gradients of one step from the weights of key 0 on the batch of seed 0."""
-    state = init_state(param_specs(case.config), keep_gradients(), jax.random.key(0), case.layout)
+    params, specs = first_weights(case.config), param_specs(case.config)
+    state = state_of(params, specs, keep_gradients(), case.layout, everything)
     compiled = compiled_step(case)
     state: TrainState
     batch = jax.device_put(make_batch(), compiled.input_shardings[0][1])
