@@ -91,6 +91,9 @@ def _open_model(path: Path) -> Tokenizer:
             f"{error}, and the files beside it have settings that SentencePiece cannot express; "
             "save the tokenizer as tokenizer.json with the library that wrote it"
         ) from error
+    # As SentencePiece's own: found in the text as it is, without a space put in front of it.
+    verbatim = [(_with_flags(token, normalized=False), number) for token, number in declared.tokens]
+    declared = dataclasses.replace(declared, tokens=verbatim)
     opened = _as_declared(inner, path, declared, model_file=True)
     opened.add_bos = tokenizer.add_bos
     return _with_rules(opened, path, declared, ids)
@@ -102,6 +105,12 @@ def _as_declared(
     set_spaces(inner, declared, model_file)
     add_tokens(inner, declared, str(path))
     return FastTokenizer(inner, str(path))
+
+
+def _with_flags(token: tokenizers.AddedToken, **changes: bool) -> tokenizers.AddedToken:
+    names = ("special", "lstrip", "rstrip", "normalized", "single_word")
+    flags = {name: getattr(token, name) for name in names}
+    return tokenizers.AddedToken(token.content, **(flags | changes))
 
 
 def _is_piece(tokenizer: SentencePieceTokenizer, token: tokenizers.AddedToken) -> bool:

@@ -207,6 +207,21 @@ def test_spaces_in_front(tmp_path, kind, settings, first, second):
     assert tokenizer.decode(tokenizer.encode("a")) == "a"
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tokens_beside_a_model_file(tmp_path, legacy):
+    """They are found anywhere in the text, special or not, as SentencePiece's own."""
+    model = from_gguf(json.loads(golden.FILE.read_text())["vocabularies"]["pieces"]).model
+    (tmp_path / "tokenizer.model").write_bytes(serialize(model))
+    size = len(model.pieces)
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|end|>", "legacy": legacy}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": size, "<|in|>": size + 1}))
+    tokenizer = open_tokenizer(tmp_path)
+    ids = tokenizer.encode("<|in|>a<|end|>a<|in|>", parse_special=True)
+    assert [i for i in ids if i >= size] == [size + 1, size, size + 1]
+    assert tokenizer.eos_ids == (size,)
+
+
 @pytest.mark.parametrize(
     ("inside", "settings", "expected"),
     [
