@@ -15,7 +15,7 @@ from lm.tokenizers.fast import FastTokenizer
 from lm.tokenizers.gguf import from_gguf
 from lm.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.tokenizers.sentencepiece_fast import fast_vocabulary
-from lm.tokenizers.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED
+from lm.tokenizers.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, with_pieces
 
 T = TypeVar("T", FastTokenizer, SentencePieceTokenizer)
 _RULED = ("bos", "eos", "pad")
@@ -76,10 +76,9 @@ def _open_model(path: Path) -> Tokenizer:
     # What is null was taken away, whatever the vocabulary says.
     ids |= {key: -1 for key in _RULED if declared.config.get(f"{key}_token", "") is None}
     model = tokenizer.model
-    if declared.scheme(model.add_dummy_prefix, model_file=True) is None and all(
-        _is_piece(tokenizer, token) for token, _ in declared.tokens
-    ):
-        return _with_rules(tokenizer, path, declared, ids)
+    strips = any(t.lstrip or t.rstrip or t.single_word for t, _ in declared.tokens)
+    if not strips and declared.scheme(model.add_dummy_prefix, model_file=True) is None:
+        return _with_rules(_with_pieces(tokenizer, declared), path, declared, ids)
     pieces, known = list(model.pieces), set(model.pieces)
     for token, number in declared.tokens:  # placeholders get their names by their numbers
         if number is not None and number < len(pieces) and token.content not in known:
@@ -92,8 +91,8 @@ def _open_model(path: Path) -> Tokenizer:
             "save the tokenizer as tokenizer.json with the library that wrote it"
         ) from error
     # As SentencePiece's own: found in the text as it is, without a space put in front of it.
-    verbatim = [(_with_flags(token, normalized=False), number) for token, number in declared.tokens]
-    declared = dataclasses.replace(declared, tokens=verbatim)
+    tokens = [(_verbatim(token), number) for token, number in declared.tokens]
+    declared = dataclasses.replace(declared, tokens=tokens)
     opened = _as_declared(inner, path, declared, model_file=True)
     opened.add_bos = tokenizer.add_bos
     return _with_rules(opened, path, declared, ids)
@@ -107,18 +106,28 @@ def _as_declared(
     return FastTokenizer(inner, str(path))
 
 
-def _with_flags(token: tokenizers.AddedToken, **changes: bool) -> tokenizers.AddedToken:
-    names = ("special", "lstrip", "rstrip", "normalized", "single_word")
-    flags = {name: getattr(token, name) for name in names}
-    return tokenizers.AddedToken(token.content, **(flags | changes))
+def _verbatim(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
+    flags = {name: getattr(token, name) for name in ("special", "lstrip", "rstrip", "single_word")}
+    return tokenizers.AddedToken(token.content, normalized=False, **flags)
 
 
-def _is_piece(tokenizer: SentencePieceTokenizer, token: tokenizers.AddedToken) -> bool:
-    """Whether SentencePiece's own pieces are all that the declaration asks for."""
-    strips = token.lstrip or token.rstrip or token.single_word
-    kind = (CONTROL, UNKNOWN) if token.special else (USER_DEFINED,)
-    number = tokenizer.id_of(token.content)
-    return not strips and number is not None and tokenizer.model.types[number] in kind
+def _with_pieces(tokenizer: SentencePieceTokenizer, declared: Declared) -> SentencePieceTokenizer:
+    """The tokenizer with the declared tokens as pieces, special ones as control pieces."""
+    types, size = tokenizer.model.types, len(tokenizer.model.pieces)
+    changes, always, end = [], {}, size
+    for token, number in declared.tokens:
+        at = known = tokenizer.id_of(token.content)
+        if at is None:
+            at = number if number is not None and number < size else end
+            end += at == end
+        if known is None or (token.special and types[at] not in (CONTROL, UNKNOWN)):
+            changes.append((at, token.content, CONTROL if token.special else USER_DEFINED))
+        if not token.special and (known is None or types[at] != USER_DEFINED):
+            always[token.content] = at
+    if not changes and not always:
+        return tokenizer
+    proto = with_pieces(tokenizer.path.read_bytes(), changes)
+    return SentencePieceTokenizer(tokenizer.path, always_special=always, proto=proto)
 
 
 def _with_rules(tokenizer: T, path: Path, declared: Declared, ids: Mapping[str, int]) -> T:

@@ -39,6 +39,7 @@ class SentencePieceTokenizer(Tokenizer):
     Args:
       path: a `.model` file, or the name of `model` in errors.
       model: pieces and settings, instead of a file.
+      proto: the content of a file, changed.
       always_special: tokens found in text before SentencePiece sees it, whether or not special
         tokens are parsed.
 
@@ -52,11 +53,12 @@ class SentencePieceTokenizer(Tokenizer):
         path: str | os.PathLike[str],
         model: sentencepiece_model.Model | None = None,
         always_special: Mapping[str, int] | None = None,
+        proto: bytes | None = None,
     ):
         self.path = Path(path)
         if model is not None:
             proto = sentencepiece_model.serialize(model)
-        else:
+        elif proto is None:
             if not self.path.is_file():
                 raise FileNotFoundError(
                     f"no tokenizer model at '{path}'; train one with train_sentencepiece or check "

@@ -118,6 +118,20 @@ def serialize(model: Model) -> bytes:
     return message.SerializeToString()
 
 
+def with_pieces(proto: bytes, pieces: Sequence[tuple[int, str, int]]) -> bytes:
+    """The ModelProto with other pieces, and all else as it was.
+
+    Args:
+      pieces: number, text and type of each; numbers of further ones go on where there are no more.
+    """
+    message = _message_class().FromString(proto)
+    for number, piece, kind in pieces:
+        if number == len(message.pieces):
+            message.pieces.add()
+        message.pieces[number].piece, message.pieces[number].type = piece, kind
+    return message.SerializeToString()
+
+
 @functools.cache
 def _message_class() -> Any:
     """The class of `Model` messages, in a pool of its own beside SentencePiece's."""

@@ -1,5 +1,6 @@
 """Tokens and settings beside a vocabulary: right values, and drawn folders against transformers."""
 
+import dataclasses
 import json
 import random
 
@@ -9,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from lm.tokenizers import ChatTemplate, from_gguf, open_tokenizer
 from lm.tokenizers.sentencepiece_fast import fast_vocabulary
-from lm.tokenizers.sentencepiece_model import serialize
+from lm.tokenizers.sentencepiece_model import UNIGRAM, serialize
 from tests.refuses import refuses
 from tests.tokenizers import golden
 
@@ -207,19 +208,28 @@ def test_spaces_in_front(tmp_path, kind, settings, first, second):
     assert tokenizer.decode(tokenizer.encode("a")) == "a"
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_tokens_beside_a_model_file(tmp_path, legacy):
+@pytest.mark.parametrize(("kind", "legacy"), [("bpe", True), ("bpe", False), ("unigram", True)])
+def test_tokens_beside_a_model_file(tmp_path, kind, legacy):
     """They are found anywhere in the text, special or not, as SentencePiece's own."""
     model = from_gguf(json.loads(golden.FILE.read_text())["vocabularies"]["pieces"]).model
+    if kind == "unigram":  # as of T5, with its normalization of blanks
+        changes = {"model_type": UNIGRAM, "remove_extra_whitespaces": True}
+        model = dataclasses.replace(model, **changes)
     (tmp_path / "tokenizer.model").write_bytes(serialize(model))
-    size = len(model.pieces)
+    size, mark = len(model.pieces), model.pieces[-1]
     config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|end|>", "legacy": legacy}
+    config["additional_special_tokens"] = [mark]  # which the model takes for text
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": size, "<|in|>": size + 1}))
     tokenizer = open_tokenizer(tmp_path)
-    ids = tokenizer.encode("<|in|>a<|end|>a<|in|>", parse_special=True)
-    assert [i for i in ids if i >= size] == [size + 1, size, size + 1]
+    text = f"<|in|>a{mark}<|end|>a<|in|>"
+    ids = tokenizer.encode(text, parse_special=True)
+    assert [i for i in ids if i >= size - 1] == [size + 1, size - 1, size, size + 1]
+    assert size not in tokenizer.encode(text)
+    assert (size - 1 in tokenizer.encode(text)) == (not legacy)  # made of its parts, by merges
     assert tokenizer.eos_ids == (size,)
+    assert tokenizer.decode(ids, skip_special=False).replace(" ", "") == text
+    assert tokenizer.vocab_size == size + 2
 
 
 @pytest.mark.parametrize(
