@@ -198,12 +198,12 @@ def small_disk(tmp_path):
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)],
         capture_output=True,
-        timeout=20,
+        timeout=100,
     )
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
     yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True, timeout=20)
+    subprocess.run(["umount", "-l", str(disk)], check=True, timeout=100)
 
 
 def test_a_full_disk(small_disk):

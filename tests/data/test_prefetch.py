@@ -23,7 +23,7 @@ def test_closing_stops_the_thread_and_depth_bounds_it():
     before = threading.active_count()
     with Prefetcher(lambda step: read.append(step) or step, depth=2) as stream:
         assert next(stream) == 0
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 100
         while len(read) < 4 and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(0.05)
@@ -38,19 +38,19 @@ def test_closing_ends_a_next_that_waits_in_another_thread():
 
     def read(step):
         entered.set()
-        release.wait(10)
+        release.wait(100)
         return step
 
     stream = Prefetcher(read)
     outcome = []
     waiting = threading.Thread(target=lambda: outcome.append(next(stream, "closed")))
     waiting.start()
-    assert entered.wait(10)
+    assert entered.wait(100)
     closing = threading.Thread(target=stream.close)
     closing.start()
     time.sleep(0.05)
     release.set()
     for thread in (closing, waiting):
-        thread.join(10)
+        thread.join(100)
         assert not thread.is_alive()
     assert outcome == ["closed"]
