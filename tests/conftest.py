@@ -52,7 +52,7 @@ def quick_to_compile(request: pytest.FixtureRequest):
     import jax
 
     folder = budgets.folder_of(request.node.nodeid)
-    thorough = folder in ("aot", "hardware", "sharding") or request.node.get_closest_marker("aot")
+    thorough = folder in ("aot", "hardware") or request.node.get_closest_marker("aot")
     jax.config.update("jax_disable_most_optimizations", not thorough)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
