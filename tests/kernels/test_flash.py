@@ -66,11 +66,13 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(),
+    pytest.param(Case(), marks=pytest.mark.slow),  # its part of the kernels runs in all others
     Case(window=20, softcap=3.0, sinks=True, segments=True, d=6),
     Case(T=50, S=110, H=8, d=16, segments=True, in_order=False),
     Case(T=50, S=110, H=3, K=1, causal=False, window=9, sinks=True, in_order=False),
-    Case(T=40, S=90, H=2, causal=False, softcap=2.0, in_order=False),
+    pytest.param(
+        Case(T=40, S=90, H=2, causal=False, softcap=2.0, in_order=False), marks=pytest.mark.slow
+    ),
 ]
 
 

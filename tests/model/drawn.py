@@ -95,6 +95,6 @@ def assert_chunks_equal_the_whole(
     assert at == list(lengths)
     for slots in jax.tree.leaves(cache):
         for b, length in enumerate(lengths):
-            assert np.all(slots[b, :length].any(axis=(-1, -2)))
-            assert not slots[b, length:].any()
+            assert np.all(slots[b, :, :length].any(axis=(0, 2)))
+            assert not slots[b, :, length:].any()
     return cache

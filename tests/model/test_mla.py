@@ -65,7 +65,7 @@ def assert_chunks_equal(params, config: ModelConfig) -> None:
     attention = config.layers[0].attention
     assert [expands(width, attention) for width in widths] == [True, False, True, False, False]
     for layer in cache:
-        assert isinstance(layer, LatentCache) and layer.latents.values.shape == (3, 20, 1, 8 + 4)
+        assert isinstance(layer, LatentCache) and layer.latents.values.shape == (3, 1, 20, 8 + 4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -114,7 +114,7 @@ def test_an_absorbed_step_expands_nothing():
     params = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, weights(config)))
 
     def widest(T: int) -> int:
-        tokens = Tokens.of(jnp.zeros((1, T), jnp.int32))
+        tokens = Tokens(*[jnp.zeros((1, T), jnp.int32)] * 2)  # a chunk, not a prompt by itself
         traced = jax.make_jaxpr(lambda p, c: forward(p, tokens, config, c).hidden)(params, cache)
         return max(math.prod(s) // S for s in shapes_in(traced.jaxpr) if S in s)
 
