@@ -27,7 +27,7 @@ BUDGETS = {
     "lm.weights": 2_050,
     "lm.parallel": 1_600,
     "lm.model": 2_400,
-    "lm.tokenizers": 2_350,
+    "lm.tokenizers": 2_370,
     "lm.checkpoints": 1_610,
     "lm.formats": 4_300,
     "lm.adapters": 800,

@@ -209,7 +209,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}; an object was expected")

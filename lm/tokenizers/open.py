@@ -172,10 +172,24 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if (file := folder / "chat_template.jinja").is_file():
         files["default"] = file
     if files:
-        return {name: files[name].read_text(encoding="utf-8") for name in sorted(files)}
-    source = config.get("chat_template") or {}
+        return {name: _read(files[name]) for name in sorted(files)}
+    source: Any = config.get("chat_template") or {}
     if isinstance(source, str):
-        source = {"default": source}
-    elif isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}
-    return dict(source)
+        return {"default": source}
+    try:
+        found = source if isinstance(source, dict) else {e["name"]: e["template"] for e in source}
+        if not all(isinstance(text, str) for pair in found.items() for text in pair):
+            raise TypeError("not text")
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"'{folder / 'tokenizer_config.json'}': chat_template is {source!r:.80}; a text was "
+            "expected, or a list of objects with 'name' and 'template'"
+        ) from error
+    return dict(found)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 ({error}); convert it") from error

@@ -197,11 +197,19 @@ def test_what_cannot_be_opened(tmp_path):
             '{"added_tokens_decoder": {"5": {"text": "<no>"}}}',
             "malformed table of added tokens",
         ),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": 5}',
+            "chat_template is 5; a text was expected",
+        ),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "a"}]}', "'name' and 'template'"),
+        ("tokenizer_config.json", "[" * 100_000, "is not JSON"),
+        ("chat_template.jinja", b"caf\xe9", "chat_template.jinja' is not UTF-8"),
     ],
 )
 def test_bad_configurations(tmp_path, file, content, message):
     train("byte-level").save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / file).write_text(content)
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     refuses(lambda: open_tokenizer(tmp_path), message)
 
 
