@@ -35,21 +35,6 @@ def run(arguments: str) -> tuple[str, str]:
     return out, err
 
 
-def test_train_alone_as_json():
-    out, err = run("train --sizes=tiny --precisions=bfloat16 --contenders=jax --rounds=2 "
-                   "--format=json")  # fmt: skip
-    report = json.loads(out)
-    (row,) = report["rows"]
-    rate = SIZES["tiny"].num_tokens / row["seconds_per_step"]
-    assert row["tokens_per_second"] == pytest.approx(rate)
-    assert row["ratio"] is None
-    assert row["peak_bytes"] > 50e6
-    assert 0 < row["loss"] < 5
-    assert report["environment"]["versions"]["jax"]
-    assert report["environment"]["command"].startswith("python -m experiments.benchmark train --s")
-    assert "round 2/2" in err
-
-
 @pytest.mark.oracle
 @pytest.mark.skipif(
     importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None,
@@ -69,6 +54,8 @@ def test_ratio_is_to_the_fastest_peer():
     rows = [{"contender": name, "seconds_per_step": s} for name, s in seconds.items()]
     train.add_ratios(rows)
     assert [row["ratio"] for row in rows] == [1.5, 0.75, 1.0]
+    train.add_ratios(rows[:1])
+    assert rows[0]["ratio"] is None
 
 
 def test_accelerator_row_on_cpu():
@@ -85,10 +72,11 @@ def test_missing_peers_leave_ours(monkeypatch, capsys):
     refuses(lambda: train.available(["torch"]), "no contender", error=BenchmarkError)
 
 
-def test_all_kernels_on_a_cpu(tmp_path):
+def test_all_kernels_and_the_step_on_a_cpu(tmp_path):
     path = tmp_path / "kernels.json"
-    out, _ = run(f"kernels --sizes=tiny --rounds=1 --json={path}")
+    out, err = run(f"kernels --sizes=tiny --rounds=1 --format=json --json={path}")
     report = json.loads(path.read_text())
+    assert json.loads(out) == report and "round 1/1" in err
     assert {row["contender"] for row in report["attention"]} == {"flash", "blocked"}
     for row in report["attention"]:
         assert "error" not in row
@@ -98,9 +86,12 @@ def test_all_kernels_on_a_cpu(tmp_path):
         assert row["both_tflops"] * row["both_seconds"] == pytest.approx(3.5e-12 * case.flops)
     (paged,), (step,) = report["paged"], report["train"]
     assert paged["max_error"] < 2e-2 and paged["of_copy"] > 0
-    assert step["tokens_per_second"] > 0
+    rate = SIZES["tiny"].num_tokens / step["seconds_per_step"]
+    assert step["tokens_per_second"] == pytest.approx(rate)
+    assert step["peak_bytes"] > 50e6 and 0 < step["loss"] < 5
     assert report["environment"]["versions"]["jax"]
-    lines = out.splitlines()
+    assert report["environment"]["command"].startswith("python -m experiments.benchmark kernels --")
+    lines = kernels.tables(report).splitlines()
     for row in (*report["attention"], paged):
         begin = f"| {row['case']} | {row['contender']} |"
         assert sum(line.startswith(begin) for line in lines) == 1
