@@ -1,5 +1,5 @@
-// Sixteen numbers at a time in GCC's and Clang's vector extensions: one AVX-512 register, two of
-// AVX2, four of NEON. And loops over XLA's own threads.
+// Vectors in GCC's and Clang's extensions, one AVX-512 or AVX2 register, or two of NEON: of vectors
+// that are larger than registers GCC makes loads and stores. And loops over XLA's own threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -12,7 +12,11 @@
 
 namespace ffi = xla::ffi;
 
+#ifdef __AVX512F__
 constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));

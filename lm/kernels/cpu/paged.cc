@@ -10,7 +10,7 @@
 //   sinks     f32 [H]; or [0]
 //   y         f32 [N, H, value_dim]; zeros for padding
 //
-// A task is a few queries of one key/value head and a part of the sequence: scores of 16 positions
+// A task is a few queries of one key/value head and a part of the sequence: scores of LANES positions
 // at a time are held whole, then exponentials and the sum of values. Parts are merged at the end.
 #include <cmath>
 #include <vector>
@@ -46,6 +46,7 @@ static inline Floats sums_of(Floats* v) {
     v[i] = low + __builtin_shufflevector(v[2 * i], v[2 * i + 1], HIGH);      \
   }
 #define LIST(...) __VA_ARGS__
+#ifdef __AVX512F__
   FOLD_HALVES(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
               LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
   FOLD_HALVES(4, LIST(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
@@ -54,6 +55,11 @@ static inline Floats sums_of(Floats* v) {
               LIST(2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
   FOLD_HALVES(1, LIST(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
               LIST(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
+#else
+  FOLD_HALVES(4, LIST(0, 1, 2, 3, 8, 9, 10, 11), LIST(4, 5, 6, 7, 12, 13, 14, 15))
+  FOLD_HALVES(2, LIST(0, 1, 4, 5, 8, 9, 12, 13), LIST(2, 3, 6, 7, 10, 11, 14, 15))
+  FOLD_HALVES(1, LIST(0, 2, 4, 6, 8, 10, 12, 14), LIST(1, 3, 5, 7, 9, 11, 13, 15))
+#endif
   return v[0];
 }
 
@@ -68,7 +74,7 @@ struct Call {
   float scale, softcap;
 };
 
-// Lanes [first, first + count) of 16 positions' rows, as float32 `stride` apart.
+// Lanes [first, first + count) of LANES positions' rows, as float32 `stride` apart.
 static inline const float* rows(const Call& c, int64_t row, int64_t first, int64_t count,
                                 float* held, int64_t& stride) {
   const int64_t at = row * c.W + first;
@@ -96,12 +102,26 @@ struct Task {
   float* sum;                           // value_dim of each row, then its top and its total
 };
 
+// Adds `count` rows of W vectors, each by its weight, to a sum.
+template <int W>
+static inline void add(float* sum, const float* values, int64_t stride, const float* weights,
+                       int64_t count) {
+  Floats sums[W];
+  memcpy(sums, sum, sizeof sums);
+  for (int64_t i = 0; i < count; i++) {
+    const Floats weight = Floats{} + weights[i];
+#pragma GCC unroll 4
+    for (int j = 0; j < W; j++) sums[j] += load<Floats>(values + i * stride + j * LANES) * weight;
+  }
+  memcpy(sum, sums, sizeof sums);
+}
+
 template <int N>
 static void attend(const Call& c, const Task& t) {
   const int64_t G = c.H / c.K, tiles = (t.end - t.begin + LANES - 1) / LANES;
   const int64_t lanes = std::max(c.key_dim, c.value_dim);
   static thread_local std::vector<float> buffer;
-  buffer.resize(LANES * lanes + tiles * N * LANES + LANES);
+  buffer.resize(LANES * lanes + tiles * N * LANES + 16);
   float* held = (float*)(((uintptr_t)buffer.data() + 63) / 64 * 64);
   float* scores = held + LANES * lanes;
   Ints places = {};
@@ -168,11 +188,12 @@ static void attend(const Call& c, const Task& t) {
       weights = weights > -87.0f ? exponential(weights) : Floats{};
       totals[n] += weights;
       if (c.scales) weights *= scale_of(at, 1);
-      for (int64_t lane = 0; lane < c.value_dim; lane += LANES) {
-        Floats sum = load<Floats>(t.sum + n * c.value_dim + lane);
-        for (int i = 0; i < count; i++) sum += load<Floats>(values + i * stride + lane) * weights[i];
-        memcpy(t.sum + n * c.value_dim + lane, &sum, sizeof sum);
-      }
+      float* sum = t.sum + n * c.value_dim;
+      int64_t lane = 0;
+      for (; lane + 4 * LANES <= c.value_dim; lane += 4 * LANES)
+        add<4>(sum + lane, values + lane, stride, (const float*)&weights, count);
+      for (; lane < c.value_dim; lane += LANES)
+        add<1>(sum + lane, values + lane, stride, (const float*)&weights, count);
     }
   }
   for (int n = 0; n < N; n++) {
@@ -218,7 +239,7 @@ static ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuf
   if (c.type != ffi::F32 && c.type != ffi::BF16 && c.type != ffi::S8)
     return ffi::Error::InvalidArgument("pages have to be float32, bfloat16 or int8");
   if (c.page % LANES || c.key_dim % LANES || c.value_dim % LANES)
-    return ffi::Error::InvalidArgument("pages and heads have to be multiples of 16");
+    return ffi::Error::InvalidArgument("pages and heads have to be multiples of vectors");
   std::fill(c.y, c.y + y->element_count(), 0.0f);
   const int64_t B = table.dimensions()[0], G = c.H / c.K;
   std::vector<Task> tasks;

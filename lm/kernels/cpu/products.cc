@@ -13,7 +13,8 @@
 
 constexpr int64_t PREFETCH_BYTES = 4096;  // ahead: a panel is one stream, which crosses pages
 constexpr int64_t PANELS_PER_TASK = 8;
-constexpr int MOST_ROWS = 8;  // at once: their sums take a quarter of AVX-512's registers
+constexpr int PANEL = 16;    // columns
+constexpr int MOST_ROWS = LANES / 2;  // at once: their sums take a quarter of the registers
 
 struct Matrix {
   const uint32_t* words;
@@ -32,25 +33,27 @@ static inline Floats number(Words words, int i) {
   return (Floats)((moved & (((1u << BITS) - 1) << lowest)) | ((127u + BITS) << 23));
 }
 
-// One panel times N rows of x, SPAN numbers at a time, of which a group has one or several.
+// LANES columns from `column` on times N rows of x, SPAN numbers at a time, of which a group has one
+// or several.
 template <int N, int FIELD, int BITS, int SPAN>
-static void multiply(const Matrix& m, int64_t panel, const float* x, const float* sums, float* y,
+static void multiply(const Matrix& m, int64_t column, const float* x, const float* sums, float* y,
                      int64_t R) {
   constexpr int PER_WORD = 32 / FIELD;
   constexpr int CHAINS = N <= 2 ? 2 : 1;  // additions that need not wait
   const int64_t per_group = m.K / SPAN / m.groups;
-  const uint32_t* words = m.words + panel * (m.K / PER_WORD) * LANES;
-  const int64_t first = panel * m.groups * LANES;
+  const int64_t panel = column / PANEL, lane = column % PANEL;
+  const uint32_t* words = m.words + panel * (m.K / PER_WORD) * PANEL + lane;
+  const int64_t first = panel * m.groups * PANEL + lane;
   Floats total[N] = {};
   for (int64_t group = 0; group < m.groups; group++) {
-    const Floats scale = load<Floats>(m.scales + first + group * LANES);
+    const Floats scale = load<Floats>(m.scales + first + group * PANEL);
     Floats center = Floats{} + ((1 << BITS) + m.zero), minimum = {};
-    if (m.offsets) (m.minimums ? minimum : center) += load<Floats>(m.offsets + first + group * LANES);
+    if (m.offsets) (m.minimums ? minimum : center) += load<Floats>(m.offsets + first + group * PANEL);
     Floats inner[N] = {};
     for (int64_t span = group * per_group; span < (group + 1) * per_group; span++) {
       Floats parts[N][CHAINS] = {};
 #pragma GCC unroll 8
-      for (int word = 0; word < SPAN / PER_WORD; word++, words += LANES) {
+      for (int word = 0; word < SPAN / PER_WORD; word++, words += PANEL) {
         const Words packed = load<Words>(words);
         __builtin_prefetch((const char*)words + PREFETCH_BYTES);
 #pragma GCC unroll 8
@@ -71,13 +74,13 @@ static void multiply(const Matrix& m, int64_t panel, const float* x, const float
       if (m.minimums) total[n] += minimum * sums[n * m.groups + group];
     }
   }
-  for (int n = 0; n < N; n++) memcpy(y + n * R + panel * LANES, &total[n], sizeof total[n]);
+  for (int n = 0; n < N; n++) memcpy(y + n * R + column, &total[n], sizeof total[n]);
 }
 
 template <int FIELD, int BITS, int SPAN>
 static ffi::Error product(ffi::ThreadPool& pool, const Matrix& m, int64_t B, int64_t R,
                           const float* x, float* y) {
-  const int64_t panels = R / LANES, size = m.K / m.groups;
+  const int64_t panels = R / PANEL, size = m.K / m.groups;
   std::unique_ptr<float[]> held(new float[m.minimums ? B * m.groups : 0]);
   for (int64_t i = 0; m.minimums && i < B * m.groups; i++) {
     float sum = 0;
@@ -87,11 +90,11 @@ static ffi::Error product(ffi::ThreadPool& pool, const Matrix& m, int64_t B, int
   const float* sums = held.get();
   parallel(pool, (panels + PANELS_PER_TASK - 1) / PANELS_PER_TASK, [=](int64_t task) {
     const int64_t end = std::min(panels, (task + 1) * PANELS_PER_TASK);
-    for (int64_t panel = task * PANELS_PER_TASK; panel < end; panel++) {
+    for (int64_t column = task * PANELS_PER_TASK * PANEL; column < end * PANEL; column += LANES) {
       int64_t b = 0;
       auto rows = [&](auto n) {
         for (; B - b >= n; b += n)
-          multiply<n, FIELD, BITS, SPAN>(m, panel, x + b * m.K, sums + b * m.groups, y + b * R, R);
+          multiply<n, FIELD, BITS, SPAN>(m, column, x + b * m.K, sums + b * m.groups, y + b * R, R);
       };
       rows(std::integral_constant<int, MOST_ROWS>{});
       rows(std::integral_constant<int, 4>{});

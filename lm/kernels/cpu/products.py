@@ -14,6 +14,7 @@ import numpy as np
 from lm.kernels.cpu.native import available
 
 LANES = 16
+MANY_ROWS = 256  # from these on, numbers are decoded once for all, and XLA multiplies faster
 SMALLEST_GROUP = 16  # numbers of a group are a multiple of it
 
 
@@ -72,7 +73,7 @@ def field_of(bits: int) -> int:
 def product(x: jax.Array, panels: GroupPanels) -> jax.Array:
     """x float32 [B, K] times the matrix -> float32 [B, 16 P]."""
     K, R = panels.size
-    if not available("products"):
+    if len(x) >= MANY_ROWS or not available("products"):
         matrix = jax.lax.optimization_barrier(panels.decode().swapaxes(0, 1).reshape(K, R))
         return x @ matrix
     call = jax.ffi.ffi_call("lm_products", jax.ShapeDtypeStruct((len(x), R), jnp.float32))
