@@ -227,7 +227,7 @@ def _serve(name: Name, config: Aot, topology: str, layout: Layout, rows: int) ->
     cache_config = infer.CacheConfig("sliding", dtype)
 
     def cached(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        rest = (None, "kv_heads", None) if len(x.shape) == 4 else (None,) * (len(x.shape) - 1)
+        rest = ("kv_heads", None, None) if len(x.shape) == 4 else (None,) * (len(x.shape) - 1)
         return struct(x.shape, x.dtype, "batch", *rest)  # latents have no heads
 
     S = config.cache_length
